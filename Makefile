@@ -1,0 +1,64 @@
+# From a clone to measured tables. Each target does the set-up it needs, and nothing twice.
+# The README shows the same commands without make (Windows).
+
+PROFILE ?= quick
+CORES   ?= all
+PYTHON  ?= python3
+RERUN   ?=
+
+VENV_PYTHON := .venv/bin/python
+SETUP       := $(PYTHON) workflow/setup_env.py
+MADE        := results/runs results/smoke .snakemake .pytest_cache .ruff_cache build
+
+.DEFAULT_GOAL := help
+.PHONY: benchmark test lab report clean constraints help python profile
+
+benchmark: python profile ## measure everything and print the table; a stopped run goes on where it was
+	@$(SETUP) --peers
+ifneq ($(PROFILE),smoke)
+	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist
+endif
+	@$(VENV_PYTHON) -m nnc_utils.run benchmark --profile $(PROFILE) --cores $(CORES) $(if $(RERUN),--rerun $(RERUN))
+
+test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables
+	@$(SETUP)
+	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist || echo "going on without: what needs it is skipped"
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m pytest tests notebooks --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
+
+lab: python ## JupyterLab with the notebooks
+	@$(SETUP)
+	@$(VENV_PYTHON) -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+
+report: python ## tables, figures, report and README from the committed results
+	@$(SETUP)
+	@$(VENV_PYTHON) -m nnc_utils.results report
+
+clean: ## remove caches, run folders and smoke results; .venv, data and the committed tables stay
+	@for path in $(MADE); do \
+		if [ -e "$$path" ]; then echo "removing $$path ($$(du -sh "$$path" | cut -f1))"; rm -rf "$$path"; fi; \
+	done
+	@find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 \
+		| xargs -0 rm -rf
+	@echo "removed Python's and Jupyter's caches; kept .venv, data and the tables in results/"
+
+constraints: python ## renew constraints.txt: the newest versions that go together
+	@$(SETUP) --peers
+	@$(VENV_PYTHON) -m pip install --upgrade --upgrade-strategy eager --root-user-action ignore -e '.[dev,peers]'
+	@$(VENV_PYTHON) -m pip check
+	@$(VENV_PYTHON) workflow/freeze.py
+
+help: ## this list
+	@echo "make TARGET [PROFILE=smoke|quick|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale]"
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
+
+python:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+		echo "no '$(PYTHON)' here: install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=python3.12" >&2; \
+		exit 1; }
+
+profile:
+	@case '$(PROFILE)' in smoke|quick|standard|full) ;; *) \
+		echo "unknown PROFILE '$(PROFILE)': one of smoke, quick, standard, full" >&2; exit 1 ;; esac

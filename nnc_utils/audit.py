@@ -1,0 +1,255 @@
+"""Are the committed tables what the committed evidence says? Every number again, by another way.
+
+Written against the measurement protocol rather than with the code that makes the tables: a mistake
+there should show here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnc_utils.provenance import file_sha256, json_sha256
+from nnc_utils.rows import CompressionRow, LatencyRow, SummaryRow, evidence
+from nnc_utils.tables import COMMITTED_BYTES, ResultError, labels_name, read_rows
+
+EXACT = 6e-5  # stored with four decimals
+AGREEMENT = {1: 99.5, 0: 99.0}  # stored_codes -> least agreement in percent
+HEADER_SHARE, HEADER_BYTES = 1.01, 100_000  # an fp32 file beyond its parameters: statistics, names
+REQUIRED = ("seed", "parameters", "parameters_sha256", "commit", "versions", "hardware", "wall_seconds")
+
+
+def audit(profile_dir: Path, *, rescore: bool = True) -> list[str]:
+    """What is wrong with the tables of a profile; an empty list when nothing is.
+
+    Parameters
+    ----------
+    profile_dir : ``results/<profile>``.
+    rescore : let the committed networks predict again, where the data set can be had.
+    """
+    try:
+        return list(_Audit(Path(profile_dir), rescore).problems())
+    except (ResultError, OSError, KeyError, ValueError) as error:
+        return [f"{type(error).__name__}: {error}"]
+
+
+class _Audit:
+    """The tables and evidence of one profile."""
+
+    def __init__(self, folder: Path, rescore: bool) -> None:
+        self.folder, self.rescore = folder, rescore
+        self.compression = read_rows(folder / "compression.csv", CompressionRow)
+        self.latency = read_rows(folder / "latency.csv", LatencyRow)
+        self.summary = read_rows(folder / "summary.csv", SummaryRow)
+        self.provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        self.used: set[str] = set()
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is wrong, a line each."""
+        if not self.compression:
+            yield "compression.csv has no rows"
+        for row in self.compression:
+            yield from self._compression(row)
+        yield from self._references()
+        for row in self.latency:
+            yield from self._latency(row)
+        yield from self._summary()
+        yield from self._provenance()
+        yield from self._artifacts()
+        left = {file.name for file in (self.folder / "predictions").glob("*")} - self.used
+        if left:
+            yield f"predictions of no row: {', '.join(sorted(left))}"
+
+    def right(self, name: str, dataset: str) -> np.ndarray:
+        """For each test image 1 where the named predictions are right, else 0."""
+        predictions, labels = self.load(name), self.load(labels_name(dataset))
+        if predictions.shape != labels.shape:
+            raise ResultError(f"{name} is about {predictions.shape} images, the labels about {labels.shape}")
+        return (predictions == labels).astype(np.float64)
+
+    def load(self, name: str) -> np.ndarray:
+        """A file of predictions/."""
+        self.used.add(name)
+        return np.load(self.folder / "predictions" / name, allow_pickle=False)
+
+    def _compression(self, row: CompressionRow) -> Iterator[str]:
+        what = f"compression.csv, {row.run} {row.method} {row.point} {row.control}".rstrip()
+        right = self.right(evidence(row.artifact_sha256), row.dataset)
+        reference = self.right(evidence(row.reference_sha256), row.dataset)
+        if (row.correct, row.total) != (right.sum(), len(right)):
+            said = f"{right.sum():.0f} of {len(right)}"
+            yield f"{what}: {row.correct} of {row.total} right, but its predictions say {said}"
+        mean, low, high = _interval(100 * (right - reference))
+        found = {"accuracy": 100 * right.mean(), "accuracy_delta": mean, "delta_ci_low": low}
+        yield from _differs(what, row, found | {"delta_ci_high": high})
+
+    def _references(self) -> Iterator[str]:
+        baselines = [r for r in self.compression if r.technique == "baseline" and r.control == ""]
+        for key, count in Counter((r.dataset, r.seed) for r in baselines).items():
+            if count > 1:
+                yield f"{count} baselines without a control name for {key}: only one is the reference"
+        named = {(r.dataset, r.seed): r.artifact_sha256 for r in baselines}
+        known = {r.artifact_sha256: r for r in self.compression}
+        fits: dict[str, tuple[float, float]] = {}  # bytes of the reference's state_dict, from its ratios
+        for row in self.compression:
+            what = f"compression.csv, {row.run} {row.method} {row.point}"
+            if row.division == "closed" and row.reference_sha256 != named.get((row.dataset, row.seed)):
+                yield f"{what}: closed division, but its reference is not the baseline of its seed"
+            if row.reference_sha256 not in known:
+                yield f"{what}: its reference {row.reference_sha256[:16]} has no row"
+                continue
+            weights = 4 * known[row.reference_sha256].params
+            low, high = ((row.size_ratio + e) * row.artifact_bytes for e in (-EXACT, EXACT))
+            if high < weights or low > HEADER_SHARE * weights + HEADER_BYTES:
+                yield f"{what}: size_ratio × artifact_bytes is {low:.0f}, its reference's weights {weights}"
+            least, most = fits.get(row.reference_sha256, (low, high))
+            fits[row.reference_sha256] = max(low, least), min(high, most)
+            if max(low, least) > min(high, most):
+                yield f"{what}: size_ratio {row.size_ratio} is against other bytes than in the rows before"
+
+    def _latency(self, row: LatencyRow) -> Iterator[str]:
+        if row.control == "identity" or row.p50_ms is None:
+            return
+        what = f"latency.csv, {row.run} {row.method} {row.point} {row.runtime} {row.precision}"
+        what += f" batch {row.batch} threads {row.threads}"
+        networks = {r.artifact_sha256: r for r in self.compression}
+        if row.artifact_sha256 not in networks:
+            yield f"{what}: no compression row for artifact {row.artifact_sha256[:16]}"
+            return
+        network = networks[row.artifact_sha256]
+        for column in ("dataset", "model", "technique", "method", "point", "control", "seed", "headline"):
+            if getattr(row, column) != getattr(network, column):
+                yield f"{what}: {column} differs from the one in compression.csv"
+        if row.accuracy is not None:
+            name = evidence(row.artifact_sha256, row.runtime, row.precision)
+            found = {"accuracy": 100 * self.right(name, row.dataset).mean()}
+            same = self.load(name) == self.load(evidence(row.artifact_sha256))
+            yield from _differs(what, row, found | {"agreement": 100 * same.mean()})
+            if row.precision == "int8" and row.agreement < AGREEMENT[row.stored_codes or 0]:
+                yield f"{what}: agreement {row.agreement} is below {AGREEMENT[row.stored_codes or 0]}"
+        elif row.headline:
+            yield f"{what}: carries a claim, but its runtime was not scored"
+        times = {
+            other.runtime: other.p50_ms
+            for other in self.latency
+            if other.technique == "baseline" and other.control == "" and other.precision == "fp32"
+            if (other.dataset, other.seed) == (row.dataset, row.seed) and other.p50_ms is not None
+            if (other.batch, other.threads) == (row.batch, row.threads)
+        }
+        if "eager" not in times:
+            yield f"{what}: the uncompressed network was not timed in eager fp32 beside it"
+            return
+        found = {"speedup_eager_fp32": times["eager"] / row.p50_ms}
+        yield from _differs(what, row, found | {"speedup_best_fp32": min(times.values()) / row.p50_ms})
+
+    def _summary(self) -> Iterator[str]:
+        columns = ("dataset", "technique", "method", "point", "control")
+        groups: dict[tuple, list[CompressionRow]] = {}
+        for row in self.compression:
+            groups.setdefault(tuple(getattr(row, c) for c in columns), []).append(row)
+        found = [tuple(getattr(row, c) for c in columns) for row in self.summary]
+        if sorted(found) != sorted(groups):
+            yield "summary.csv and compression.csv are not of the same operating points"
+            return
+        for row, key in zip(self.summary, found, strict=True):
+            rows, what = groups[key], f"summary.csv, {' '.join(key)}".rstrip()
+            per_seed = [
+                self.right(evidence(r.artifact_sha256), r.dataset)
+                - self.right(evidence(r.reference_sha256), r.dataset)
+                for r in rows
+            ]
+            mean, low, high = _interval(100 * np.mean(per_seed, axis=0))
+            values = {"seeds": len(rows), "headline": max(r.headline for r in rows), "delta_mean": mean}
+            values |= {"delta_ci_low": low, "delta_ci_high": high, "no_loss": int(round(low, 4) >= -0.3)}
+            values |= {"accuracy_mean": np.mean([r.accuracy for r in rows])}
+            values |= {c: np.mean([getattr(r, c) for r in rows]) for c in ("size_ratio", "artifact_bytes")}
+            values |= {c: np.mean([getattr(r, c) for r in rows]) for c in ("params", "macs")}
+            if len(rows) > 1:
+                values["accuracy_sd"] = np.std([r.accuracy for r in rows], ddof=1)
+            elif row.accuracy_sd is not None:
+                yield f"{what}: a deviation between seeds, but one seed"
+            yield from _differs(what, row, values)
+
+    def _provenance(self) -> Iterator[str]:
+        for row in (*self.compression, *self.latency):
+            record = self.provenance.get(row.run)
+            if record is None:
+                yield f"a row is of the run {row.run}, which provenance.json does not have"
+            elif (row.commit, row.profile) != (record["commit"], record["profile"]):
+                yield f"{row.run}: commit {row.commit} or profile {row.profile} is not its provenance's"
+        for run, record in self.provenance.items():
+            missing = [key for key in REQUIRED if not record.get(key) and record.get(key) != 0]
+            if missing:
+                yield f"provenance of {run} lacks {', '.join(missing)}"
+            elif json_sha256(record["parameters"]) != record["parameters_sha256"]:
+                yield f"provenance of {run}: the parameters do not have their hash"
+
+    def _artifacts(self) -> Iterator[str]:
+        entries = {e["artifact_sha256"]: e for r in self.provenance.values() for e in r.get("artifacts", [])}
+        files = {file.name for file in (self.folder / "artifacts").glob("*")}
+        for row in self.compression:
+            entry = entries.get(row.artifact_sha256)
+            if row.headline and entry is None and row.technique != "peer":
+                yield f"{row.run} {row.method} {row.point}: its artifact is not in provenance.json"
+            if entry is None or not row.headline:
+                continue
+            if entry["bytes"] != row.artifact_bytes:
+                size = entry["bytes"]
+                yield f"{row.run} {row.method}: artifact_bytes {row.artifact_bytes}, the file had {size}"
+            if entry["bytes"] > COMMITTED_BYTES:
+                continue
+            name = f"{row.artifact_sha256[:16]}.safetensors"
+            if name not in files:
+                yield f"{row.run} {row.method} {row.point}: artifacts/{name} is missing"
+                continue
+            files.discard(name)
+            yield from self._score_again(row, self.folder / "artifacts" / name, entry["sha256"])
+        if files:
+            yield f"artifacts that carry no claim: {', '.join(sorted(files))}"
+
+    def _score_again(self, row: CompressionRow, file: Path, sha256: str) -> Iterator[str]:
+        from nnc_utils import artifact, data, evaluation, models
+
+        if file_sha256(file) != sha256 or file.stat().st_size != row.artifact_bytes:
+            yield f"{file.name} is not the file that was measured"
+            return
+        stored = artifact.read(file)
+        found = {"params": models.parameters(stored.spec), "macs": models.macs(stored.spec)}
+        yield from _differs(file.name, row, found | {"nonzeros": stored.nonzeros})
+        if stored.sha256 != row.artifact_sha256:
+            yield f"{file.name}: its checksum is not the row's"
+        if not self.rescore:
+            return
+        try:
+            images = data.load(row.dataset)
+        except data.DataError:
+            return
+        labels = self.load(labels_name(row.dataset))
+        if not np.array_equal(labels, images.test.labels.numpy()):
+            yield f"the labels of {row.dataset} are not those of its test split"
+            return
+
+        def normalize(pictures: Any) -> Any:
+            return data.normalize(pictures, stored.mean, stored.std)
+
+        again = evaluation.predict(artifact.network(stored), images.test, normalize=normalize)
+        share = (again == self.load(evidence(row.artifact_sha256))).mean()
+        if share < 0.999:  # another processor may round a close call differently
+            yield f"{file.name}: scored again, {100 * share:.2f} % of the predictions are the committed ones"
+
+
+def _interval(values: np.ndarray) -> tuple[float, float, float]:
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def _differs(what: str, row: object, found: dict[str, float]) -> Iterator[str]:
+    for column, value in found.items():
+        given = getattr(row, column)
+        if given is None or abs(given - value) > EXACT:
+            yield f"{what}: {column} is {given}, but the evidence says {value:.4f}"

@@ -1,0 +1,102 @@
+"""The whole benchmark of a profile: Snakemake runs its notebooks, then the table is shown."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nnc_utils import processes, results
+from nnc_utils.processes import LockedError
+from nnc_utils.provenance import root
+from nnc_utils.run import environment
+
+
+def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
+    """Run what is missing or changed, and print the headline table; the exit status.
+
+    Parameters
+    ----------
+    profile : a name in workflow/profiles/.
+    cores : how many cores Snakemake may give to a notebook.
+    rerun : "" keeps results of older code (the tables mark them), "stale" measures those again,
+        "all" everything.
+    """
+    profiles = root() / "workflow" / "profiles"
+    configuration = profiles / f"{profile}.yaml"
+    if not configuration.is_file():
+        known = ", ".join(sorted(file.stem for file in profiles.glob("*.yaml")))
+        print(f"unknown profile {profile!r}: one of {known}")
+        return 2
+    folder = root() / "results" / "runs" / profile
+    _wait_for_others(folder)
+    begin, log = time.time(), folder / "workflow.log"
+    command = [sys.executable, "-m", "nnc_utils.benchmark", *_snakemake(configuration, profile, cores, rerun)]
+    with open(log, "w", encoding="utf-8") as stream:
+        status = subprocess.run(command, cwd=root(), env=environment(), stderr=stream).returncode
+    if status != 0:
+        _tell_failure(folder, log, begin)
+        return status
+    print(f"\nprofile {profile} is complete ({time.time() - begin:.0f} s)\n")
+    tables = root() / "results" / profile
+    if (tables / "compression.csv").is_file():
+        print(results.table(tables))
+        print(f"\nThe report: {tables / 'report.md'}")
+    return 0
+
+
+def _snakemake(configuration: Path, profile: str, cores: str, rerun: str) -> list[str]:
+    settings = [f"profile={profile}", *([f"rerun={rerun}"] if rerun else [])]
+    options = ["--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(root())]
+    options += ["--cores", str(cores), "--scheduler", "greedy", "--keep-going"]
+    # the lock of Snakemake would survive a SIGKILL; run folders have their own, which do not
+    options += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "input", "params", "mtime"]
+    options += ["--quiet", "all", *(["--forceall"] if rerun == "all" else [])]
+    return [*options, "--configfile", str(configuration), "--config", *settings]
+
+
+def _wait_for_others(folder: Path) -> None:
+    lock, what = folder / ".benchmark.lock", "this profile's benchmark"
+    try:
+        processes.lock(lock, wait=1, what=what)
+    except LockedError as error:
+        print(f"{error}\nwaiting for it ...", flush=True)
+        processes.lock(lock, wait=-1, what=what)
+
+
+def _tell_failure(folder: Path, log: Path, begin: float) -> None:
+    errors = [file for file in folder.glob("*/seed=*/error.txt") if file.stat().st_mtime >= begin - 1]
+    for file in errors:
+        run = file.parent
+        print(f"\n{run.parent.name} ({run.name}) failed; {run / 'executed.ipynb'} shows where:")
+        print(file.read_text(encoding="utf-8"))
+    if not errors:
+        print("\nthe workflow failed:\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:]))
+    print("\nCall the same command again to go on: what is finished stays.")
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m nnc_utils.run benchmark``"""
+    parser = argparse.ArgumentParser(prog="python -m nnc_utils.run benchmark", description=__doc__)
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--cores", default="all")
+    parser.add_argument("--rerun", default="", choices=["", "stale", "all"])
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, processes.end_on_signal)
+    return benchmark(options.profile, cores=options.cores, rerun=options.rerun)
+
+
+def _snakemake_below() -> None:
+    """Snakemake as a child that cannot outlive the benchmark."""
+    processes.die_with_parent(gently=True)
+    from snakemake.cli import main as snakemake
+
+    snakemake(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    _snakemake_below()

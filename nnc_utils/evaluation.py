@@ -1,0 +1,168 @@
+"""What a network predicts on a split, how often it is right, and how sure a difference is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnc_utils.data import Split
+
+NO_LOSS_MARGIN = 0.3  # percentage points; "no loss" is said only above minus this
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode for a while; each module then gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def logits(
+    model: nn.Module, split: Split, *, normalize: Callable[[Tensor], Tensor], batch_size: int = 500
+) -> Tensor:
+    """The logits of every image of a split, in fp32 on the device the network is on.
+
+    Parameters
+    ----------
+    model : its mode (train or eval) is the same afterwards.
+    split : images uint8 (n, channels, height, width).
+    normalize : uint8 images -> float32 images, such as `Data.normalize`.
+    batch_size : images at once; a matter of memory only.
+
+    Returns
+    -------
+    float32 tensor (n, classes) on the CPU.
+    """
+    if len(split.images) == 0:
+        raise ValueError("the split has no images: nothing can be predicted")
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode():
+        return torch.cat(
+            [
+                model(normalize(images.to(device)).to(memory_format=torch.channels_last)).float().cpu()
+                for images in split.images.split(batch_size)
+            ]
+        )
+
+
+def predict(
+    model: nn.Module, split: Split, *, normalize: Callable[[Tensor], Tensor], batch_size: int = 500
+) -> np.ndarray:
+    """The class of every image of a split: uint8 (n,); parameters as in `logits`.
+
+    Raises
+    ------
+    ValueError
+        When the network has more than 256 classes, or gives logits that are not finite (whose
+        largest means nothing).
+    """
+    scores = logits(model, split, normalize=normalize, batch_size=batch_size)
+    if scores.shape[1] > 256:
+        raise ValueError(
+            f"the network has {scores.shape[1]} classes: predictions are stored as uint8, 256 at most"
+        )
+    broken = int((~scores.isfinite().all(1)).sum())
+    if broken:
+        raise ValueError(
+            f"the logits of {broken} of {len(scores)} images are not finite: "
+            "the network's weights or scales overflow, look for infinities or NaN in its state_dict"
+        )
+    return scores.argmax(1).to(torch.uint8).numpy()
+
+
+def _hits(predictions: np.ndarray, labels: np.ndarray | Tensor) -> np.ndarray:
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape:
+        raise ValueError(
+            f"predictions have shape {predictions.shape}, labels {labels.shape}: "
+            "one prediction for each label is needed"
+        )
+    return predictions == labels
+
+
+def correct(predictions: np.ndarray, labels: np.ndarray | Tensor) -> int:
+    """The number of predictions (n,) equal to their labels (n,)."""
+    return int(_hits(predictions, labels).sum())
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray | Tensor) -> float:
+    """Correct predictions in percent of all images.
+
+    Examples
+    --------
+    >>> accuracy(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5]))
+    75.0
+    """
+    return 100 * float(_hits(predictions, labels).mean())
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of accuracies in percentage points, and the ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def no_loss(self) -> bool:
+        """Whether "no loss" may be said: the lower end is at least -0.3 points."""
+        return self.low >= -NO_LOSS_MARGIN
+
+    @property
+    def beats(self) -> bool:
+        """Whether "beats" may be said: the whole interval is above 0."""
+        return self.low > 0
+
+    @property
+    def not_below(self) -> bool:
+        """Whether "not below" may be said: the upper end is at least 0."""
+        return self.high >= 0
+
+
+def paired_interval(*, compressed_correct: np.ndarray, reference_correct: np.ndarray) -> Interval:
+    """Compressed minus reference accuracy on the same images, with its 95 % interval.
+
+    For image i, d_i is the mean over the seeds of (compressed correct - reference correct); the
+    interval is mean(d) +- 1.96 sd(d) / sqrt(n), in percentage points. It speaks of other images,
+    not of other seeds: their standard deviation is to stand beside it.
+
+    Parameters
+    ----------
+    compressed_correct, reference_correct : whether each prediction is right, bool (or 0 and 1) of
+        shape (n,) for one seed or (seeds, n).
+
+    Examples
+    --------
+    >>> paired_interval(compressed_correct=np.array([1, 1, 0, 1]), reference_correct=np.array([1, 0, 0, 1]))
+    Interval(mean=25.0, low=-24.0, high=74.0)
+    """
+    given = {"compressed_correct": compressed_correct, "reference_correct": reference_correct}
+    given = {name: np.asarray(array) for name, array in given.items()}
+    compressed, reference = given.values()
+    if compressed.shape != reference.shape:
+        raise ValueError(
+            f"compressed_correct has shape {compressed.shape}, reference_correct {reference.shape}: "
+            "the same seeds and the same images are needed for a paired interval"
+        )
+    if compressed.ndim not in (1, 2) or compressed.shape[-1] < 2 or compressed.shape[0] == 0:
+        raise ValueError(f"shape {compressed.shape}: (n,) or (seeds, n) with at least 2 images is needed")
+    for name, array in given.items():
+        if array.dtype != bool and not np.isin(array, (0, 1)).all():
+            raise ValueError(
+                f"{name} holds other values than 0 and 1: give predictions == labels, not predictions"
+            )
+    difference = np.atleast_2d(100.0 * compressed - 100.0 * reference).mean(0)
+    mean = float(difference.mean())
+    half = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
+    return Interval(mean, mean - half, mean + half)

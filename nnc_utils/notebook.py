@@ -1,0 +1,223 @@
+"""What a notebook calls: `start` in its second cell, `finish` in its last.
+
+A run folder belongs to one writer at a time. ``result.json`` is written last and at once: where it
+is, the run is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nnc_utils import parameters as declarations
+from nnc_utils import processes, provenance
+from nnc_utils.parameters import Parameter
+from nnc_utils.provenance import root
+from nnc_utils.tables import ResultError, Run, RunRecord, read_run
+
+WRITER_WAIT = 30  # seconds, for the kernel of a killed runner to die
+COPY = ".finished.json"  # outlives Snakemake, which deletes result.json where it saw no end of a job
+
+
+@dataclass(frozen=True)
+class Current:
+    """The run that a notebook is writing: its folder, its parameters, the finished runs it builds on."""
+
+    notebook: str
+    folder: Path
+    parameters: dict[str, Any]
+    upstream: list[Run]
+    code: dict[str, str]
+    started: float = field(default_factory=time.time)
+
+    @property
+    def name(self) -> str:
+        """How rows name this run."""
+        return f"{self.parameters.get('profile', 'smoke')}/{self.notebook}/seed={self.seed}"
+
+    @property
+    def seed(self) -> int:
+        """The seed; 1 where the notebook declares none."""
+        return self.parameters.get("seed", 1)
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name: the parameter, or what the upstream runs used."""
+        return self.parameters.get("dataset") or next((run.dataset for run in self.upstream), "")
+
+    def path(self, name: str) -> Path:
+        """A path in the run folder; the folders on the way to it are made."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finish(
+        self,
+        *,
+        compression: Iterable[dict[str, Any]] = (),
+        latency: Iterable[dict[str, Any]] = (),
+        extra: dict[str, Any] | None = None,
+    ) -> Run:
+        """Check the rows, hash every artifact and write result.json.
+
+        Parameters
+        ----------
+        compression, latency : from `results.compression_row` and `results.latency_rows`; the
+            columns profile, run, dataset, seed and commit are filled in here.
+        extra : what later notebooks want to know, as JSON.
+        """
+        from nnc_utils import measure
+
+        commit = provenance.commit()
+        common = {"profile": self.parameters.get("profile", "smoke"), "run": self.name, "commit": commit}
+        common["dataset"] = self.dataset
+        compression, latency = [dict(row) for row in compression], [dict(row) for row in latency]
+        files = {row.pop("file", ""): row["artifact_sha256"] for row in compression}
+        claimed = {row["artifact_sha256"] for row in compression if row["headline"]}
+        try:
+            record = RunRecord(
+                notebook=self.notebook,
+                run=self.name,
+                profile=common["profile"],
+                seed=self.seed,
+                parameters=self.parameters,
+                parameters_sha256=provenance.json_sha256(self.parameters),
+                **self.code,
+                commit=commit,
+                versions=provenance.versions(),
+                hardware=measure.hardware(),
+                upstream=upstream_hashes(self.upstream),
+                wall_seconds=round(time.time() - self.started, 2),
+                dataset=self.dataset,
+                compression=[{"seed": self.seed, **row, **common} for row in compression],
+                latency=[{"seed": self.seed, **row, **common} for row in latency],
+                artifacts=_artifacts(self.folder, files, claimed),
+                extra=extra or {},
+            )
+        except ValidationError as error:
+            raise ResultError(f"{self.name}: a row breaks the protocol: {error}") from None
+        text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False)
+        provenance.write_atomically(self.folder / COPY, text)
+        provenance.write_atomically(self.folder / "result.json", text)
+        if not _headless():  # an open notebook in JupyterLab keeps nobody waiting
+            processes.unlock(self.folder / ".writer.lock")
+        return Run(self.folder, record)
+
+
+def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -> Current:
+    """Begin the run of a notebook, in its second cell: ``run = start("01_baseline", globals())``.
+
+    Checks the parameters, finds the upstream runs, and takes the run folder: `run_dir`, else one
+    under results/smoke/ that belongs to these parameters.
+
+    Parameters
+    ----------
+    notebook : its name without suffix.
+    namespace : the notebook's globals.
+    needs : notebooks whose runs it builds on. Where `upstream` is empty their smoke runs are
+        used, which are made first where they are missing or of other code.
+    """
+    if _headless():
+        processes.die_with_parent(gently=True)
+    path = Path(os.environ.get("NNC_NOTEBOOK", ""))
+    path = path if path.stem == notebook else root() / "notebooks" / f"{notebook}.ipynb"
+    declared = declarations.declared(path)
+    given = {name: namespace[name] for name in declared if name in namespace}
+    values = recorded(declared, given, notebook=notebook)
+    if values.get("upstream"):
+        upstream = [read_run(root() / folder) for folder in values["upstream"]]
+    else:
+        upstream = [_smoke_run(name) for name in needs]
+    folder = root() / given["run_dir"] if given.get("run_dir") else _own_folder(notebook, declared, values)
+    processes.lock(folder / ".writer.lock", wait=WRITER_WAIT, what=f"the run folder {folder}")
+    remove_marks(folder)
+    return Current(notebook, folder, values, upstream, hashes(path))
+
+
+def recorded(declared: dict[str, Parameter], given: dict[str, Any], *, notebook: str) -> dict[str, Any]:
+    """Every parameter's checked value, as it is written into results: where a run is kept is left out."""
+    values = {name: parameter.default for name, parameter in declared.items()} | given
+    values = declarations.check(declared, values, notebook=notebook)
+    values.pop("run_dir", None)
+    if values.get("upstream"):
+        values["upstream"] = [provenance.relative(root() / folder) for folder in values["upstream"]]
+    return values
+
+
+def _headless() -> bool:
+    return bool(os.environ.get("NNC_HEADLESS"))
+
+
+def hashes(notebook: Path) -> dict[str, str]:
+    return {
+        "notebook_sha256": provenance.notebook_sha256(notebook),
+        "code_sha256": provenance.code_sha256(notebook),
+    }
+
+
+def _own_folder(notebook: str, declared: dict[str, Parameter], values: dict[str, Any]) -> Path:
+    own = values != recorded(declared, {}, notebook=notebook)
+    return root() / "results/smoke" / (notebook + (f"-{provenance.json_sha256(values)[:8]}" if own else ""))
+
+
+def remove_marks(folder: Path) -> None:
+    for name in ("result.json", COPY):
+        (folder / name).unlink(missing_ok=True)
+
+
+def upstream_hashes(runs: Iterable[Run]) -> dict[str, str]:
+    return {provenance.relative(r.folder): provenance.file_sha256(r.folder / "result.json") for r in runs}
+
+
+def _artifacts(folder: Path, scored: dict[str, str], claimed: set[str]) -> list[dict[str, Any]]:
+    known = {Path(file).resolve(): sha256 for file, sha256 in scored.items() if file}
+    found = []
+    for file in sorted((folder / "artifacts").glob("*.safetensors")):
+        sha256 = known.get(file.resolve()) or _artifact_sha256(file)
+        record = {"path": f"artifacts/{file.name}", "sha256": provenance.file_sha256(file)}
+        found.append(record | {"artifact_sha256": sha256, "headline": sha256 in claimed})
+    return found
+
+
+def _artifact_sha256(file: Path) -> str:
+    from nnc_utils import artifact
+
+    return artifact.read(file).sha256
+
+
+def _smoke_run(notebook: str) -> Run:
+    path = root() / "notebooks" / f"{notebook}.ipynb"
+    declared = declarations.declared(path)
+    values = recorded(declared, {}, notebook=notebook)
+    folder = _own_folder(notebook, declared, values)
+    wanted = hashes(path) | {"parameters_sha256": provenance.json_sha256(values)}
+    try:
+        run = read_run(folder)
+        if wanted.items() <= run.record.model_dump(include=set(wanted)).items():
+            return run
+    except ResultError:
+        pass  # missing, unfinished or changed: made again
+    print(f"{notebook} is needed first: running it once with its small defaults", flush=True)
+    command = [sys.executable, "-m", "nnc_utils.run", str(path), str(folder), "{}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, env=environment(), **pipes)
+    for line in process.stdout:
+        print(line, end="", flush=True)
+    if process.wait() != 0:
+        raise ResultError(f"{notebook} failed; {folder / 'executed.ipynb'} shows where")
+    return read_run(folder)
+
+
+def environment() -> dict[str, str]:
+    """The environment of a child that shall find this package whether or not it is installed."""
+    paths = [str(provenance.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NNC_ROOT": str(root())}

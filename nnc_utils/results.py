@@ -1,0 +1,383 @@
+"""Results as a notebook or a reader wants them.
+
+Rows (`nnc_utils.rows`) and tables (`nnc_utils.tables`) are built elsewhere and offered here; here
+tables become text: the headline table, report.md and the README between its markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from nnc_utils.provenance import code_sha256, root, write_atomically
+from nnc_utils.rows import (
+    NO_LOSS,
+    CompressionRow,
+    LatencyRow,
+    SummaryRow,
+    compression_row,
+    differences,
+    evidence,
+    latency_rows,
+    read_predictions,
+)
+from nnc_utils.tables import ResultError, Run, labels_name, publish, read_rows, read_run, summarize, to_frame
+
+__all__ = [
+    "CompressionRow",
+    "LatencyRow",
+    "ResultError",
+    "Run",
+    "SummaryRow",
+    "compression_row",
+    "latency_rows",
+    "publish",
+    "read_run",
+    "report",
+    "summarize",
+    "table",
+    "update_readme",
+]
+
+PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
+BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
+STALE = " †"
+STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
+
+
+class Tables:
+    """The committed tables of one profile."""
+
+    def __init__(self, profile_dir: Path) -> None:
+        self.folder = Path(profile_dir)
+        if not (self.folder / "compression.csv").is_file():
+            raise ResultError(f"{self.folder} has no tables yet: run the benchmark of this profile first")
+        kinds = {"compression": CompressionRow, "latency": LatencyRow, "summary": SummaryRow}
+        frames = {name: to_frame(read_rows(self.folder / f"{name}.csv", k), k) for name, k in kinds.items()}
+        self.compression, self.latency, self.summary = frames.values()
+        self.provenance = json.loads((self.folder / "provenance.json").read_text(encoding="utf-8"))
+        self.stale = {run for run, record in self.provenance.items() if _older(record)}
+
+    def networks(self) -> pd.DataFrame:
+        """The rows of the headline: each baseline, then what a claim rests on; of each the first seed."""
+        baseline = (self.compression["technique"] == "baseline") & (self.compression["control"] == "")
+        chosen = self.compression[baseline | (self.compression["headline"] == 1)]
+        chosen = chosen.assign(first=chosen["technique"] != "baseline").sort_values(
+            ["first", "size_ratio", "seed"], kind="stable"
+        )
+        return chosen.drop_duplicates(["dataset", "model", "technique", "method", "point", "control"])
+
+    def timed(self, sha256: str) -> pd.DataFrame:
+        """The latency rows of an artifact at batch 1 with the fewest threads, fp32 and eager first."""
+        rows = self.latency[(self.latency["artifact_sha256"] == sha256) & (self.latency["batch"] == 1)]
+        rows = rows[rows["threads"] == rows["threads"].min()]
+        rows = rows.assign(other=rows["runtime"] != "eager")
+        return rows.sort_values(["precision", "other", "runtime"], kind="stable")
+
+    def differences(self, row: pd.Series, runtime: str = "", precision: str = "") -> dict[str, float]:
+        """Accuracy against the reference, as this runtime computed it on the test images."""
+        folder = self.folder / "predictions"
+        sha256, reference = row["artifact_sha256"], row["reference_sha256"]
+        return differences(
+            compressed=[read_predictions(folder / evidence(sha256, runtime, precision))],
+            reference=[read_predictions(folder / evidence(reference))],
+            labels=read_predictions(folder / labels_name(row["dataset"])),
+        )
+
+
+def _older(record: dict) -> bool:
+    notebook = root() / "notebooks" / f"{record['notebook']}.ipynb"
+    return notebook.is_file() and code_sha256(notebook) != record["code_sha256"]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table whose columns are the keys of its rows."""
+    if not rows:
+        return "_none_"
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | None, form: str, missing: str = "–") -> str:
+    return missing if value is None or pd.isna(value) else format(value, form)
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None or pd.isna(value) else f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
+
+
+def _delta(delta: dict[str, float]) -> str:
+    return "{accuracy_delta:+.2f} [{delta_ci_low:+.2f}, {delta_ci_high:+.2f}]".format(**delta)
+
+
+def _over_seeds(point: pd.Series) -> str:
+    ends = {column: point[column] for column in ("delta_ci_low", "delta_ci_high")}
+    return _delta({"accuracy_delta": point["delta_mean"], **ends})
+
+
+def _network(row: pd.Series) -> str:
+    return " ".join(str(part) for part in (row["model"], row["method"], row["point"]) if part)
+
+
+def table(profile_dir: Path) -> str:
+    """The headline table as Markdown: what the networks weigh, how right they are, how fast, and where.
+
+    A line is one network in one runtime; its accuracy is that of the code that was timed.
+    """
+    tables = Tables(profile_dir)
+    lines = []
+    for _, network in tables.networks().iterrows():
+        is_baseline = network["artifact_sha256"] == network["reference_sha256"]
+        size = {
+            "file": f"{network['artifact_bytes'] / 1e6:.2f} MB",
+            "smaller": _times(network["size_ratio"]),
+        }
+        timed = tables.timed(network["artifact_sha256"])
+        for _, row in timed.iterrows() if len(timed) else [(None, None)]:
+            where = "eager" if row is None else f"{row['runtime']} {row['precision']}"
+            runs = {network["run"]} | ({row["run"]} if row is not None else set())
+            measured = row is None or not pd.isna(row["accuracy"])
+            path = () if row is None else (row["runtime"], row["precision"])
+            delta = tables.differences(network, *path) if measured else None
+            accuracy = network["accuracy"] if row is None else row["accuracy"]
+            line = {"network": _network(network) + (STALE if runs & tables.stale else ""), "runs in": where}
+            line |= {"accuracy": _number(accuracy, ".2f", "not installed")}
+            itself = is_baseline and row is None or is_baseline and row["runtime"] == "eager"
+            line["Δ points [95 %]"] = "reference" if itself else _delta(delta) if delta else "–"
+            line["no loss"] = "–" if itself or not delta else _yes(delta["delta_ci_low"] >= NO_LOSS)
+            line |= size
+            time = {} if row is None else row
+            line["ms"] = _number(time.get("p50_ms"), ".3f")
+            line["× eager fp32"] = _times(time.get("speedup_eager_fp32"))
+            line["× fastest fp32"] = _times(time.get("speedup_best_fp32"))
+            lines.append(line)
+    return markdown(lines) + "\n\n" + _legend(tables)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _legend(tables: Tables) -> str:
+    first = tables.compression.iloc[0]
+    images, seeds = first["total"], tables.compression["seed"].nunique()
+    text = (
+        f"Profile {first['profile']}: {first['dataset']}, {images:,} test images, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}. "
+        f"Δ is the paired difference to the fp32 network in percentage points with its 95 % interval; "
+        f"“no loss” means that its lower end is at least {NO_LOSS}."
+    )
+    if len(tables.latency):
+        timed = tables.latency[tables.latency["batch"] == 1]
+        threads = timed["threads"].min()
+        hardware = tables.provenance.get(timed.iloc[0]["run"], {}).get("hardware", {}) if len(timed) else {}
+        text += (
+            f" ms: median for one picture, {threads} thread{'s' if threads > 1 else ''}"
+            f"{', ' + str(hardware['cpu']) if 'cpu' in hardware else ''}."
+        )
+    return text + ("\n\n" + STALE_NOTE if tables.stale else "")
+
+
+def _claims(tables: Tables) -> str:
+    """What was claimed and whether it holds."""
+    claims = []
+    for _, network in tables.networks().iterrows():
+        if network["headline"] != 1 or network["artifact_sha256"] == network["reference_sha256"]:
+            continue
+        same = tables.summary
+        for column in ("dataset", "technique", "method", "point", "control"):
+            same = same[same[column] == network[column]]
+        point = same.iloc[0]
+        seeds = f"{point['seeds']} seed{'s' if point['seeds'] > 1 else ''}"
+        text = (
+            f"**{_network(network)}** ({network['division']} division): a file "
+            f"{_times(point['size_ratio'])} smaller at {_over_seeds(point)} points over {seeds}: "
+            + ("no loss." if point["no_loss"] else "**not** without loss.")
+        )
+        timed = tables.timed(network["artifact_sha256"])
+        timed = timed[timed["p50_ms"].notna() & (timed["runtime"] != "eager")].sort_values("p50_ms")
+        if len(timed):
+            row = timed.iloc[0]
+            inside = tables.differences(network, row["runtime"], row["precision"])
+            holds = "no loss there" if inside["delta_ci_low"] >= NO_LOSS else "**not** without loss there"
+            text += (
+                f" In {row['runtime']} {row['precision']} {row['p50_ms']:.3f} ms a picture: "
+                f"{_times(row['speedup_eager_fp32'])} as fast as fp32 in eager, "
+                f"{_times(row['speedup_best_fp32'])} as fast as the fastest fp32 runtime; "
+                f"{_delta(inside)} points ({holds}), agreement {row['agreement']:.2f} %."
+            )
+        claims.append(text)
+    return "\n\n".join(claims) or "No row of this profile carries a claim (`headline` = 1)."
+
+
+def _ranking(tables: Tables, division: str) -> str:
+    chosen = tables.summary[tables.summary["division"] == division]
+    chosen = chosen.sort_values(["no_loss", "size_ratio"], ascending=False, kind="stable")
+    lines = []
+    for _, row in chosen.iterrows():
+        lines.append(
+            {
+                "technique": row["technique"],
+                "method": row["method"],
+                "point": row["point"] or "–",
+                "control": row["control"] or "–",
+                "claim": _yes(row["headline"] == 1),
+                "accuracy (sd)": f"{row['accuracy_mean']:.2f} ({_number(row['accuracy_sd'], '.2f')})",
+                "Δ points [95 %]": _over_seeds(row),
+                "no loss": _yes(row["no_loss"] == 1),
+                "smaller": _times(row["size_ratio"]),
+                "bytes": f"{row['artifact_bytes']:,.0f}",
+                "seeds": str(row["seeds"]),
+            }
+        )
+    return markdown(lines)
+
+
+def _latency(tables: Tables) -> str:
+    return markdown(
+        [
+            {
+                "network": "identity" if row["control"] == "identity" else _network(row),
+                "runtime": f"{row['runtime']} {row['precision']}",
+                "batch": str(row["batch"]),
+                "threads": str(row["threads"]),
+                "p50 ms": _number(row["p50_ms"], ".3f", "not installed"),
+                "p90 ms": _number(row["p90_ms"], ".3f"),
+                "images/s": _number(row["throughput"], ",.0f"),
+                "× eager fp32": _times(row["speedup_eager_fp32"]),
+                "× fastest fp32": _times(row["speedup_best_fp32"]),
+                "agreement %": _number(row["agreement"], ".2f"),
+            }
+            for _, row in tables.latency.iterrows()
+        ]
+    )
+
+
+def _not_measured(tables: Tables) -> str:
+    missing = []
+    for _, network in tables.networks().iterrows():
+        if not len(tables.timed(network["artifact_sha256"])):
+            missing.append(f"{_network(network)}: its time.")
+    absent = tables.latency[tables.latency["p50_ms"].isna()]
+    missing += [f"{name}: not installed." for name in sorted(set(absent["runtime"]))]
+    if tables.compression["seed"].nunique() == 1:
+        missing.append("The spread between seeds: there is one, so intervals are about these networks.")
+    for record in tables.provenance.values():
+        for entry in record["artifacts"]:
+            if entry["headline"] and entry["committed"].startswith("not"):
+                name = Path(entry["path"]).stem
+                missing.append(f"{name} is in no repository to be scored again, {entry['committed']}.")
+    return "\n".join(f"- {line}" for line in missing) or "- Nothing that the tables promise."
+
+
+def _provenance(tables: Tables) -> str:
+    lines = [
+        {
+            "run": run,
+            "seed": str(record["seed"]),
+            "commit": record["commit"][:12] + ("-dirty" if record["commit"].endswith("-dirty") else ""),
+            "code": "older than this repository's" if run in tables.stale else "this repository's",
+            "seconds": f"{record['wall_seconds']:.0f}",
+        }
+        for run, record in sorted(tables.provenance.items())
+    ]
+    one = next(iter(tables.provenance.values()))
+    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    hardware = ", ".join(f"{name}: {value}" for name, value in one["hardware"].items())
+    return markdown(lines) + f"\n\nVersions: {versions}.\n\nMachine: {hardware}."
+
+
+def report(profile_dir: Path) -> str:
+    """Write ``report.md`` of a profile from its tables, and return its text."""
+    tables = Tables(profile_dir)
+    figure = "![Size against accuracy, and latency](figures/headline.png)\n\n"
+    text = "\n\n".join(
+        [
+            f"# Results of the {tables.compression.iloc[0]['profile']} profile",
+            _claims(tables),
+            "## Headline",
+            (figure if (tables.folder / "figures/headline.png").is_file() else "") + table(profile_dir),
+            "## Closed division: no gradient step after the baseline",
+            _ranking(tables, "closed"),
+            "## Open division: retrained, or another architecture",
+            _ranking(tables, "open"),
+            "## Time",
+            _latency(tables),
+            "## Not measured",
+            _not_measured(tables),
+            "## Provenance",
+            _provenance(tables),
+        ]
+    )
+    write_atomically(tables.folder / "report.md", text + "\n")
+    return text
+
+
+def readme_block(folder: Path) -> str:
+    """What the README of a clone shall say between its markers: the best profile that has tables."""
+    for profile in PROFILES:
+        profile_dir = folder / "results" / profile
+        if (profile_dir / "compression.csv").is_file():
+            figure = f"results/{profile}/figures/headline.png"
+            alt = "Left: times smaller against test accuracy. Right: median milliseconds a picture."
+            shown = f"\n\n![{alt}]({figure})" if (folder / figure).is_file() else ""
+            return f"{table(profile_dir)}{shown}\n\nEverything else: [report](results/{profile}/report.md)."
+    return ""
+
+
+def readme_says(folder: Path) -> str:
+    """What the README says between its markers now."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ResultError(f"README.md needs the lines {BEGIN} and {END} once each, in this order")
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def without_marks(text: str) -> str:
+    """A table without the marks of stale rows, which come and go with the code around it."""
+    return text.replace(STALE_NOTE, "").replace(STALE, "").replace("\n\n\n\n", "\n\n").strip()
+
+
+def update_readme(folder: Path) -> bool:
+    """Write the headline table and figure into the README; True where that changed it."""
+    readme_says(folder)
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    new = f"{before}{BEGIN}\n{readme_block(folder)}\n{END}{after}"
+    if new != text:
+        write_atomically(path, new)
+    return new != text
+
+
+def main() -> None:
+    """``python -m nnc_utils.results report``: figure, report.md and README from the tables."""
+    parser = argparse.ArgumentParser(prog="python -m nnc_utils.results", description=main.__doc__)
+    parser.add_argument("command", choices=["report"])
+    parser.add_argument("--profile", help="default: every profile that has tables")
+    options = parser.parse_args()
+    names = [options.profile] if options.profile else [*PROFILES, "smoke"]
+    found = [root() / "results" / name for name in names]
+    found = [folder for folder in found if (folder / "compression.csv").is_file()]
+    if not found:
+        raise SystemExit(f"no tables of {', '.join(names)} in {root() / 'results'}: run the benchmark first")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from nnc_utils import figures
+
+    for profile_dir in found:
+        (profile_dir / "figures").mkdir(exist_ok=True)
+        figures.headline(profile_dir).savefig(profile_dir / "figures" / "headline.png")
+        report(profile_dir)
+        print(table(profile_dir))
+        print(f"\n{profile_dir / 'report.md'} written")
+    if (root() / "README.md").is_file() and update_readme(root()):
+        print("README.md updated")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""One measurement is one row: its columns, what they may hold, and how they are computed.
+
+The columns and their order are those of the measurement protocol. Notebooks build rows with
+`compression_row` and `latency_rows`; differences, intervals and ratios are computed here only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NO_LOSS = -0.3  # percentage points: "no loss" means that the interval's lower end is not below
+ROUNDING = 5e-5  # accuracies are stored with four decimals
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Flag = Annotated[int, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Name = Annotated[str, Field(min_length=1)]
+Technique = Literal["baseline", "quantization", "pruning", "distillation", "search", "pipeline", "peer"]
+Division = Literal["closed", "open"]
+
+
+class Row(BaseModel):
+    """What rows share: unknown columns are refused, nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        """The columns in their order."""
+        return list(cls.model_fields)
+
+    @classmethod
+    def from_csv(cls, record: Mapping[str, str]) -> Row:
+        """Read a row of a CSV: an empty field is None where the column may be empty of a number."""
+        may_be_none = {name for name, field in cls.model_fields.items() if field.default is None}
+        return cls(**{k: None if v == "" and k in may_be_none else v for k, v in record.items()})
+
+
+class CompressionRow(Row):
+    """One artifact on the test set."""
+
+    profile: Name
+    run: Name
+    dataset: Name
+    model: Name
+    technique: Technique
+    method: Name
+    point: str
+    seed: Count
+    division: Division
+    control: str
+    headline: Flag
+    simulated: Flag
+    params: Annotated[int, Field(ge=1)]
+    nonzeros: Count
+    macs: Annotated[int, Field(ge=1)]
+    artifact_bytes: Annotated[int, Field(ge=1)]
+    size_ratio: Positive
+    bits_per_weight: Positive
+    correct: Count
+    total: Annotated[int, Field(ge=1)]
+    accuracy: Percent
+    accuracy_delta: Number
+    delta_ci_low: Number
+    delta_ci_high: Number
+    reference_sha256: Sha256
+    train_images: Count
+    train_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    artifact_sha256: Sha256
+    commit: Name
+
+    @model_validator(mode="after")
+    def _agrees(self) -> CompressionRow:
+        if self.correct > self.total:
+            raise ValueError(f"{self.correct} correct of {self.total} images")
+        if abs(self.accuracy - 100 * self.correct / self.total) > ROUNDING + 1e-9:
+            raise ValueError(f"accuracy {self.accuracy} is not {self.correct} of {self.total} images")
+        if not self.delta_ci_low <= self.accuracy_delta <= self.delta_ci_high:
+            raise ValueError(
+                f"the difference {self.accuracy_delta} is outside its interval "
+                f"[{self.delta_ci_low}, {self.delta_ci_high}]"
+            )
+        if self.nonzeros > self.params:
+            raise ValueError(f"{self.nonzeros} non-zeros among {self.params} parameters")
+        return self
+
+
+class LatencyRow(Row):
+    """One artifact in one runtime. Measurements are empty where the runtime is not installed."""
+
+    profile: Name
+    run: Name
+    dataset: Name
+    model: Name
+    technique: Technique
+    method: Name
+    point: str
+    seed: Count
+    control: str
+    headline: Flag
+    runtime: Name
+    precision: Name
+    stored_codes: Flag | None = None
+    batch: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1)]
+    rounds: Count
+    p50_ms: Positive | None = None
+    p90_ms: Positive | None = None
+    iqr_ms: Annotated[float, Field(ge=0)] | None = None
+    throughput: Positive | None = None
+    accuracy: Percent | None = None
+    agreement: Percent | None = None
+    speedup_eager_fp32: Positive | None = None
+    speedup_best_fp32: Positive | None = None
+    peak_rss_mb: Positive | None = None
+    load_ms: Annotated[float, Field(ge=0)] | None = None
+    runtime_bytes: Count | None = None
+    artifact_sha256: Sha256 | Literal[""]
+    commit: Name
+
+    @model_validator(mode="after")
+    def _agrees(self) -> LatencyRow:
+        times = (self.p50_ms, self.p90_ms, self.iqr_ms)
+        if any(t is None for t in times) != all(t is None for t in times):
+            raise ValueError("p50_ms, p90_ms and iqr_ms are either all measured or all empty")
+        if self.p50_ms is not None and self.p90_ms < self.p50_ms:
+            raise ValueError(f"p90 {self.p90_ms} ms is below p50 {self.p50_ms} ms")
+        if not self.artifact_sha256 and self.control != "identity":
+            raise ValueError("only the identity network has no artifact")
+        return self
+
+
+class SummaryRow(Row):
+    """One operating point over its seeds."""
+
+    dataset: Name
+    technique: Technique
+    method: Name
+    point: str
+    control: str
+    seeds: Annotated[int, Field(ge=1)]
+    headline: Flag
+    division: Division
+    accuracy_mean: Percent
+    accuracy_sd: Number | None = None
+    delta_mean: Number
+    delta_ci_low: Number
+    delta_ci_high: Number
+    no_loss: Flag
+    size_ratio: Positive
+    artifact_bytes: Positive
+    params: Positive
+    macs: Positive
+
+
+# --- Evidence: the predictions behind a row -----------------------------------------------------
+
+
+def evidence(sha256: str, runtime: str = "", precision: str = "") -> str:
+    """File name of an artifact's test predictions, in eager or in another runtime."""
+    return ".".join(part for part in (sha256[:16], runtime, precision, "npy") if part)
+
+
+def read_predictions(path: Path) -> np.ndarray:
+    """The classes predicted for the test images, uint8 of shape (images,)."""
+    predictions = np.load(path, allow_pickle=False)
+    if predictions.dtype != np.uint8 or predictions.ndim != 1:
+        raise ValueError(f"{path} holds {predictions.dtype} {predictions.shape}: uint8 (images,) is needed")
+    return predictions
+
+
+def differences(*, compressed: Iterable, reference: Iterable, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy lost or won against a reference, with its paired 95 % interval.
+
+    Parameters
+    ----------
+    compressed, reference : predictions of each seed, (images,) each and in the same order.
+    labels : the true classes, (images,).
+
+    Returns
+    -------
+    accuracy_delta, delta_ci_low, delta_ci_high in percentage points.
+    """
+    from nnc_utils import evaluation
+
+    interval = evaluation.paired_interval(
+        compressed_correct=np.stack([p == labels for p in compressed]),
+        reference_correct=np.stack([p == labels for p in reference]),
+    )
+    low, mean, high = (round(float(v), 4) for v in (interval.low, interval.mean, interval.high))
+    return {"accuracy_delta": mean, "delta_ci_low": low, "delta_ci_high": high}
+
+
+# --- Building rows ------------------------------------------------------------------------------
+
+
+def compression_row(
+    score: Mapping[str, Any],
+    *,
+    reference: Mapping[str, Any],
+    labels: Any,
+    model: str,
+    technique: str,
+    method: str,
+    point: str = "",
+    division: str = "closed",
+    control: str = "",
+    headline: bool = False,
+    train_images: int = 0,
+    train_seconds: float = 0.0,
+) -> dict[str, Any]:
+    """A row of compression.csv from what `measure.score` measured.
+
+    `finish` of a run adds the run's columns and takes `file`, the artifact's path, out again.
+
+    Parameters
+    ----------
+    score : of this artifact: sha256, params, nonzeros, macs, artifact_bytes, bits_per_weight,
+        simulated, correct, total, predictions (file).
+    reference : the same of the artifact it is compared with (path, sha256, predictions); a
+        baseline's reference is itself. An upstream run gives it with ``run.score("baseline")``.
+    labels : the true classes of the test images.
+    headline : chosen on validation before the test set was scored.
+    """
+    labels = np.asarray(labels)
+    predictions = read_predictions(score["predictions"])
+    correct = int((predictions == labels).sum())
+    if (correct, len(labels)) != (score["correct"], score["total"]):
+        raise ValueError(
+            f"{score['path']}: its predictions are right for {correct} of {len(labels)} images, the score "
+            f"says {score['correct']} of {score['total']}: the labels are of another data set or split"
+        )
+    counts = {key: int(score[key]) for key in ("params", "nonzeros", "macs", "artifact_bytes", "simulated")}
+    return {
+        "model": model,
+        "technique": technique,
+        "method": method,
+        "point": point,
+        "division": division,
+        "control": control,
+        "headline": int(headline),
+        **counts,
+        "size_ratio": round(_fp32_bytes(str(reference["path"])) / counts["artifact_bytes"], 4),
+        "bits_per_weight": round(float(score["bits_per_weight"]), 4),
+        "correct": correct,
+        "total": len(labels),
+        "accuracy": round(100 * correct / len(labels), 4),
+        **differences(
+            compressed=[predictions], reference=[read_predictions(reference["predictions"])], labels=labels
+        ),
+        "reference_sha256": reference["sha256"],
+        "train_images": int(train_images),
+        "train_seconds": round(float(train_seconds), 2),
+        "artifact_sha256": score["sha256"],
+        "file": str(score["path"]),
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def _fp32_bytes(path: str) -> int:
+    from nnc_utils import artifact
+
+    return artifact.fp32_bytes(artifact.read(Path(path)).spec)
+
+
+def latency_rows(
+    measured: Iterable[Mapping[str, Any]], networks: Iterable[CompressionRow], *, reference_sha256: str
+) -> list[dict[str, Any]]:
+    """Rows of latency.csv from what `measure.latency` measured.
+
+    Parameters
+    ----------
+    measured : the columns from `runtime` to `runtime_bytes`, and artifact_sha256 ("" or
+        control="identity" for a runtime's identity network).
+    networks : the compression rows of the artifacts; what they are called comes from there.
+    reference_sha256 : the uncompressed network. Both speed-ups are against it in fp32, at the same
+        batch and threads: in eager, and in the fastest runtime that was measured.
+    """
+    named = {row.artifact_sha256: row for row in networks}
+    wanted = [c for c in LatencyRow.columns() if c not in ("profile", "run", "dataset", "commit")]
+    rows = []
+    for measurement in measured:
+        sha256 = measurement.get("artifact_sha256", "")
+        row = {"model": "identity", "technique": "baseline", "method": "identity", "point": "", "headline": 0}
+        row |= {"control": "identity", "artifact_sha256": sha256}
+        if measurement.get("control") != "identity" and sha256:
+            if sha256 not in named:
+                raise ValueError(f"artifact {sha256[:16]} was timed but has no compression row")
+            columns = ("model", "technique", "method", "point", "control", "headline")
+            row |= {column: getattr(named[sha256], column) for column in columns}
+            row["seed"] = named[sha256].seed
+        rows.append(row | {k: v for k, v in measurement.items() if k in wanted and k not in row})
+    for row in rows:
+        row |= _speedups(row, rows, reference_sha256)
+    return rows
+
+
+def _speedups(row: Mapping, rows: list[dict], reference_sha256: str) -> dict[str, float | None]:
+    same = [
+        other
+        for other in rows
+        if other["artifact_sha256"] == reference_sha256
+        and other["precision"] == "fp32"
+        and (other["batch"], other["threads"]) == (row["batch"], row["threads"])
+        and other.get("p50_ms")
+    ]
+    eager = [other["p50_ms"] for other in same if other["runtime"] == "eager"]
+    p50 = row.get("p50_ms")
+    known = p50 and row["control"] != "identity"
+    return {
+        "speedup_eager_fp32": round(eager[0] / p50, 4) if known and eager else None,
+        "speedup_best_fp32": round(min(o["p50_ms"] for o in same) / p50, 4) if known and same else None,
+    }

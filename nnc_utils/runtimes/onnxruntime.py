@@ -1,0 +1,132 @@
+"""ONNX Runtime on the CPU: fp32, and int8 from quantize/dequantize pairs.
+
+On x86 processors without VNNI its kernel for U8 activations and S8 weights adds two products in 16 bits
+and saturates: codes up to ±127 may give wrong sums there, codes up to ±63 (7 bits) cannot. The
+agreement that `measure.latency` reports shows it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+
+if TYPE_CHECKING:
+    import onnx
+
+    from nnc_utils.artifact import Artifact
+
+PRECISIONS = ("fp32", "int8")
+INTEGER = {
+    "QLinearConv": "conv",
+    "QGemm": "linear",
+    "QLinearAdd": "add",
+    "QLinearGlobalAveragePool": "average_pool",
+}
+FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Sum", "GlobalAveragePool", "Relu")
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # a graph optimized for this machine is wanted, no warning needed
+    return options
+
+
+class OnnxRuntimeSession:
+    """An inference session; see `runtimes.Session`. `model` is a file, or a serialized model."""
+
+    def __init__(self, model: Path | bytes, threads: int) -> None:
+        self._model = model if isinstance(model, bytes) else str(model)
+        self._session = ort.InferenceSession(
+            self._model, _options(threads), providers=["CPUExecutionProvider"]
+        )
+        self._input = self._session.get_inputs()[0].name
+        self.runtime_bytes = len(model) if isinstance(model, bytes) else model.stat().st_size
+
+    @property
+    def threads(self) -> int:
+        """As the session has them."""
+        return self._session.get_session_options().intra_op_num_threads
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Normalized float32 (batch, C, H, W) -> float32 logits (batch, classes)."""
+        return self._session.run(None, {self._input: images})[0]
+
+    @cached_property
+    def integer_operators(self) -> dict[str, int]:
+        """Counted in the graph that the runtime executes, which it writes down once more for this."""
+        import onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            options = _options(1)
+            options.optimized_model_filepath = os.path.join(folder, "executed.onnx")
+            ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+            executed = onnx.load(options.optimized_model_filepath)
+        return count_operators(executed)
+
+
+def count_operators(executed: onnx.ModelProto) -> dict[str, int]:
+    """Kinds of integer operators in a graph that ONNX Runtime optimized, and those left in floats."""
+    producers = {output: node for node in executed.graph.node for output in node.output}
+    counts: Counter[str] = Counter()
+    for node in executed.graph.node:
+        if node.op_type in INTEGER:
+            counts[INTEGER[node.op_type]] += 1
+        elif node.op_type in FLOAT:
+            counts[f"float {node.op_type}"] += 1
+        elif node.op_type.endswith("MaxPool"):  # takes either; what made its input tells
+            source = producers.get(node.input[0])
+            while source is not None and source.op_type in ("Transpose", "ReorderInput"):
+                source = producers.get(source.input[0])
+            integer = source is not None and source.op_type.startswith("Q")
+            counts["max_pool" if integer else f"float {node.op_type}"] += 1
+    return dict(counts)
+
+
+def prepare(artifact: Artifact, precision: str, threads: int) -> OnnxRuntimeSession:
+    """An artifact as ONNX, loaded."""
+    from nnc_utils.runtimes import qdq
+
+    return OnnxRuntimeSession(qdq.onnx_model(artifact, precision).SerializeToString(), threads)
+
+
+def convert(source: Path, precision: str, folder: Path) -> Path:
+    """Write the ONNX model of an artifact's file."""
+    from nnc_utils import artifact as artifacts
+    from nnc_utils.runtimes import qdq
+
+    artifact = artifacts.read(source)
+    target = Path(folder) / f"{artifact.sha256[:16]}.{precision}.onnx"
+    target.write_bytes(qdq.onnx_model(artifact, precision).SerializeToString())
+    return target
+
+
+def load(path: Path, precision: str, threads: int) -> OnnxRuntimeSession:
+    """A session of an ONNX file."""
+    return OnnxRuntimeSession(Path(path), threads)
+
+
+def identity(shape: tuple[int, int], threads: int) -> OnnxRuntimeSession:
+    """A graph with one Identity node."""
+    from onnx import TensorProto, helper
+
+    from nnc_utils.runtimes import IR_VERSION, OPSET
+
+    channels, size = shape
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, size, size])
+        for name in ("images", "same")
+    ]
+    node = helper.make_node("Identity", ["images"], ["same"])
+    graph = helper.make_graph([node], "identity", ends[:1], ends[1:])
+    opset = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
+    return OnnxRuntimeSession(model.SerializeToString(), threads)

@@ -1,0 +1,330 @@
+"""The one lowering to integers: every integer runtime gets the codes that are in the artifact.
+
+`steps` lists what a network computes, `lower` turns an artifact into 8-bit integers with their
+scales, `onnx_model` writes either form down as ONNX, `check_integer` says whether a runtime took it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from nnc_utils import encoding, models
+from nnc_utils.artifact import Artifact
+from nnc_utils.models import Layer, Spec
+from nnc_utils.runtimes import IR_VERSION, OPSET
+
+PRECISIONS = ("fp32", "int8")
+BATCH_NORM_EPSILON = 1e-5  # of nn.BatchNorm2d
+# A bias above this could carry the 32-bit sum over its end; products alone stay far below.
+BIAS_LIMIT = 2**30
+# Where a channel's scale vanishes, its product with an input's scale must still be a normal float.
+SMALLEST_SCALE = 2.0**-90
+
+
+class LoweringError(ValueError):
+    """An artifact that cannot be written down as asked."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation. Tensors are called as the `models.Activation` that rounds them.
+
+    Parameters
+    ----------
+    kind : "conv", "linear", "add", "max_pool" or "average_pool".
+    name : the layer's, or the block's and ".add".
+    inputs, output : names of tensors. The max-pool has no rounding of its own: its output, "maxpool",
+        has the range of its input.
+    relu : whether a ReLU follows.
+    layer : shape of a convolution or linear layer, else None.
+    """
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+    relu: bool = False
+    layer: Layer | None = None
+
+
+def steps(spec: Spec) -> list[Step]:
+    """What a network computes between "quant_input" and "quant_logits", in order."""
+    shapes = {layer.name: layer for layer in models.layers(spec)}
+    found = [Step("conv", "conv1", ("quant_input",), "quant_stem", True, shapes["conv1"])]
+    if models.STEMS[spec.stem][2]:
+        found.append(Step("max_pool", "maxpool", ("quant_stem",), "maxpool"))
+    for name, block in models.named_blocks(spec):
+        skip = tensor = found[-1].output
+        last = len(block.widths)
+        for i in range(1, last + 1):
+            added = i == last and block.connection != "none"
+            output = f"{name}.quant{i}" if i < last or added else f"{name}.quant_out"
+            conv = f"{name}.conv{i}"
+            found.append(Step("conv", conv, (tensor,), output, not added, shapes[conv]))
+            tensor = output
+        if block.connection == "projection":
+            conv, output = f"{name}.downsample.0", f"{name}.quant_downsample"
+            found.append(Step("conv", conv, (skip,), output, False, shapes[conv]))
+            skip = output
+        if block.connection != "none":
+            found.append(Step("add", f"{name}.add", (tensor, skip), f"{name}.quant_out", True))
+    found.append(Step("average_pool", "avgpool", (found[-1].output,), "quant_pool"))
+    found.append(Step("linear", "fc", ("quant_pool",), "quant_logits", False, shapes["fc"]))
+    return found
+
+
+def check_integer(spec: Spec, counts: Mapping[str, int]) -> None:
+    """Make sure that a runtime computes every convolution, linear layer and add in integers.
+
+    Parameters
+    ----------
+    spec : the network's.
+    counts : kind of step -> how many the runtime runs in integers (a session's `integer_operators`).
+
+    Raises
+    ------
+    RuntimeError
+        Names each kind whose count differs, and what the runtime says of the rest.
+    """
+    kinds = [step.kind for step in steps(spec)]
+    wanted = {kind: kinds.count(kind) for kind in ("conv", "linear", "add")}
+    wrong = [f"{counts.get(k, 0)} of {n} {k}" for k, n in wanted.items() if counts.get(k, 0) != n]
+    if wrong:
+        raise RuntimeError(
+            f"not an int8 network: the runtime computes {', '.join(wrong)} operators in integers "
+            f"(it runs {dict(counts)}); this is not to be reported as int8"
+        )
+
+
+# --- Integers -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A layer with its batch-norm folded in: ``scale * codes`` and ``input's scale * scale * bias``.
+
+    `codes` int8 in ±127, shape of the weight; `scale` float32 (out,); `bias` int32 (out,);
+    `stored_codes` says whether |codes| are those of the file.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor
+    stored_codes: bool
+
+
+@dataclass(frozen=True)
+class IntegerNetwork:
+    """A network in 8-bit integers: its steps, each layer's integers, each tensor's (scale, zero-point)."""
+
+    spec: Spec
+    steps: tuple[Step, ...]
+    layers: dict[str, IntegerLayer]
+    ranges: dict[str, tuple[float, int]]
+
+    @property
+    def stored_codes(self) -> bool:
+        """Whether every layer computes with the codes of the file."""
+        return all(layer.stored_codes for layer in self.layers.values())
+
+
+def lower(artifact: Artifact) -> IntegerNetwork:
+    """An artifact as 8-bit integers.
+
+    Folding batch-norm multiplies a channel's scale by γ/√(σ²+ε) and leaves its codes alone but for
+    their sign, so uniform codes of at most 8 bits stay those of the file. Any other encoding is
+    rounded anew, each channel over its largest weight.
+
+    Raises
+    ------
+    LoweringError
+        When activation ranges are missing or cannot stand for a ReLU, or a number is not finite.
+    """
+    order = tuple(steps(artifact.spec))
+    ranges = _ranges(artifact, order)
+    integer_layers = {}
+    for step in order:
+        if step.layer is not None:
+            factor, bias = _fold(artifact, step.layer)
+            input_scale = ranges[step.inputs[0]][0]
+            integer_layers[step.name] = _integers(artifact.weights[step.name], factor, bias, input_scale)
+    return IntegerNetwork(artifact.spec, order, integer_layers, ranges)
+
+
+def _ranges(artifact: Artifact, order: tuple[Step, ...]) -> dict[str, tuple[float, int]]:
+    # Logits may stay as they are: the classifier's sums are integers either way, and 8 bits can tie classes.
+    unrounded = {"maxpool", "quant_logits"} - artifact.ranges.keys()
+    rounded = ["quant_input", *(step.output for step in order if step.output not in unrounded)]
+    missing = [name for name in rounded if name not in artifact.ranges]
+    if missing:
+        raise LoweringError(
+            f"the artifact has no activation range for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}: calibrate the network and save it again, "
+            "or ask for precision 'fp32'"
+        )
+    ranges = {name: artifact.ranges[name] for name in rounded}
+    for step in order:
+        if step.kind == "max_pool":
+            ranges[step.output] = ranges[step.inputs[0]]
+        if step.relu and ranges[step.output][1] != 0:
+            raise LoweringError(
+                f"{step.output} has zero-point {ranges[step.output][1]}: behind a ReLU it has to be 0, so that "
+                "clamping the codes at 0 is the ReLU"
+            )
+    return ranges
+
+
+def _fold(artifact: Artifact, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Factor and bias of each output channel, float64: what batch-norm makes of the weight."""
+    norm, tensors = layer.batch_norm, artifact.tensors
+    if norm is None:
+        bias = tensors[f"{layer.name}.bias"].double()
+        factor = torch.ones_like(bias)
+    else:
+        names = ("weight", "bias", "running_mean", "running_var")
+        gamma, beta, mean, variance = (tensors[f"{norm}.{name}"].double() for name in names)
+        factor = gamma / (variance + BATCH_NORM_EPSILON).sqrt()
+        bias = beta - mean * factor
+    if not (factor.isfinite().all() and bias.isfinite().all()):
+        raise LoweringError(f"{norm or layer.name} holds numbers that are not finite (NaN or infinite)")
+    return factor, bias
+
+
+def _integers(weight: encoding.Encoding, factor: Tensor, bias: Tensor, input_scale: float) -> IntegerLayer:
+    stored = isinstance(weight, encoding.Uniform) and weight.bits <= 8 and weight.axis in (None, 0)
+    if stored:
+        codes, scale = weight.codes.double(), weight.scale.double().expand(len(factor))
+    else:
+        values = encoding.decode(weight).double()
+        scale = values.flatten(1).abs().amax(1) / 127
+        codes = (values / _column(scale.clamp(min=SMALLEST_SCALE), values)).round()
+    codes, folded = codes * _column(factor.sign(), codes), scale * factor.abs()
+    # A channel with γ≈0 carries only its bias: its scale grows until the bias fits, its codes shrink.
+    fitting = torch.maximum(folded, bias.abs() / (input_scale * BIAS_LIMIT)).clamp(min=SMALLEST_SCALE)
+    codes = (codes * _column(folded / fitting, codes)).round()
+    fitting = fitting.float()
+    bias = (bias / (input_scale * fitting.double())).round()
+    return IntegerLayer(codes.to(torch.int8), fitting, bias.to(torch.int32), stored)
+
+
+def _column(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.reshape(-1, *[1] * (like.ndim - 1))
+
+
+# --- ONNX ---------------------------------------------------------------------------------------
+
+
+def onnx_model(artifact: Artifact, precision: str) -> onnx.ModelProto:
+    """An artifact as an ONNX model: float32 "images" (batch, C, H, W) -> float32 "logits".
+
+    Parameters
+    ----------
+    artifact : an `artifact.Artifact`.
+    precision : "fp32": decoded weights, batch-norm folded, activations never rounded. "int8": the
+        integers of `lower`, each tensor between a quantize and a dequantize node.
+
+    Raises
+    ------
+    LoweringError
+    """
+    if precision == "fp32":
+        return _float_model(artifact)
+    if precision == "int8":
+        return integer_model(lower(artifact))
+    raise LoweringError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
+
+
+def _float_model(artifact: Artifact) -> onnx.ModelProto:
+    nodes, constants = [], {}
+    order = steps(artifact.spec)
+    for step in order:
+        inputs = ["images" if name == "quant_input" else name for name in step.inputs]
+        if step.layer is not None:
+            factor, bias = _fold(artifact, step.layer)
+            weight = encoding.decode(artifact.weights[step.name]).double()
+            constants[f"{step.name}.weight"] = (weight * _column(factor, weight)).float()
+            constants[f"{step.name}.bias"] = bias.float()
+            inputs += [f"{step.name}.weight", f"{step.name}.bias"]
+        if step.kind == "linear":
+            nodes.append(helper.make_node("Flatten", [inputs[0]], ["features"]))
+            inputs[0] = "features"
+        output = "logits" if step is order[-1] else step.output
+        before = f"{output}.before_relu" if step.relu else output
+        nodes.append(_operator(step, inputs, before))
+        if step.relu:
+            nodes.append(helper.make_node("Relu", [before], [output], name=f"{step.name}.relu"))
+    return _model(artifact.spec, nodes, constants)
+
+
+def integer_model(network: IntegerNetwork) -> onnx.ModelProto:
+    """What `onnx_model` writes for int8, of a network that is lowered already."""
+    nodes, constants = [], {}
+
+    def rounded(tensor: str, output: str, scale: Tensor | float, zero_point: int) -> None:
+        constants[f"{output}.scale"] = torch.tensor(scale, dtype=torch.float32)
+        constants[f"{output}.zero_point"] = torch.tensor(zero_point, dtype=torch.uint8)
+        parameters = [f"{output}.scale", f"{output}.zero_point"]
+        nodes.append(helper.make_node("QuantizeLinear", [tensor, *parameters], [f"{output}.codes"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{output}.codes", *parameters], [output]))
+
+    def constant(name: str, codes: Tensor, scale: Tensor) -> str:
+        constants[f"{name}.codes"], constants[f"{name}.scale"] = codes, scale
+        constants[f"{name}.zero_point"] = torch.zeros(len(scale), dtype=codes.dtype)
+        parameters = [f"{name}.scale", f"{name}.zero_point"]
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}.codes", *parameters], [name], axis=0))
+        return name
+
+    rounded("images", "quant_input", *network.ranges["quant_input"])
+    for step in network.steps:
+        inputs = list(step.inputs)
+        if step.layer is not None:
+            layer = network.layers[step.name]
+            inputs.append(constant(f"{step.name}.weight", layer.codes, layer.scale))
+            input_scale = torch.tensor(network.ranges[step.inputs[0]][0], dtype=torch.float32)
+            inputs.append(constant(f"{step.name}.bias", layer.bias, input_scale * layer.scale))
+        if step.kind == "linear":
+            # Rounded again behind the flattening, which is so a mere change of the codes' shape.
+            nodes.append(helper.make_node("Flatten", [inputs[0]], ["features.float"]))
+            rounded("features.float", "features", *network.ranges[step.inputs[0]])
+            inputs[0] = "features"
+        # No node for a ReLU: codes that are clamped at 0, where 0 is the zero-point, are one.
+        output = "logits" if step is network.steps[-1] else step.output
+        if step.output in network.ranges:
+            nodes.append(_operator(step, inputs, f"{output}.float"))
+            rounded(f"{output}.float", output, *network.ranges[step.output])
+        else:
+            nodes.append(_operator(step, inputs, output))
+    return _model(network.spec, nodes, constants)
+
+
+def _operator(step: Step, inputs: list[str], output: str) -> onnx.NodeProto:
+    operator, attributes = {
+        "conv": ("Conv", {}),
+        "linear": ("Gemm", {"transB": 1}),
+        "add": ("Add", {}),
+        "max_pool": ("MaxPool", {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1] * 4}),
+        "average_pool": ("GlobalAveragePool", {}),
+    }[step.kind]
+    if step.kind == "conv":
+        kernel, stride = step.layer.kernel, step.layer.stride
+        attributes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [kernel // 2] * 4}
+    return helper.make_node(operator, inputs, [output], name=step.name, **attributes)
+
+
+def _model(spec: Spec, nodes: list[onnx.NodeProto], constants: dict[str, Tensor]) -> onnx.ModelProto:
+    pictures = ["batch", spec.channels, spec.size, spec.size]
+    graph = helper.make_graph(
+        nodes,
+        "nnc_utils",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, pictures)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", spec.classes])],
+        [numpy_helper.from_array(t.contiguous().numpy(), name) for name, t in constants.items()],
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="nnc_utils")

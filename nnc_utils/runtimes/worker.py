@@ -1,0 +1,133 @@
+"""A process with one runtime in it, which loads, times and predicts as it is told.
+
+``python -m nnc_utils.runtimes.worker NAME`` reads a JSON object a line from stdin and answers each with
+one on stdout. Between orders it is blocked, so it takes nothing from another worker that is being timed.
+It imports its runtime and nothing else, so that its memory is the runtime's, and ends with stdin.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from nnc_utils import runtimes
+
+FEWEST, MOST = 3, 1000  # samples a visit
+
+
+class Worker:
+    """The sessions of one runtime by key; each public method is an order."""
+
+    def __init__(self, runtime: str) -> None:
+        self._adapter = runtimes.adapter(runtime)
+        self._sessions: dict[str, runtimes.Session] = {}
+        self._images: dict[str, np.ndarray] = {}
+
+    def load(self, *, key: str, path: str, precision: str, threads: int) -> dict[str, Any]:
+        """Load what `convert` made; `load_ms` is the time of that."""
+        start = time.perf_counter_ns()
+        session = self._adapter.load(Path(path), precision, threads)
+        load_ms = (time.perf_counter_ns() - start) / 1e6
+        self._sessions[key] = session
+        return {"load_ms": load_ms, "threads": session.threads, "runtime_bytes": session.runtime_bytes}
+
+    def identity(self, *, key: str, shape: list[int], threads: int) -> dict[str, Any]:
+        """Make a network that gives its input back."""
+        self._sessions[key] = self._adapter.identity(tuple(shape), threads)
+        return {"threads": self._sessions[key].threads}
+
+    def operators(self, *, key: str) -> dict[str, int]:
+        """The integer operators of a session."""
+        return dict(self._sessions[key].integer_operators)
+
+    def time(self, *, key: str, images: str, batch: int, seconds: float) -> list[int]:
+        """Nanoseconds of single predictions for about so many seconds, after a warm-up of a tenth."""
+        session = self._sessions[key]
+        inputs = np.ascontiguousarray(np.resize(self._read(images), (batch, *self._read(images).shape[1:])))
+        warm_until = time.perf_counter() + seconds / 10
+        session.predict(inputs)
+        while time.perf_counter() < warm_until:
+            session.predict(inputs)
+        samples: list[int] = []
+        clock, until = time.perf_counter_ns, time.perf_counter() + 0.9 * seconds
+        gc.collect()
+        gc.disable()
+        while len(samples) < FEWEST or (len(samples) < MOST and time.perf_counter() < until):
+            start = clock()
+            session.predict(inputs)
+            samples.append(clock() - start)
+        gc.enable()
+        return samples
+
+    def predict(self, *, key: str, images: str, batch: int, target: str) -> dict[str, Any]:
+        """Write the class of every image, uint8, as predicted batch by batch."""
+        session, pictures = self._sessions[key], self._read(images)
+        batches = (pictures[start : start + batch] for start in range(0, len(pictures), batch))
+        logits = np.concatenate([session.predict(np.ascontiguousarray(inputs)) for inputs in batches])
+        if not np.isfinite(logits).all():
+            raise ValueError("the runtime's logits are not finite")
+        np.save(target, logits.argmax(1).astype(np.uint8))
+        return {}
+
+    def memory(self) -> dict[str, float]:
+        """The most memory this process has had, in MB (10**6 bytes)."""
+        return {"peak_rss_mb": peak_rss() / 1e6}
+
+    def _read(self, images: str) -> np.ndarray:
+        if images not in self._images:
+            self._images[images] = np.load(images, mmap_mode="r")
+        return self._images[images]
+
+
+def peak_rss() -> int:
+    """The most memory this process has had, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _orders() -> Iterator[dict[str, Any]]:
+    """Orders as they come; a thread waits for them, so that stdin's end ends a long order, too."""
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            waiting.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield json.loads(waiting.get())
+
+
+def main(runtime: str) -> None:
+    """Serve until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints is no answer
+    worker = Worker(runtime)
+    for order in _orders():
+        act: Callable[..., Any] = getattr(worker, order.pop("order"))
+        try:
+            answer = {"answer": act(**order)}
+        except Exception as error:  # told to whoever gave the order
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

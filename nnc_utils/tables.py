@@ -1,0 +1,317 @@
+"""Finished runs and what becomes of them: CSV tables with their evidence, and the summary.
+
+A run folder holds artifacts, predictions and, written last, ``result.json``. `publish` turns run
+folders into ``results/<profile>/``; `nnc_utils.results` makes text of that.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nnc_utils.provenance import file_sha256, json_sha256, write_atomically
+from nnc_utils.rows import (
+    NO_LOSS,
+    CompressionRow,
+    LatencyRow,
+    Row,
+    Sha256,
+    SummaryRow,
+    differences,
+    evidence,
+    read_predictions,
+)
+
+COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
+POINT = ["dataset", "technique", "method", "point", "control"]
+
+
+class ResultError(ValueError):
+    """A run folder or a table that cannot be trusted."""
+
+
+class ArtifactRecord(BaseModel):
+    """A file of a run: where, its SHA-256, the SHA-256 that the artifact carries, if it backs a claim."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: str
+    sha256: Sha256
+    artifact_sha256: Sha256
+    headline: bool = False
+
+
+class RunRecord(BaseModel):
+    """What result.json says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    notebook: str
+    notebook_sha256: Sha256
+    run: str
+    profile: str
+    seed: int
+    parameters: dict[str, Any]
+    parameters_sha256: Sha256
+    code_sha256: Sha256
+    commit: str
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    upstream: dict[str, Sha256]
+    wall_seconds: float
+    dataset: str
+    compression: list[CompressionRow]
+    latency: list[LatencyRow]
+    artifacts: list[ArtifactRecord]
+    extra: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and what its result.json says (`record`)."""
+
+    folder: Path
+    record: RunRecord
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        return self.record.dataset
+
+    @property
+    def compression(self) -> list[CompressionRow]:
+        """Its compression rows."""
+        return self.record.compression
+
+    @property
+    def latency(self) -> list[LatencyRow]:
+        """Its latency rows."""
+        return self.record.latency
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What the notebook wanted later ones to know."""
+        return self.record.extra
+
+    def artifact(self, name: str) -> Path:
+        """The file of an artifact by its name without folder and suffix."""
+        return self.folder / self._record_of(name).path
+
+    def score(self, name: str) -> dict[str, Any]:
+        """path, sha256 and predictions of an artifact: a reference for `compression_row`."""
+        record = self._record_of(name)
+        predictions = self.folder / "predictions" / evidence(record.artifact_sha256)
+        if not predictions.is_file():
+            raise ResultError(f"{self.record.run}: {name} was never scored, there is no {predictions}")
+        path = self.folder / record.path
+        return {"path": path, "sha256": record.artifact_sha256, "predictions": predictions}
+
+    def _record_of(self, name: str) -> ArtifactRecord:
+        named = {Path(record.path).stem: record for record in self.record.artifacts}
+        if name not in named:
+            known = ", ".join(named) or "none"
+            raise ResultError(f"{self.record.run} has no artifact {name!r}: it has {known}")
+        return named[name]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a finished run and check it: its rows, its hashes, every artifact's bytes.
+
+    Raises
+    ------
+    ResultError
+        When it is unfinished, or anything in it does not agree; the message says what.
+    """
+    folder = Path(folder)
+    path = folder / "result.json"
+    if not path.is_file():
+        raise ResultError(f"{folder} is no finished run: it has no result.json. Run its notebook first")
+    try:
+        record = RunRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ResultError(f"{path} is not valid: {error}") from None
+    if json_sha256(record.parameters) != record.parameters_sha256:
+        raise ResultError(f"{path}: the parameters do not have the hash that stands beside them")
+    for artifact in record.artifacts:
+        file = folder / artifact.path
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ResultError(f"{path} names {artifact.path}, a file outside its run folder")
+        if not file.is_file() or file_sha256(file) != artifact.sha256:
+            state = "differs from the one that was measured" if file.is_file() else "is missing"
+            raise ResultError(f"{file} {state}: run {record.notebook} again")
+    for row in (*record.compression, *record.latency):
+        if (row.run, row.profile) != (record.run, record.profile):
+            raise ResultError(f"{path}: a row is of run {row.run}, profile {row.profile}")
+    return Run(folder, record)
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Any]:
+    """The rows of a CSV, checked; a table without the protocol's columns in order is a ResultError."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        if reader.fieldnames != kind.columns():
+            raise ResultError(f"{path} has the columns {reader.fieldnames}: {kind.columns()} are needed")
+        rows = []
+        for record in reader:
+            try:
+                rows.append(kind.from_csv(record))
+            except (ValidationError, TypeError) as error:
+                raise ResultError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
+
+
+def to_frame(rows: Iterable[Row], kind: type[Row]) -> pd.DataFrame:
+    """Rows as a data frame with the protocol's columns."""
+    return pd.DataFrame([row.model_dump() for row in rows], columns=kind.columns())
+
+
+def labels_name(dataset: str) -> str:
+    """File name of a data set's test labels."""
+    return f"labels-{re.sub(r'[^A-Za-z0-9.-]+', '_', dataset)}.npy"
+
+
+def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
+    """One row per operating point, over its seeds (the protocol's rule 4).
+
+    Parameters
+    ----------
+    compression : the table.
+    predictions : folder with the predictions of every artifact and the labels.
+
+    Returns
+    -------
+    The table of `SummaryRow`; no_loss = 1 where the interval's lower end is at least -0.3 points.
+    """
+    rows = []
+    for key, group in compression.groupby(POINT, sort=False):
+        point = dict(zip(POINT, key, strict=True))
+        labels = read_predictions(predictions / labels_name(point["dataset"]))
+        deltas = differences(
+            compressed=[read_predictions(predictions / evidence(s)) for s in group["artifact_sha256"]],
+            reference=[read_predictions(predictions / evidence(s)) for s in group["reference_sha256"]],
+            labels=labels,
+        )
+        accuracies = [float(a) for a in group["accuracy"]]
+        sizes = ("size_ratio", "artifact_bytes", "params", "macs")
+        means = {column: round(float(group[column].mean()), 4) for column in sizes}
+        if group["seed"].duplicated().any() or group["division"].nunique() > 1:
+            raise ResultError(f"{point}: a seed occurs twice, or its rows are of two divisions")
+        rows.append(
+            SummaryRow(
+                **point,
+                **means,
+                seeds=len(group),
+                headline=int(group["headline"].max()),
+                division=group["division"].iloc[0],
+                accuracy_mean=round(statistics.fmean(accuracies), 4),
+                accuracy_sd=round(statistics.stdev(accuracies), 4) if len(accuracies) > 1 else None,
+                delta_mean=deltas["accuracy_delta"],
+                delta_ci_low=deltas["delta_ci_low"],
+                delta_ci_high=deltas["delta_ci_high"],
+                no_loss=int(deltas["delta_ci_low"] >= NO_LOSS),
+            )
+        )
+    return to_frame(rows, SummaryRow)
+
+
+def publish(runs: list[Path], out: Path) -> None:
+    """Write a profile's tables and their evidence; what was there before goes.
+
+    compression.csv, latency.csv, summary.csv, provenance.json, predictions/ (of every row, and the
+    labels), artifacts/ (of rows that carry a claim, as far as they are small enough to commit).
+
+    Parameters
+    ----------
+    runs : run folders of one profile, a row's reference among them.
+    out : ``results/<profile>``.
+
+    Raises
+    ------
+    ResultError
+        When a run is unfinished or not as it was measured, or evidence is missing.
+    """
+    finished = [read_run(folder) for folder in runs]
+    finished.sort(key=lambda run: (run.record.notebook, run.record.seed))
+    profiles = {run.record.profile for run in finished}
+    names = [run.record.run for run in finished]
+    if len(profiles) != 1 or len(set(names)) != len(names):
+        raise ResultError(f"runs of one profile, each once, are needed, not {', '.join(names) or 'none'}")
+    compression = [row for run in finished for row in run.compression]
+    latency = [row for run in finished for row in run.latency]
+
+    kept = {"predictions": set(), "artifacts": set()}
+    for name, content in _evidence(finished).items():
+        _place(out / "predictions" / name, content)
+        kept["predictions"].add(name)
+    provenance = {}
+    for run in finished:
+        record = run.record.model_dump(exclude={"compression", "latency", "extra", "run"})
+        for entry in record["artifacts"]:
+            file, name = run.folder / entry["path"], f"{entry['artifact_sha256'][:16]}.safetensors"
+            entry["bytes"] = file.stat().st_size
+            entry["committed"] = "not: it carries no claim"
+            if entry["headline"] and entry["bytes"] > COMMITTED_BYTES:
+                entry["committed"] = f"not: {entry['bytes']:,} bytes are more than {COMMITTED_BYTES:,}"
+            elif entry["headline"]:
+                entry["committed"] = f"artifacts/{name}"
+                _place(out / "artifacts" / name, file.read_bytes())
+                kept["artifacts"].add(name)
+        provenance[run.record.run] = record
+    summary = summarize(to_frame(compression, CompressionRow), out / "predictions")
+    _place(out / "compression.csv", _csv(to_frame(compression, CompressionRow)))
+    _place(out / "latency.csv", _csv(to_frame(latency, LatencyRow)))
+    _place(out / "summary.csv", _csv(summary))
+    _place(out / "provenance.json", (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
+    for folder, names in kept.items():
+        for file in (out / folder).glob("*"):
+            if file.name not in names:
+                file.unlink()
+
+
+def _evidence(runs: list[Run]) -> dict[str, bytes]:
+    """File name -> content: predictions of every row and of its reference, the labels."""
+    needed: dict[str, str] = {}
+    for row in (row for run in runs for row in run.compression):
+        needed |= {evidence(row.artifact_sha256): row.run, evidence(row.reference_sha256): row.run}
+    for row in (row for run in runs for row in run.latency):
+        if row.accuracy is not None:
+            needed[evidence(row.artifact_sha256, row.runtime, row.precision)] = row.run
+    found: dict[str, bytes] = {}
+    for name, run_name in needed.items():
+        contents = {
+            (run.folder / "predictions" / name).read_bytes()
+            for run in runs
+            if (run.folder / "predictions" / name).is_file()
+        }
+        if len(contents) != 1:
+            why = "are missing" if not contents else "differ between two runs"
+            raise ResultError(f"the predictions {name} of a row of {run_name} {why}: run its notebook again")
+        found[name] = contents.pop()
+    for dataset in {row.dataset for run in runs for row in run.compression}:
+        from nnc_utils import data
+
+        stream = io.BytesIO()
+        np.save(stream, data.load(dataset).test.labels.numpy().astype(np.uint8), allow_pickle=False)
+        found[labels_name(dataset)] = stream.getvalue()
+    return found
+
+
+def _place(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
+
+
+def _csv(frame: pd.DataFrame) -> bytes:
+    # whole numbers stay whole where a column has gaps
+    text = frame.astype(object).where(frame.notna(), None).to_csv(index=False, lineterminator="\n")
+    return text.encode()

@@ -1,0 +1,157 @@
+"""What several test files build on: a small profile with real artifacts, as notebooks leave it."""
+
+import shutil
+import types
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbformat.v4 import new_code_cell, new_notebook
+
+from nnc_utils import artifact, data, encoding, evaluation, models, notebook, rows, tables
+
+PARAMETERS = """\
+seconds: float = 0.0  # [0, 100] how long it works
+profile: str = "smoke"  # name
+seed: int = 1  # [0, 1000] seed
+run_dir: str = ""  # folder
+"""
+
+
+def write_notebook(root: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
+    """A notebook that can be run, in ROOT/notebooks."""
+    first = new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    content = new_notebook(cells=[first, *map(new_code_cell, cells)])
+    content.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    path = root / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(content, path)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder in the clone's place, with `notebook(name, *cells)` to write notebooks there."""
+    monkeypatch.setenv("NNC_ROOT", str(tmp_path))
+    monkeypatch.delenv("NNC_HEADLESS", raising=False)
+
+    def write(name, *cells, parameters=PARAMETERS):
+        return write_notebook(tmp_path, name, *cells, parameters=parameters)
+
+    return types.SimpleNamespace(root=tmp_path, notebook=write)
+
+
+def _networks(seed: int):
+    """A small random network, then the same one with 8-bit weights, a scale for each channel."""
+    torch.manual_seed(seed)
+    spec = models.resnet(18, channels=1, size=8, classes=10, stem="small", width=1 / 8)
+    network = models.build(spec)
+    yield network
+    for layer in models.layers(spec):
+        module = network.get_submodule(layer.name)
+        weight = module.weight.detach()
+        scale = weight.flatten(1).abs().amax(1) / 127
+        codes = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round().clamp(-127, 127)
+        encoding.attach(module, encoding.Uniform(codes.to(torch.int16), scale, 0, 8))
+    yield network
+
+
+def _score(path: Path, stored, digits) -> dict:
+    """What `measure.score` says about an artifact, without its process."""
+    predictions = evaluation.predict(artifact.network(stored), digits.test, normalize=digits.normalize)
+    file = path.parents[1] / "predictions" / rows.evidence(stored.sha256)
+    file.parent.mkdir(exist_ok=True)
+    np.save(file, predictions)
+    correct = int((predictions == digits.test.labels.numpy()).sum())
+    sizes = {"artifact_bytes": stored.nbytes, "bits_per_weight": stored.bits_per_weight}
+    counts = {"params": models.parameters(stored.spec), "macs": models.macs(stored.spec)}
+    counts |= {"nonzeros": stored.nonzeros, "simulated": False, "correct": correct, "total": len(predictions)}
+    return {"path": path, "sha256": stored.sha256, "predictions": file, **sizes, **counts}
+
+
+def _run(root: Path, name: str, seed: int, upstream: list) -> notebook.Current:
+    path = root / "notebooks" / f"{name}.ipynb"
+    values = {"dataset": "digits", "profile": "quick", "seed": seed}
+    folder = root / "results" / "runs" / "quick" / name / f"seed={seed}"
+    folder.mkdir(parents=True)
+    return notebook.Current(name, folder, values, upstream, notebook.hashes(path))
+
+
+def _timed(stored, run, file: Path, labels: np.ndarray, times: dict) -> list[dict]:
+    """Invented times, but predictions of each runtime as `measure.latency` leaves them."""
+    measured = []
+    for (runtime, precision), milliseconds in times.items():
+        predictions = np.load(file).copy()
+        if precision == "int8":
+            predictions[0] = (predictions[0] + 1) % 10
+        np.save(run.path(f"predictions/{rows.evidence(stored, runtime, precision)}"), predictions)
+        shares = {"accuracy": round(100 * float((predictions == labels).mean()), 4)}
+        shares |= {"agreement": round(100 * float((predictions == np.load(file)).mean()), 4)}
+        for batch in (1, 64):
+            p50 = milliseconds * batch**0.5
+            row = {"runtime": runtime, "precision": precision, "batch": batch, "threads": 1, "rounds": 5}
+            row |= {"p50_ms": p50, "p90_ms": 1.1 * p50, "iqr_ms": 0.1 * p50, "throughput": 1000 * batch / p50}
+            row |= {"stored_codes": int(precision == "int8"), "artifact_sha256": stored, **shares}
+            measured.append(row | {"peak_rss_mb": 100.0, "load_ms": 5.0, "runtime_bytes": 1000})
+    return measured
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory):
+    """ROOT with the finished runs of a profile: two seeds of a baseline, of it in 8 bits, and their times."""
+    root = tmp_path_factory.mktemp("example")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NNC_ROOT", str(root))
+    code = "from nnc_utils import training\n"
+    for name in ("01_baseline", "02_quantization", "07_deployment"):
+        write_notebook(root, name, code)
+    digits = data.load("digits")
+    labels = digits.test.labels.numpy()
+    folders, scores, sources = [], {}, {}
+    for seed in (1, 2):
+        for name, network in zip(("01_baseline", "02_quantization"), _networks(seed), strict=True):
+            upstream = [sources["01_baseline", seed]] if name != "01_baseline" else []
+            run = _run(root, name, seed, upstream)
+            path = run.path("artifacts/network.safetensors")
+            stored = artifact.save(network, path, mean=digits.mean, std=digits.std, classes=digits.classes)
+            scores[name, seed] = _score(path, stored, digits)
+            row = rows.compression_row(
+                scores[name, seed],
+                reference=scores["01_baseline", seed],
+                labels=labels,
+                model="tiny",
+                technique="quantization" if upstream else "baseline",
+                method="uniform_per_channel" if upstream else "train",
+                point="bits=8" if upstream else "",
+                headline=True,
+            )
+            sources[name, seed] = run.finish(compression=[row])
+            folders.append(run.folder)
+    run = _run(root, "07_deployment", 1, list(sources.values()))
+    times = {
+        "01_baseline": {("eager", "fp32"): 4.0, ("onnxruntime", "fp32"): 2.0},
+        "02_quantization": {("eager", "fp32"): 4.5, ("onnxruntime", "int8"): 0.5},
+    }
+    measured = []
+    for name, own in times.items():
+        score = scores[name, 1]
+        measured += _timed(score["sha256"], run, score["predictions"], labels, own)
+    networks = [row for (_, seed), source in sources.items() if seed == 1 for row in source.compression]
+    reference = scores["01_baseline", 1]["sha256"]
+    run.finish(latency=rows.latency_rows(measured, networks, reference_sha256=reference))
+    folders.append(run.folder)
+    tables.publish(folders, root / "results" / "quick")
+    (root / "README.md").write_text("# T\n<!-- headline:begin -->\nold\n<!-- headline:end -->\nrest\n")
+    patch.undo()
+    return types.SimpleNamespace(root=root, folders=folders, labels=labels, scores=scores)
+
+
+@pytest.fixture
+def published(example, tmp_path, monkeypatch):
+    """A copy of the example that a test may change; gives ROOT/results/quick."""
+    root = tmp_path / "clone"
+    shutil.copytree(example.root, root)
+    monkeypatch.setenv("NNC_ROOT", str(root))
+    return root / "results" / "quick"

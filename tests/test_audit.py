@@ -1,0 +1,138 @@
+"""The committed tables hold, and the audit would say so if they did not."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from nnc_utils import audit, provenance
+
+COMMITTED = sorted(path.parent for path in provenance.PACKAGE.parent.glob("results/*/compression.csv"))
+
+
+@pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
+def test_committed_results_are_what_their_evidence_says(profile):
+    assert audit.audit(profile) == []
+
+
+def test_an_untouched_profile_passes(published):
+    assert audit.audit(published) == []
+
+
+def change(path, where, column, value):
+    with open(path, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    [row] = [r for r in rows if where.items() <= r.items()][:1]
+    row[column] = value(row[column]) if callable(value) else value
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def last_digit(text):
+    return text[:-1] + str((int(text[-1]) + 1) % 10)
+
+
+INT8 = {"runtime": "onnxruntime", "precision": "int8"}
+QUANTIZED = {"method": "uniform_per_channel"}
+
+
+@pytest.mark.parametrize(
+    ("table", "where", "column", "value", "message"),
+    [
+        ("compression", QUANTIZED, "correct", last_digit, "accuracy"),
+        ("compression", QUANTIZED, "delta_ci_low", "-0.1", "delta_ci_low is -0.1"),
+        ("compression", QUANTIZED, "delta_ci_high", "0.1", "delta_ci_high is 0.1"),
+        ("compression", QUANTIZED, "size_ratio", lambda text: str(float(text) + 0.1), "other bytes"),
+        ("compression", QUANTIZED, "artifact_bytes", last_digit, "artifact_bytes"),
+        ("compression", QUANTIZED, "params", last_digit, "params"),
+        ("compression", QUANTIZED, "macs", last_digit, "macs"),
+        ("compression", QUANTIZED, "nonzeros", "7", "nonzeros"),
+        ("compression", QUANTIZED, "reference_sha256", "0" * 64, "No such file"),
+        ("compression", QUANTIZED, "artifact_sha256", "0" * 64, "No such file"),
+        ("compression", QUANTIZED, "run", "quick/nowhere/seed=1", "provenance.json does not have"),
+        ("compression", QUANTIZED, "commit", "abc", "provenance's"),
+        ("compression", QUANTIZED, "technique", "baseline", "2 baselines"),
+        ("latency", INT8, "accuracy", "99.9", "accuracy is 99.9"),
+        ("latency", INT8, "agreement", "100.0", "agreement is 100.0"),
+        ("latency", INT8, "p50_ms", "0.4", "speedup_eager_fp32"),
+        ("latency", INT8, "speedup_eager_fp32", "8.1", "speedup_eager_fp32 is 8.1"),
+        ("latency", INT8, "speedup_best_fp32", "8.0", "speedup_best_fp32 is 8.0"),
+        ("latency", INT8, "headline", "0", "headline differs"),
+        ("latency", {"runtime": "eager", "batch": "1"}, "runtime", "inductor", "No such file"),
+        ("summary", QUANTIZED, "delta_ci_low", "-0.01", "delta_ci_low is -0.01"),
+        ("summary", QUANTIZED, "no_loss", "0", "no_loss is 0"),
+        ("summary", QUANTIZED, "accuracy_mean", last_digit, "accuracy_mean"),
+        ("summary", QUANTIZED, "accuracy_sd", "", "accuracy_sd is None"),
+        ("summary", QUANTIZED, "seeds", "3", "seeds is 3"),
+        ("summary", QUANTIZED, "size_ratio", last_digit, "size_ratio"),
+    ],
+)
+def test_one_changed_field_is_found(published, table, where, column, value, message):
+    change(published / f"{table}.csv", where, column, value)
+    problems = audit.audit(published, rescore=False)
+    assert any(message in problem for problem in problems), problems
+
+
+def test_one_changed_prediction_is_found(published):
+    for file in sorted((published / "predictions").iterdir()):
+        original = file.read_bytes()
+        predictions = np.load(file)
+        predictions[5] = (predictions[5] + 1) % 10
+        np.save(file, predictions)
+        assert audit.audit(published, rescore=False), file.name
+        file.write_bytes(original)
+    assert audit.audit(published, rescore=False) == []
+
+
+def test_a_changed_missing_or_foreign_artifact_is_found(published):
+    first, second = sorted((published / "artifacts").iterdir())
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert any("not the file that was measured" in p for p in audit.audit(published, rescore=False))
+    first.write_bytes(second.read_bytes())
+    assert any("not the file that was measured" in p for p in audit.audit(published, rescore=False))
+    first.unlink()
+    assert any("is missing" in p for p in audit.audit(published, rescore=False))
+    first.write_bytes(content)
+    (published / "artifacts/extra.safetensors").write_bytes(content)
+    assert any("no claim: extra.safetensors" in p for p in audit.audit(published, rescore=False))
+
+
+def test_artifacts_are_scored_again(published):
+    """Predictions, labels and rows that agree with each other do not help when the network says otherwise."""
+    path = sorted((published / "artifacts").iterdir())[0]
+    evidence = published / "predictions" / f"{path.stem}.npy"
+    labels = np.load(published / "predictions/labels-digits.npy")
+    predictions = np.load(evidence)
+    wrong = np.flatnonzero(predictions != labels)[:2]
+    predictions[wrong] = (labels[wrong] + 1 + (predictions[wrong] == (labels[wrong] + 1) % 10)) % 10
+    np.save(evidence, predictions)  # still wrong, so every count stays
+    assert any("scored again" in problem for problem in audit.audit(published))
+
+
+def test_leftover_evidence_and_lacking_provenance_are_found(published):
+    np.save(published / "predictions/ffff.npy", np.zeros(400, np.uint8))
+    assert any("of no row: ffff.npy" in problem for problem in audit.audit(published, rescore=False))
+    (published / "predictions/ffff.npy").unlink()
+    path = published / "provenance.json"
+    record = json.loads(path.read_text())
+    del record["quick/01_baseline/seed=1"]["hardware"]
+    record["quick/01_baseline/seed=2"]["parameters"]["seed"] = 3
+    path.write_text(json.dumps(record))
+    problems = audit.audit(published, rescore=False)
+    assert any("lacks hardware" in p for p in problems) and any("have their hash" in p for p in problems)
+
+
+@pytest.mark.parametrize("damage", ["columns", "no rows", "no provenance"])
+def test_damaged_tables_are_a_problem_not_a_crash(published, damage):
+    path = published / "compression.csv"
+    if damage == "columns":
+        path.write_text(path.read_text().replace("accuracy_delta", "delta"))
+    elif damage == "no rows":
+        path.write_text(path.read_text().splitlines()[0] + "\n")
+    else:
+        (published / "provenance.json").write_text("{")
+    assert audit.audit(published, rescore=False)

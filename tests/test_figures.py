@@ -1,0 +1,71 @@
+"""The figures draw the numbers of the tables, all of them."""
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from nnc_utils import figures
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    figures.style()
+    yield
+    plt.close("all")
+
+
+COMPRESSION = pd.DataFrame(
+    {
+        "technique": ["baseline", "quantization", "quantization"],
+        "method": ["train", "uniform_per_channel", "uniform_per_channel"],
+        "point": ["", "bits=8", "bits=4"],
+        "accuracy": [92.0, 91.9, 80.0],
+        "accuracy_delta": [0.0, -0.1, -12.0],
+        "delta_ci_low": [0.0, -0.2, -12.5],
+        "delta_ci_high": [0.0, 0.0, -11.5],
+        "size_ratio": [1.0, 4.6, 9.1],
+    }
+)
+LATENCY = pd.DataFrame(
+    {
+        "technique": ["baseline", "baseline", "quantization", "baseline", "baseline"],
+        "method": ["train", "train", "uniform_per_channel", "identity", "train"],
+        "point": ["", "", "bits=8", "", ""],
+        "control": ["", "", "", "identity", ""],
+        "runtime": ["eager", "onnxruntime", "onnxruntime", "onnxruntime", "onnxruntime"],
+        "precision": ["fp32", "fp32", "int8", "fp32", "fp32"],
+        "batch": [1, 1, 1, 1, 64],
+        "threads": [1, 1, 1, 1, 1],
+        "p50_ms": [7.0, 4.0, 1.25, 0.01, 170.0],
+    }
+)
+
+
+def test_size_against_accuracy_holds_every_row_with_its_interval():
+    axes = figures.size_against_accuracy(COMPRESSION).axes[0]
+    drawn = {tuple(point) for bars in axes.containers for point in bars.lines[0].get_xydata().tolist()}
+    assert drawn == set(zip(COMPRESSION["size_ratio"], COMPRESSION["accuracy"], strict=True))
+    intervals = [segment for bars in axes.containers for segment in bars.lines[2][0].get_segments()]
+    ends = {(round(float(low), 6), round(float(high), 6)) for (_, low), (_, high) in intervals}
+    assert ends == {(92.0, 92.0), (91.8, 92.0), (79.5, 80.5)}
+    assert {text.get_text() for text in axes.texts} >= {"8", "4"}
+
+
+def test_latency_bars_are_the_medians_at_batch_one_without_the_identity():
+    axes = figures.latency_bars(LATENCY).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [7.0, 4.0, 1.25]
+    assert [text.get_text().strip() for text in axes.texts] == ["7.00 ms", "4.00 ms", "1.25 ms"]
+    assert "eager PyTorch fp32" in [label.get_text() for label in axes.get_yticklabels()]
+
+
+def test_headline_reads_the_tables_of_a_profile(tmp_path):
+    COMPRESSION.to_csv(tmp_path / "compression.csv", index=False)
+    LATENCY.to_csv(tmp_path / "latency.csv", index=False)
+    figure = figures.headline(tmp_path)
+    figure.savefig(tmp_path / "headline.png")
+    assert len(figure.axes) == 2
+    assert 10_000 < (tmp_path / "headline.png").stat().st_size < 200_000

@@ -1,0 +1,67 @@
+"""The floors of the house: a module imports only from floors below its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import nnc_utils
+
+PACKAGE = Path(nnc_utils.__file__).parent
+FLOORS = [
+    {"models", "data", "encoding"},
+    {"artifact", "evaluation"},
+    {"training"},  # evaluates each epoch
+    {"quantization", "pruning", "distillation", "search"},  # a folder each; none knows another
+    {"runtimes"},
+    # the fifth floor has steps: from processes and hashes over rows and tables to what runs notebooks
+    {"processes", "provenance"},
+    {"parameters", "rows"},
+    {"measure", "tables", "figures"},
+    {"results", "audit", "notebook"},
+    {"run", "inspect", "export"},
+    {"benchmark"},
+]
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+# the one exception: the command line of `run` hands `benchmark` on, inside a function
+UPWARDS = {("run", "benchmark"), ("benchmark", "run")}
+
+
+def imports(source: str) -> set[str]:
+    """The parts of the package that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "the house imports absolutely"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("nnc_utils.")}
+
+
+def violations(part: str, source: str) -> list[str]:
+    own = {part}  # inside a folder anything goes
+    return [
+        f"{part} (floor {LEVEL[part]}) imports {other} (floor {LEVEL[other]})"
+        for other in sorted(imports(source) - own)
+        if LEVEL[other] >= LEVEL[part] and (part, other) not in UPWARDS
+    ]
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_floors_below(file):
+    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert part in LEVEL, f"{part} has no floor: add it to FLOORS"
+    assert violations(part, file.read_text(encoding="utf-8")) == []
+
+
+def test_a_look_upwards_is_found():
+    assert violations("models", "from nnc_utils import artifact")
+    assert violations("quantization", "def f():\n    import nnc_utils.pruning.magnitude")
+    assert violations("artifact", "from nnc_utils.training import fit")
+    assert violations("evaluation", "from nnc_utils import artifact")
+    assert not violations("quantization", "from nnc_utils.quantization.uniform import quantize")
+    assert not violations("results", "from nnc_utils import models\nimport torch")

@@ -1,0 +1,373 @@
+"""models.py against torchvision, PyTorch's FLOP counter, closed formulas and networks written by hand."""
+
+import doctest
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnc_utils import models
+from nnc_utils.models import BlockSpec, Spec, SpecError, build, layers, load_pretrained, resnet
+
+TORCHVISION = {
+    18: torchvision.models.resnet18,
+    34: torchvision.models.resnet34,
+    50: torchvision.models.resnet50,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def one_block(block="basic", stem_width=8, **fields):
+    """A Spec with a single block, by default a legal basic one."""
+    count = 2 if block == "basic" else 3
+    given = {"widths": (8,) * count, "kernels": (3,) * count} | fields
+    return Spec(3, 16, 5, "small", stem_width, block, ((BlockSpec(**given),),))
+
+
+def random_spec(seed):
+    """Some legal Spec: any stem, both kinds of block, odd widths, all connections and strides."""
+    draw = np.random.default_rng(seed)
+    block = str(draw.choice(["basic", "bottleneck"]))
+    count = 2 if block == "basic" else 3
+    before = stem_width = int(draw.integers(1, 12))
+    stages = []
+    for _ in range(draw.integers(1, 5)):
+        stages.append([])
+        for _ in range(draw.integers(1, 4)):
+            connection = str(draw.choice(models.CONNECTIONS))
+            widths = [int(w) for w in draw.integers(1, 12, count)]
+            stride = int(draw.integers(1, 4))
+            if connection == "identity":
+                widths[-1], stride = before, 1
+            kernels = tuple(int(k) for k in draw.choice([1, 3, 5, 7], count))
+            stages[-1].append(BlockSpec(tuple(widths), kernels, stride, connection))
+            before = widths[-1]
+    channels, size, classes = (int(draw.integers(low, high)) for low, high in ((1, 5), (9, 40), (1, 12)))
+    stem = str(draw.choice(list(models.STEMS)))
+    return Spec(channels, size, classes, stem, stem_width, block, tuple(map(tuple, stages)))
+
+
+def with_statistics(model, seed=0):
+    """Fill batch-norm with values that no mistake of order could hide."""
+    torch.manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point() and ("bn" in name or "downsample.1" in name):
+            tensor.normal_(0.5, 0.3)
+    return model.eval()
+
+
+def multiplications(model, images):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return counter.get_total_flops() // (2 * len(images))
+
+
+# --- The same network as torchvision's ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", TORCHVISION)
+def test_same_state_dict_gives_torchvisions_logits(depth):
+    theirs = with_statistics(TORCHVISION[depth](num_classes=7))
+    ours = build(resnet(depth, size=64, classes=7)).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = theirs(images)
+        assert expected.std() > 1e-3  # two constant outputs would agree, too
+        torch.testing.assert_close(ours(images), expected, rtol=0, atol=0)
+    TORCHVISION[depth](num_classes=7).load_state_dict(ours.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "depth, parameters, macs",  # as published with torchvision's weights
+    [(18, 11_689_512, 1_814_073_344), (34, 21_797_672, 3_663_761_408), (50, 25_557_032, 4_089_184_256)],
+)
+def test_counts_are_the_published_ones(depth, parameters, macs):
+    assert models.parameters(resnet(depth)) == parameters
+    assert models.macs(resnet(depth)) == macs
+
+
+def closed_formula(w, channels, classes):
+    """Parameters and MACs of a ResNet-18 for 28 x 28 pictures behind a 3x3 stem with stride 2."""
+    weights = {14: 9 * channels * w + 4 * 9 * w * w}
+    for widen, size in ((2, 7), (4, 4), (8, 2)):
+        out, before = widen * w, widen * w // 2
+        weights[size] = 9 * before * out + 3 * 9 * out * out + before * out
+    norms = 2 * (w + 4 * w + 5 * (2 * w + 4 * w + 8 * w))
+    fc = 8 * w * classes
+    return (
+        sum(weights.values()) + norms + fc + classes,
+        sum(size**2 * count for size, count in weights.items()) + fc,
+    )
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5, 0.25])
+def test_counts_agree_with_a_closed_formula(width):
+    spec = resnet(18, channels=1, size=28, classes=10, stem="small_stride2", width=width)
+    assert (models.parameters(spec), models.macs(spec)) == closed_formula(int(64 * width), 1, 10)
+
+
+def test_docstring_examples_hold():
+    tried = doctest.testmod(models)
+    assert tried.attempted > 0 and tried.failed == 0
+
+
+# --- Any Spec -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_random_spec_is_built_counted_and_written_as_it_says(seed):
+    spec = random_spec(seed)
+    assert Spec.from_json(spec.to_json()) == spec
+    model = build(spec).eval()
+    assert models.parameters(spec) == sum(p.numel() for p in model.parameters())
+    described = layers(spec)
+    weights = [n.removesuffix(".weight") for n, t in model.state_dict().items() if t.ndim in (2, 4)]
+    assert [layer.name for layer in described] == weights
+    seen = {}
+    for layer in described:
+        module = model.get_submodule(layer.name)
+        assert tuple(module.weight.shape) == layer.weight_shape
+        if layer.batch_norm:
+            assert model.get_submodule(layer.batch_norm).num_features == layer.out_channels
+            module.register_forward_hook(
+                lambda _, given, out, name=layer.name: seen.update(
+                    {name: (given[0].shape[-1], out.shape[-1])}
+                )
+            )
+    images = torch.randn(2, spec.channels, spec.size, spec.size)
+    assert model(images).shape == (2, spec.classes)
+    assert seen == {layer.name: (layer.size_in, layer.size_out) for layer in described if layer.batch_norm}
+    assert models.macs(spec) == multiplications(model, images)
+
+
+def test_random_specs_cover_every_choice():
+    drawn = [random_spec(seed) for seed in range(25)]
+    assert {spec.stem for spec in drawn} == set(models.STEMS)
+    assert {spec.block for spec in drawn} == set(models.BLOCKS)
+    blocks = [block for spec in drawn for _, block in models.named_blocks(spec)]
+    assert {block.connection for block in blocks} == set(models.CONNECTIONS)
+    assert {kernel for block in blocks for kernel in block.kernels} == {1, 3, 5, 7}
+
+
+@pytest.mark.parametrize("connection", models.CONNECTIONS)
+def test_a_block_computes_its_formula(connection):
+    spec = one_block(kernels=(5, 3), widths=(7, 8), connection=connection)
+    model = with_statistics(build(spec))
+    block, state = model.layer1[0], model.state_dict()
+
+    def normalized(name, tensor):
+        mean, var, gain, shift = (
+            state[f"layer1.0.{name}.{part}"].view(1, -1, 1, 1)
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (tensor - mean) / (var + 1e-5).sqrt() * gain + shift
+
+    inputs = torch.rand(2, 8, 16, 16)
+    inside = functional.conv2d(inputs, state["layer1.0.conv1.weight"], padding=2)
+    inside = normalized("bn1", inside).clamp(min=0)
+    expected = normalized("bn2", functional.conv2d(inside, state["layer1.0.conv2.weight"], padding=1))
+    if connection == "identity":
+        expected = expected + inputs
+    elif connection == "projection":
+        skip = functional.conv2d(inputs, state["layer1.0.downsample.0.weight"])
+        expected = expected + normalized("downsample.1", skip)
+    with torch.no_grad():
+        torch.testing.assert_close(block(inputs), expected.clamp(min=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 7, 12, 16])
+@pytest.mark.parametrize("kernels", [(3, 3), (1, 3)])
+def test_gradients_of_thin_strided_blocks_in_channels_last_order(width, kernels):
+    """Where `PickingConv2d` is not used, this gives wrong gradients or ends the process."""
+    spec = one_block(stem_width=width, widths=(9, 10), kernels=kernels, stride=2, connection="projection")
+    ours, exact = build(spec), build(spec).double()
+    exact.load_state_dict(ours.state_dict())
+    ours.to(memory_format=torch.channels_last)
+    images = torch.randn(16, 3, 16, 16)
+    exact(images.double()).square().sum().backward()
+    ours(images.to(memory_format=torch.channels_last)).square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), exact.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm() + 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "stem, kernel, sizes", [("imagenet", 7, (14, 7)), ("small", 3, (28, 28)), ("small_stride2", 3, (14, 14))]
+)
+def test_stems(stem, kernel, sizes):
+    spec = resnet(18, channels=1, size=28, classes=10, stem=stem, width=1 / 16)
+    first, second = layers(spec)[:2]
+    assert (first.kernel, first.size_out, second.size_in) == (kernel, *sizes)
+
+
+def test_initialization_is_he_et_al():
+    model = build(resnet(18, classes=10))
+    for layer in layers(model.spec)[:-1]:
+        weight = model.get_submodule(layer.name).weight
+        expected = (2 / (layer.out_channels * layer.kernel**2)) ** 0.5
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
+# --- Activation places --------------------------------------------------------------------------
+
+
+def test_activation_rounds_to_its_range_and_passes_the_gradient_inside():
+    place = models.Activation()
+    tensor = torch.linspace(-3, 3, 601, requires_grad=True)
+    assert place(tensor) is tensor
+    place.scale, place.zero_point = 0.01, 100
+    codes = (tensor.detach() / 0.01).round() + 100
+    rounded = place(tensor)
+    torch.testing.assert_close(rounded.detach(), (codes.clamp(0, 255) - 100) * 0.01)
+    rounded.sum().backward()
+    assert torch.equal(tensor.grad, ((codes >= 0) & (codes <= 255)).float())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_activation_places_are_in_the_order_of_the_forward_pass(seed):
+    model, called = build(random_spec(seed)).eval(), []
+    places = models.activations(model)
+    for name, place in places.items():
+        place.register_forward_hook(lambda *_, name=name: called.append(name))
+    model(torch.randn(1, model.spec.channels, model.spec.size, model.spec.size))
+    assert sorted(called) == sorted(places) and len(set(called)) == len(called)
+    assert called == list(places)
+
+
+# --- What is no Spec ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda: one_block(widths=(8, 9)), ["layer1.0.conv2", "9 channels", "conv1", "the 8 channels"]),
+        (lambda: one_block(stride=2), ["layer1.0.conv2", "stride 2", "conv1", "projection"]),
+        (lambda: one_block(widths=(8, 8, 8), kernels=(3, 3)), ["layer1.0", "3 widths", "2 convolutions"]),
+        (lambda: one_block("bottleneck", kernels=(1, 3)), ["layer1.0", "2 kernels", "3 convolutions"]),
+        (lambda: one_block(kernels=(3, 4)), ["layer1.0.conv2", "kernel 4", "odd"]),
+        (lambda: one_block(kernels=(0, 3)), ["layer1.0.conv1: kernel", "0"]),
+        (lambda: one_block(widths=(0, 8)), ["layer1.0.conv1: width", "0"]),
+        (lambda: one_block(widths=(8.0, 8)), ["layer1.0.conv1: width", "8.0", "whole number"]),
+        (lambda: one_block(stride=0), ["layer1.0: stride", "0"]),
+        (lambda: one_block(connection="sum"), ["layer1.0", "'sum'", "identity, projection, none"]),
+        (lambda: Spec(3, 8, 5, "small", 8, "basic", ()), ["at least one stage"]),
+        (lambda: Spec(3, 8, 5, "small", 8, "basic", ((),)), ["at least one block"]),
+        (lambda: Spec(3, 8, 5, "big", 8, "basic", ()), ["stem", "'big'", "small_stride2"]),
+        (lambda: Spec(3, 8, 5, "small", 8, "dense", ()), ["block", "'dense'", "bottleneck"]),
+        (lambda: resnet(classes=0), ["classes", "0"]),
+        (lambda: resnet(channels=True), ["channels", "True"]),
+        (lambda: resnet(101), ["depth", "101", "18, 34, 50"]),
+        (lambda: resnet(width=0), ["width", "0"]),
+        (lambda: resnet(width=float("nan")), ["width", "nan"]),
+    ],
+)
+def test_a_spec_of_no_network_is_refused_by_name(make, named):
+    with pytest.raises(SpecError) as refused:
+        make()
+    assert all(part in str(refused.value) for part in named), refused.value
+
+
+def test_a_later_block_names_the_block_before():
+    good, wide = BlockSpec((8, 8), (3, 3)), BlockSpec((8, 12), (3, 3))
+    with pytest.raises(SpecError) as refused:
+        Spec(3, 16, 5, "small", 8, "basic", ((good, good), (wide,)))
+    assert "layer2.0.conv2" in str(refused.value) and "layer1.1.conv2" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        "{" * 100_000,
+        '{"stages": 3}',
+        '{"stages": [[{}]]}',
+        json.dumps(json.loads(resnet().to_json()) | {"more": 1}),
+        json.dumps(json.loads(resnet().to_json()) | {"channels": "3"}),
+        resnet().to_json().replace('"identity"', '"none?"'),
+        resnet().to_json()[:-5],
+        resnet().to_json().replace('"widths":[64,64]', '"widths":[64,NaN]', 1),
+    ],
+)
+def test_text_of_no_spec_is_refused(text):
+    with pytest.raises(SpecError):
+        Spec.from_json(text)
+
+
+# --- Weights from elsewhere ---------------------------------------------------------------------
+
+
+def saved(tmp_path, model, suffix):
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_from_a_file(tmp_path, suffix):
+    theirs = with_statistics(torchvision.models.resnet18(num_classes=7))
+    ours = build(resnet(18, size=64, classes=7)).eval()
+    assert load_pretrained(ours, saved(tmp_path, theirs, suffix)) == []
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(ours(images), theirs(images))
+
+
+def test_a_grey_picture_gets_the_logits_of_the_same_picture_in_colour(tmp_path):
+    theirs = with_statistics(torchvision.models.resnet18(num_classes=7))
+    ours = build(resnet(18, channels=1, size=64, classes=7)).eval()
+    assert load_pretrained(ours, saved(tmp_path, theirs, ".pth")) == []
+    grey = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(grey), theirs(grey.expand(2, 3, 64, 64)), rtol=1e-3, atol=1e-3)
+
+
+def test_layers_of_another_shape_stay_fresh_and_are_named(tmp_path):
+    theirs = torchvision.models.resnet18(num_classes=7)
+    ours = build(resnet(18, size=28, classes=10, stem="small"))
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    assert load_pretrained(ours, saved(tmp_path, theirs, ".pth")) == ["conv1", "fc"]
+    for name, tensor in ours.state_dict().items():
+        source = before if name.startswith(("conv1", "fc")) or "tracked" in name else theirs.state_dict()
+        assert torch.equal(tensor, source[name]), name
+
+
+@pytest.mark.parametrize(
+    "theirs, named",
+    [
+        (lambda: torchvision.models.resnet34(num_classes=7), "layer1.2.bn1.bias"),  # holds all of ResNet-18
+        (lambda: torchvision.models.resnet50(num_classes=7), "layer1.0.bn3.bias"),
+        (lambda: build(resnet(18, classes=7, width=0.5)), r"bn1.weight is of shape \(32,\)"),
+        (lambda: torch.nn.Sequential(), "bn1.weight is missing"),
+    ],
+)
+def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path, theirs, named):
+    ours = build(resnet(18, classes=7))
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with pytest.raises(ValueError, match=f"(?s){named}.*weights of another network"):
+        load_pretrained(ours, saved(tmp_path, theirs(), ".pth"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_weights_by_a_name_or_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        load_pretrained(build(resnet(18, width=1 / 16)), tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="ResNet-18, -34 and -50"):
+        load_pretrained(build(one_block()), "imagenet")

@@ -1,0 +1,62 @@
+"""The notebooks as files: paired, checkable, light, and honest about what they hold."""
+
+import ast
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CHECKED = "nbval-check-output"
+
+
+def cells(notebook, kind):
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
+
+
+def test_each_notebook_has_its_pair_and_each_pair_its_notebook():
+    assert NOTEBOOKS
+    sources = sorted((ROOT / "notebooks" / "src").glob("*.py"))
+    assert [path.stem for path in NOTEBOOKS] == [path.stem for path in sources]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_pair_holds_the_same_cells(self, path):
+        notebook = nbformat.read(path, as_version=4)
+        source = jupytext.read(path.parent / "src" / f"{path.stem}.py")
+        assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
+        tags = [[cell.metadata.get("tags", []) for cell in book.cells] for book in (notebook, source)]
+        assert tags[0] == tags[1]
+
+    def test_checked_cells_have_outputs_and_counts(self, path):
+        """nbval compares nothing where the count or the output is missing, and says nothing."""
+        notebook = nbformat.read(path, as_version=4)
+        checked = [cell for cell in cells(notebook, "code") if CHECKED in cell.metadata.get("tags", [])]
+        assert checked, "no cell of this notebook is checked"
+        for cell in checked:
+            assert cell.execution_count and cell.outputs, cell.source
+
+    def test_every_code_cell_was_run_in_order_and_none_failed(self, path):
+        code = cells(nbformat.read(path, as_version=4), "code")
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+
+    def test_is_light_and_its_cells_are_short(self, path):
+        assert path.stat().st_size < 500_000
+        long = [c.source.splitlines()[0] for c in cells(nbformat.read(path, as_version=4), "code") if c.source.count("\n") >= 30]
+        assert not long
+
+    def test_outputs_name_no_machine(self, path):
+        text = path.read_text()
+        assert not re.search(r"(/home/|/root/|/Users/|/tmp/|C:\\\\)", text)
+
+    def test_parameters_are_typed_literals_with_a_text(self, path):
+        [cell] = [c for c in cells(nbformat.read(path, as_version=4), "code") if "parameters" in c.metadata.get("tags", [])]
+        for line, statement in zip(cell.source.splitlines(), ast.parse(cell.source).body, strict=True):
+            assert isinstance(statement, ast.AnnAssign), line
+            ast.literal_eval(statement.value)
+            assert re.search(r"  # \S", line), line

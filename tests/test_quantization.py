@@ -1,0 +1,126 @@
+"""The quantizers against PyTorch's own fake quantization and against closed formulas."""
+
+import math
+
+import pytest
+import torch
+
+from nnc_utils import encoding, models
+from nnc_utils.quantization import activations, uniform
+
+SPEC = models.resnet(18, channels=1, size=8, classes=10, stem="small_stride2", width=0.125)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return models.build(SPEC).eval()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+def test_per_channel_equals_torch_fake_quantize(bits):
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(bits))
+    ours = uniform.quantize(weight, bits=bits, per_channel=True)
+    top = 2 ** (bits - 1) - 1
+    theirs = torch.fake_quantize_per_channel_affine(weight, ours.scale, torch.zeros(6).int(), 0, -top, top)
+    assert torch.equal(encoding.decode(ours), theirs)
+    assert ours.codes.abs().flatten(1).amax(1).tolist() == [top] * 6  # each channel uses its whole range
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_per_tensor_equals_torch_fake_quantize(bits):
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(bits))
+    ours = uniform.quantize(weight, bits=bits, per_channel=False)
+    top = 2 ** (bits - 1) - 1
+    theirs = torch.fake_quantize_per_tensor_affine(weight, float(ours.scale), 0, -top, top)
+    assert torch.allclose(encoding.decode(ours), theirs, atol=0, rtol=0)
+    assert float(ours.scale) == pytest.approx(float(weight.abs().max()) / top)
+
+
+def test_rounding_error_is_the_step_over_root_twelve():
+    weight = torch.rand(200_000, generator=torch.Generator().manual_seed(0)).view(1, -1) * 2 - 1
+    rounded = uniform.quantize(weight, bits=6, per_channel=False)
+    error = (encoding.decode(rounded) - weight).square().mean().sqrt()
+    assert float(error) == pytest.approx(float(rounded.scale) / math.sqrt(12), rel=0.01)
+
+
+def test_zeros_and_single_values_are_exact():
+    weight = torch.stack([torch.zeros(9), torch.full((9,), -0.37), torch.eye(3).flatten()])
+    rounded = uniform.quantize(weight, bits=4, per_channel=True)
+    assert torch.isfinite(rounded.scale).all() and (rounded.scale > 0).all()
+    assert torch.allclose(encoding.decode(rounded), weight, rtol=1e-6)
+    assert not encoding.decode(uniform.quantize(torch.zeros(2, 3), bits=8, per_channel=False)).any()
+
+
+@pytest.mark.parametrize("bits", [1, 17, 0, -3, 4.0, True])
+def test_bits_out_of_range_are_named(bits):
+    with pytest.raises(ValueError, match="from 2 to 16"):
+        uniform.quantize(torch.ones(2, 2), bits=bits, per_channel=True)
+
+
+def test_weights_that_are_not_finite_name_their_layer(model):
+    with torch.no_grad():
+        model.layer2[0].conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layer2\.0\.conv1: 1 weights are not finite"):
+        uniform.quantize_network(model, bits=8, per_channel=True)
+    with pytest.raises(ValueError, match="holds nothing"):
+        uniform.quantize(torch.ones(0, 3), bits=8, per_channel=False)
+
+
+def test_a_network_computes_with_its_rounded_weights_and_the_original_is_untouched(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quantized = uniform.quantize_network(model, bits=3, per_channel=True)
+    by_hand = models.build(SPEC).eval()
+    by_hand.load_state_dict(before)
+    with torch.no_grad():
+        for layer in models.layers(SPEC):
+            weight = by_hand.get_submodule(layer.name).weight
+            peak = weight.abs().flatten(1).amax(1).view(-1, *[1] * (weight.ndim - 1))
+            weight.copy_(torch.round(weight / peak * 3) * (peak / 3))
+        images = torch.randn(4, 1, 8, 8)
+        assert torch.allclose(quantized(images), by_hand(images), atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bits_for_each_layer(model):
+    widths = {layer.name: 8 for layer in models.layers(SPEC)} | {"layer4.1.conv2": 2}
+    quantized = uniform.quantize_network(model, bits=widths, per_channel=False)
+    assert len(quantized.layer4[1].conv2.weight.unique()) <= 3
+    with pytest.raises(ValueError, match="layer9"):
+        uniform.quantize_network(model, bits=widths | {"layer9": 8}, per_channel=False)
+    with pytest.raises(ValueError, match="fc"):
+        uniform.quantize_network(model, bits={k: v for k, v in widths.items() if k != "fc"}, per_channel=False)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 6.0), (-1.0, 3.0), (-5.0, -1.0), (2.0, 4.0), (0.0, 0.0)])
+def test_affine_range_holds_zero_exactly_and_covers_the_range(low, high):
+    scale, zero_point = activations.affine_range(low, high)
+    assert scale > 0 and 0 <= zero_point <= 255
+    ends = torch.tensor([low, 0.0, high])
+    back = torch.fake_quantize_per_tensor_affine(ends, scale, zero_point, 0, 255)
+    assert back[1] == 0
+    assert (back - ends).abs().max() <= scale / 2 + 1e-6
+
+
+def test_calibration_sees_the_smallest_and_largest_value(model):
+    images = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    calibrated = activations.calibrate(model, images, batch_size=16)
+    stem = torch.relu(model.bn1(model.conv1(images))).detach()
+    place = calibrated.quant_stem
+    assert place.zero_point == 0
+    assert place.scale * 255 == pytest.approx(float(stem.max()), rel=1e-5)
+    signed = calibrated.quant_input
+    assert signed.scale * (0 - signed.zero_point) == pytest.approx(float(images.min()), abs=signed.scale)
+    assert all(place.scale is not None for place in models.activations(calibrated).values())
+    assert all(place.scale is None for place in models.activations(model).values())
+
+
+def test_calibration_refuses_what_it_cannot_use(model):
+    with pytest.raises(ValueError, match="at least one"):
+        activations.calibrate(model, torch.zeros(0, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(1, 8, 8\)"):
+        activations.calibrate(model, torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="not finite"):
+        activations.calibrate(model, torch.full((2, 1, 8, 8), float("nan")))
+    with pytest.raises(ValueError, match="two finite bounds"):
+        activations.affine_range(1.0, -1.0)

@@ -1,0 +1,305 @@
+"""Rows, tables and their text, against numbers computed by hand or with other code."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from nnc_utils import provenance, results, rows, tables
+
+# the measurement protocol's tables, copied by hand
+COMPRESSION = """profile, run, dataset, model, technique, method, point, seed, division, control, headline,
+simulated, params, nonzeros, macs, artifact_bytes, size_ratio, bits_per_weight, correct, total, accuracy,
+accuracy_delta, delta_ci_low, delta_ci_high, reference_sha256, train_images, train_seconds, artifact_sha256,
+commit"""
+LATENCY = """profile, run, dataset, model, technique, method, point, seed, control, headline, runtime,
+precision, stored_codes, batch, threads, rounds, p50_ms, p90_ms, iqr_ms, throughput, accuracy, agreement,
+speedup_eager_fp32, speedup_best_fp32, peak_rss_mb, load_ms, runtime_bytes, artifact_sha256, commit"""
+SUMMARY = """dataset, technique, method, point, control, seeds, headline, division, accuracy_mean,
+accuracy_sd, delta_mean, delta_ci_low, delta_ci_high, no_loss, size_ratio, artifact_bytes, params, macs"""
+
+
+def read(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def edit(folder, **changes):
+    path = folder / "result.json"
+    record = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "columns"),
+    [
+        ("compression", results.CompressionRow, COMPRESSION),
+        ("latency", results.LatencyRow, LATENCY),
+        ("summary", results.SummaryRow, SUMMARY),
+    ],
+)
+def test_the_columns_are_the_protocols(example, name, kind, columns):
+    columns = re.split(r",\s*", columns)
+    assert kind.columns() == columns
+    with open(example.root / f"results/quick/{name}.csv", newline="") as stream:
+        assert next(csv.reader(stream)) == columns
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accuracy": 10.1}, "is not"),
+        ({"correct": 500}, "500 correct of 400"),
+        ({"accuracy_delta": 3.0}, "outside its interval"),
+        ({"division": "half"}, "division"),
+        ({"technique": "magic"}, "technique"),
+        ({"nonzeros": 10**9}, "non-zeros"),
+        ({"artifact_sha256": "abc"}, "artifact_sha256"),
+        ({"size_ratio": float("nan")}, "size_ratio"),
+        ({"note": "new"}, "note"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(example, changes, message):
+    good = read(example.root / "results/quick/compression.csv")[0]
+    assert results.CompressionRow.from_csv(good).seed == 1
+    with pytest.raises(ValidationError, match=message):
+        results.CompressionRow.from_csv(good | changes)
+
+
+def test_latency_rows_are_measured_or_empty_as_a_whole(example):
+    good = read(example.root / "results/quick/latency.csv")[0]
+    empty = dict.fromkeys(("p50_ms", "p90_ms", "iqr_ms", "throughput", "accuracy", "agreement"), "")
+    assert results.LatencyRow.from_csv(good | empty).p50_ms is None
+    for changes in ({"p90_ms": ""}, {"p90_ms": "0.1"}, {"artifact_sha256": ""}):
+        with pytest.raises(ValidationError):
+            results.LatencyRow.from_csv(good | changes)
+
+
+def test_compression_row_is_what_the_predictions_say(example):
+    reference, score = example.scores["01_baseline", 1], example.scores["02_quantization", 1]
+    names = {"model": "m", "technique": "quantization", "method": "u"}
+    row = rows.compression_row(score, reference=reference, labels=example.labels, **names)
+    right, before = (np.load(s["predictions"]) == example.labels for s in (score, reference))
+    assert row["correct"] == right.sum() and row["total"] == 400
+    assert row["accuracy_delta"] == pytest.approx(100 * (right.mean() - before.mean()), abs=1e-4)
+    parameters_and_statistics = 4 * (score["params"] + 2 * 960 // 8 * 5)  # all of it is float32
+    assert row["size_ratio"] * score["artifact_bytes"] == pytest.approx(parameters_and_statistics, rel=0.03)
+    with pytest.raises(ValueError, match="another data set"):
+        rows.compression_row(score, reference=reference, labels=np.roll(example.labels, 1), **names)
+
+
+def test_speedups_are_against_eager_and_the_fastest_fp32(example):
+    found = {
+        (r["method"], r["runtime"], r["precision"], r["batch"]): r
+        for r in read(example.root / "results/quick/latency.csv")
+    }
+    row = found["uniform_per_channel", "onnxruntime", "int8", "1"]
+    assert float(row["speedup_eager_fp32"]) == 4.0 / 0.5
+    assert float(row["speedup_best_fp32"]) == 2.0 / 0.5
+    assert float(found["train", "eager", "fp32", "64"]["speedup_best_fp32"]) == 0.5
+
+
+def test_identity_and_absent_runtimes_get_no_speedup(example):
+    networks = [row for folder in example.folders for row in tables.read_run(folder).compression]
+    sha256 = example.scores["01_baseline", 1]["sha256"]
+    common = {"precision": "fp32", "batch": 1, "threads": 1, "rounds": 5}
+    measured = [
+        {
+            "artifact_sha256": sha256,
+            "runtime": "eager",
+            "p50_ms": 2.0,
+            "p90_ms": 2.0,
+            "iqr_ms": 0.0,
+            **common,
+        },
+        {"control": "identity", "runtime": "eager", "p50_ms": 0.1, "p90_ms": 0.1, "iqr_ms": 0.0, **common},
+        {"artifact_sha256": sha256, "runtime": "openvino", **common},
+    ]
+    built = rows.latency_rows(measured, networks, reference_sha256=sha256)
+    assert [row["speedup_eager_fp32"] for row in built] == [1.0, None, None]
+    assert [row["control"] for row in built] == ["", "identity", ""]
+    with pytest.raises(ValueError, match="no compression row"):
+        rows.latency_rows([{"artifact_sha256": "0" * 64, **common}], networks, reference_sha256=sha256)
+
+
+def test_the_summary_pairs_images_over_the_seeds(tmp_path):
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 10, 500).astype(np.uint8)
+    np.save(tmp_path / "labels-digits.npy", labels)
+    records, right = [], {}
+    for seed in (1, 2, 3):
+        for name, share in (("a", 0.95), ("b", 0.94)):
+            hit = generator.random(500) < share
+            right[name, seed] = hit.astype(float)
+            np.save(tmp_path / f"{f'{name}{seed}' * 8}.npy", np.where(hit, labels, (labels + 1) % 10))
+        common = {"dataset": "digits", "technique": "quantization", "method": "m", "point": "", "control": ""}
+        sha = {"artifact_sha256": f"b{seed}" * 32, "reference_sha256": f"a{seed}" * 32}
+        sizes = {"size_ratio": 4.0 + seed, "artifact_bytes": 1000, "params": 10, "macs": 20}
+        accuracy = 100 * right["b", seed].mean()
+        record = {"seed": seed, "division": "closed", "headline": 1, "accuracy": accuracy}
+        records.append(common | sha | sizes | record)
+    found = tables.summarize(pd.DataFrame(records), tmp_path).iloc[0]
+
+    differences = [sum(right["b", s][i] - right["a", s][i] for s in (1, 2, 3)) / 3 * 100 for i in range(500)]
+    mean = sum(differences) / 500
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / 499)
+    half = 1.96 * deviation / math.sqrt(500)
+    assert found["delta_mean"] == pytest.approx(mean, abs=1e-4)
+    assert found["delta_ci_low"] == pytest.approx(mean - half, abs=1e-4)
+    assert found["delta_ci_high"] == pytest.approx(mean + half, abs=1e-4)
+    assert found["no_loss"] == int(mean - half >= -0.3)
+    accuracies = pd.Series([100 * right["b", s].mean() for s in (1, 2, 3)])
+    assert found["accuracy_sd"] == pytest.approx(accuracies.std(), abs=1e-4)
+    assert (found["seeds"], found["size_ratio"]) == (3, 6.0)
+
+
+@pytest.mark.parametrize("low", [-0.3, -0.3001])
+def test_no_loss_is_the_lower_end_at_least_minus_0_3(monkeypatch, published, low):
+    found = {"accuracy_delta": 0.0, "delta_ci_low": low, "delta_ci_high": 0.2}
+    monkeypatch.setattr(tables, "differences", lambda **arrays: found)
+    frame = pd.read_csv(published / "compression.csv", keep_default_na=False)
+    assert set(tables.summarize(frame, published / "predictions")["no_loss"]) == {int(low == -0.3)}
+
+
+def test_read_run_trusts_nothing(published):
+    folder = published.parents[0] / "runs/quick/02_quantization/seed=1"
+    run = tables.read_run(folder)
+    assert run.artifact("network").is_file() and run.dataset == "digits"
+    with pytest.raises(results.ResultError, match="it has network"):
+        run.artifact("nothing")
+    good = (folder / "result.json").read_text()
+
+    edit(folder, parameters={"seed": 7})
+    with pytest.raises(results.ResultError, match="hash"):
+        tables.read_run(folder)
+    (folder / "result.json").write_text(good)
+    record = json.loads(good)
+    edit(folder, artifacts=[record["artifacts"][0] | {"path": "../seed=2/artifacts/network.safetensors"}])
+    with pytest.raises(results.ResultError, match="outside"):
+        tables.read_run(folder)
+    edit(
+        folder,
+        artifacts=record["artifacts"],
+        compression=[record["compression"][0] | {"run": "quick/x/seed=1"}],
+    )
+    with pytest.raises(results.ResultError, match="a row is of run"):
+        tables.read_run(folder)
+    (folder / "result.json").write_text(good[:-20])
+    with pytest.raises(results.ResultError, match="not valid"):
+        tables.read_run(folder)
+    (folder / "result.json").write_text(good)
+    content = bytearray(run.artifact("network").read_bytes())
+    content[-1] ^= 1
+    run.artifact("network").write_bytes(content)
+    with pytest.raises(results.ResultError, match="differs"):
+        tables.read_run(folder)
+    (folder / "result.json").unlink()
+    with pytest.raises(results.ResultError, match="no finished run"):
+        tables.read_run(folder)
+
+
+def test_publish_leaves_what_the_rows_need_and_nothing_else(published):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    before = {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
+    for leftover in ("predictions/old.npy", "artifacts/old.safetensors"):
+        (published / leftover).write_bytes(b"x")
+    (published / "compression.csv").write_text("broken")
+    results.publish(folders, published)
+    assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
+    # five artifacts' worth of evidence: 4 in eager, 4 of runtimes, labels; of artifacts only the small ones
+    assert len(list((published / "predictions").iterdir())) == 9
+    assert [file.stat().st_size < 450_000 for file in (published / "artifacts").iterdir()] == [True, True]
+    record = json.loads((published / "provenance.json").read_text())["quick/01_baseline/seed=1"]
+    assert "more than 450,000" in record["artifacts"][0]["committed"]
+    assert str(published.parents[1]) not in (published / "provenance.json").read_text()
+
+
+def test_publish_fails_without_evidence_or_run(published):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    with pytest.raises(results.ResultError, match="predictions"):
+        results.publish(folders[2:], published)  # the baselines are missing, and with them the references
+    with pytest.raises(results.ResultError, match="each once"):
+        results.publish([folders[0], folders[0]], published)
+    evidence = (
+        folders[2] / "predictions" / rows.evidence(tables.read_run(folders[2]).compression[0].artifact_sha256)
+    )
+    evidence.unlink()
+    with pytest.raises(results.ResultError, match="are missing"):
+        results.publish(folders, published)
+
+
+def test_the_table_joins_size_accuracy_and_time(published):
+    lines = results.table(published).splitlines()
+    int8 = next(line for line in lines if "onnxruntime int8" in line)
+    cells = [cell.strip() for cell in int8.strip("|").split("|")]
+    assert cells[0] == "tiny uniform_per_channel bits=8"
+    assert cells[-3:] == ["0.500", "8.00×", "4.00×"]
+    right = np.load(next((published / "predictions").glob("*.onnxruntime.int8.npy")))
+    labels = np.load(published / "predictions/labels-digits.npy")
+    assert cells[2] == f"{100 * (right == labels).mean():.2f}"  # of the code that was timed, not of eager
+    assert results.STALE_NOTE not in "\n".join(lines)
+
+
+def test_rows_of_older_code_are_marked(published, monkeypatch):
+    monkeypatch.setattr(results, "code_sha256", lambda path: "0" * 64 if "02_" in path.name else None)
+    path = published / "provenance.json"
+    record = json.loads(path.read_text())
+    for run in record.values():  # the others are up to date
+        run["code_sha256"] = run["code_sha256"] if run["notebook"] == "02_quantization" else None
+    path.write_text(json.dumps(record))
+    text = results.table(published)
+    marked = {
+        line.split("|")[1].strip() for line in text.splitlines() if "†" in line and line.startswith("|")
+    }
+    assert marked == {"tiny uniform_per_channel bits=8 †"}
+    assert results.STALE_NOTE in text and "†" not in results.without_marks(text)
+
+
+def test_the_report_says_what_holds(published):
+    text = results.report(published)
+    assert (published / "report.md").read_text() == text + "\n"
+    claim = text.split("\n\n")[1]
+    assert "no loss" in claim and "4.00× as fast as the fastest fp32 runtime" in claim
+    assert "quick/07_deployment/seed=1" in text and "more than 450,000" in text
+    frame = pd.read_csv(published / "summary.csv", keep_default_na=False)
+    frame.loc[frame["technique"] == "quantization", ["delta_ci_low", "no_loss"]] = [-0.5, 0]
+    frame.to_csv(published / "summary.csv", index=False)
+    assert "**not** without loss" in results.report(published).split("\n\n")[1]
+
+
+def test_the_readme_gets_the_best_profile_between_its_markers(published):
+    root = published.parents[1]
+    assert results.update_readme(root) and not results.update_readme(root)
+    text = (root / "README.md").read_text()
+    assert text.startswith("# T\n") and text.endswith("\nrest\n") and "old" not in text
+    assert results.table(published) in text
+    (published / "figures").mkdir()
+    (published / "figures/headline.png").write_bytes(b"png")
+    assert results.update_readme(root)
+    assert re.search(
+        r"!\[[^\]]{20,}\]\(results/quick/figures/headline.png\)", (root / "README.md").read_text()
+    )
+    published.rename(root / "results/standard")
+    results.update_readme(root)
+    assert "results/standard/report.md" in (root / "README.md").read_text()
+    (root / "README.md").write_text("no markers")
+    with pytest.raises(results.ResultError, match="headline:begin"):
+        results.update_readme(root)
+
+
+def test_make_report_writes_figure_report_and_readme(published):
+    root = published.parents[1]
+    command = [sys.executable, "-m", "nnc_utils.results", "report"]
+    environment = {"NNC_ROOT": str(root), "PYTHONPATH": str(provenance.PACKAGE.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert (published / "figures/headline.png").read_bytes().startswith(b"\x89PNG")
+    assert "headline.png" in (published / "report.md").read_text()
+    assert "results/quick/figures/headline.png" in (root / "README.md").read_text()

@@ -1,0 +1,384 @@
+"""The set-up: the files that say what is installed agree, and setup_env.py survives what users do to it."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "workflow" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+freeze, setup_env = load("freeze"), load("setup_env")
+
+
+# --- The files agree ------------------------------------------------------------------------------------
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    found = {}
+    for requirement in requirements:
+        [specifier] = requirement.specifier
+        assert specifier.operator == "==" and "*" not in specifier.version, f"{requirement} is no exact pin"
+        assert canonicalize_name(requirement.name) not in found, f"{requirement} is there twice"
+        found[canonicalize_name(requirement.name)] = Version(specifier.version)
+    return found
+
+
+@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *(r for extra in EXTRAS.values() for r in extra)])
+def test_every_requirement_is_pinned_within_its_bounds(text):
+    requirement = Requirement(text)
+    assert requirement.specifier, f"{text} has no floor"
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)], prereleases=True)
+
+
+def test_what_the_pinned_packages_need_is_pinned_too():
+    """Walk the installed packages from the project's requirements, as pip does."""
+    from importlib import metadata
+
+    pinned, seen = pins(), set()
+    queue = [Requirement(r) for r in [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["peers"]]]
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, *requirement.extras) in seen:
+            continue
+        seen.add((name, *requirement.extras))
+        assert name in pinned, f"{requirement} is needed but not pinned: run `make constraints`"
+        assert requirement.specifier.contains(pinned[name], prereleases=True), (
+            f"{requirement}: {pinned[name]}"
+        )
+        try:
+            needs = map(Requirement, metadata.requires(name) or [])
+        except metadata.PackageNotFoundError:
+            continue  # a peer that is not installed here
+        for need in needs:
+            extras = [{"extra": e} for e in requirement.extras or ("",)]
+            if need.marker is None or any(need.marker.evaluate(e) for e in extras):
+                queue.append(need)
+    assert len(seen) > 100
+
+
+def test_the_environment_that_runs_this_has_the_pinned_versions():
+    from importlib import metadata
+
+    pinned = pins()
+    for text in [*PROJECT["dependencies"], *EXTRAS["dev"]]:
+        name = Requirement(text).name
+        installed = Version(metadata.version(name)).public
+        assert installed == str(pinned[canonicalize_name(name)]), f"{name}: run workflow/setup_env.py again"
+
+
+def test_conda_users_get_the_same_two_files():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    [python] = [d for d in environment["dependencies"] if isinstance(d, str) and d.startswith("python=")]
+    assert python.removeprefix("python=") in SpecifierSet(PROJECT["requires-python"])
+    [through_pip] = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert through_pip == ["-c constraints.txt", "-e .[dev,peers]"]
+    assert "pip" in environment["dependencies"], "conda warns without it"
+
+
+def test_the_same_pythons_everywhere():
+    allowed = SpecifierSet(PROJECT["requires-python"])
+    versions = [v for minor in range(20) if (v := f"3.{minor}") in allowed]
+    assert versions == [f"3.{m}" for m in range(setup_env.OLDEST[1], setup_env.NEWEST[1] + 1)]
+    named = f"{versions[0]}, {versions[1]} or {versions[2]}"
+    assert named in (ROOT / "Makefile").read_text() and named in (ROOT / "workflow/setup_env.py").read_text()
+
+
+def test_committed_files_name_no_machine():
+    for name in ("constraints.txt", "pyproject.toml", "environment.yml", "Makefile", "workflow/setup_env.py"):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"(?<![\w.])/(home|root|tmp|work|opt|Users)/|@ file:|https?://", text), name
+
+
+def makefile_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_the_makefile_has_the_targets_and_the_server_calls_one():
+    assert makefile_targets() >= {"benchmark", "test", "lab", "report", "clean", "constraints", "help"}
+    script = ROOT / ".ci" / "run"
+    assert "make test" in script.read_text()
+    assert os.name == "nt" or os.access(script, os.X_OK)
+
+
+def commands(markdown: str) -> list[str]:
+    """The lines of the code blocks that start a program of the repository."""
+    blocks = re.findall(r"^```(?:sh|bash|console|)\n(.*?)^```", markdown, re.M | re.S)
+    lines = [line.removeprefix("$ ").strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.match(r"(make|python\d?|py|\S*[/\\](python|papermill))\b", line)]
+
+
+def missing(command: str) -> list[str]:
+    """What a command of the README names and the repository has not."""
+    words = command.partition("#")[0].split()
+    if words[0] == "make":
+        return [w for w in words[1:2] if w not in makefile_targets()]
+    if "-m" in words and (module := words[words.index("-m") + 1]).startswith("nnc_utils"):
+        path = ROOT / module.replace(".", "/")
+        return [] if path.with_suffix(".py").is_file() or (path / "__main__.py").is_file() else [module]
+    paths = [w.replace("\\", "/") for w in words[1:]]
+    return [p for p in paths if re.match(r"(workflow|notebooks|tests)\b", p) and not (ROOT / p).exists()]
+
+
+def test_the_readmes_commands_name_what_is_there():
+    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {"make benchmark", "make test"} <= {c.partition("#")[0].strip() for c in found}
+    for part in ("workflow/setup_env.py", "-m nnc_utils.run benchmark", "-m pytest"):
+        assert any(part in command for command in found if not command.startswith("make")), f"no-make {part}"
+    assert {c: missing(c) for c in found if missing(c)} == {}
+
+
+def test_a_command_that_names_nothing_is_noticed():
+    for command in ("make nothing", "python workflow/nothing.py", ".venv/bin/python -m nnc_utils.nothing"):
+        assert commands(f"```\n{command}\n```") == [command] and missing(command)
+
+
+# --- Make's own lines -----------------------------------------------------------------------------------
+
+
+def make(*arguments, cwd=ROOT):
+    if shutil.which("make") is None:
+        pytest.skip("make is not on this machine")
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_make_says_in_one_line_what_is_wrong():
+    done = make("test", "PYTHON=no-such-python")
+    assert done.returncode and "no 'no-such-python' here" in done.stderr and "Traceback" not in done.stderr
+    done = make("benchmark", "PROFILE=fast")
+    assert done.returncode and "one of smoke, quick, standard, full" in done.stderr
+
+
+def test_make_help_lists_every_target():
+    listed = make("help").stdout
+    assert all(t in listed for t in makefile_targets() - {"python", "profile"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "absent"),
+    [
+        ([], "benchmark --profile quick --cores all", "--rerun"),
+        (["PROFILE=smoke", "CORES=1"], "benchmark --profile smoke --cores 1", "nnc_utils.data"),
+        (["PROFILE=full", "RERUN=stale"], "--rerun stale", "smoke"),
+    ],
+)
+def test_make_hands_its_variables_on(arguments, expected, absent):
+    planned = make("--dry-run", "benchmark", *arguments).stdout
+    assert "setup_env.py --peers" in planned
+    planned = planned[planned.index("setup_env.py") :]
+    assert expected in planned and absent not in planned
+
+
+def test_make_clean_says_what_goes_and_keeps_the_rest(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = ["data/a", ".venv/lib/__pycache__/a", "results/quick/summary.csv"]
+    gone = ["results/runs/quick/a", "results/smoke/a", ".pytest_cache/a", "nnc_utils/__pycache__/a"]
+    for name in kept + gone:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    said = make("clean", cwd=tmp_path).stdout
+    assert "removing results/runs" in said and "kept .venv, data" in said
+    assert all((tmp_path / name).exists() for name in kept)
+    assert not any((tmp_path / name).exists() for name in gone)
+
+
+# --- setup_env.py -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A real new environment, made once; the tests get copies of it."""
+    venv = tmp_path_factory.mktemp("fresh") / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    return venv
+
+
+@dataclasses.dataclass
+class Clone:
+    """An empty clone, what pip was asked to install in it, and what it shall refuse."""
+
+    folder: Path
+    asked: list[str] = dataclasses.field(default_factory=list)
+    refused: list[str] = dataclasses.field(default_factory=list)
+
+    def install(self, *wanted: str) -> str:
+        self.asked.append(wanted[-1])
+        return next((f"no {part}" for part in self.refused if part in wanted[-1]), "")
+
+
+@pytest.fixture
+def clone(fresh, tmp_path, monkeypatch):
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    made, really = Clone(tmp_path), setup_env._quiet
+
+    def quiet(command):
+        if command[1:3] != ["-m", "venv"]:
+            return really(command)
+        shutil.rmtree(command[-1], ignore_errors=True)
+        shutil.copytree(fresh, command[-1], symlinks=True)
+        config = Path(command[-1]) / "pyvenv.cfg"
+        config.write_text(config.read_text().replace(str(fresh), command[-1]))
+        return True
+
+    monkeypatch.setattr(setup_env, "_quiet", quiet)
+    monkeypatch.setattr(setup_env, "install", made.install)
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_env, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(setup_env, "STAMP", tmp_path / ".venv" / "setup.json")
+    monkeypatch.setattr(setup_env, "LOG", tmp_path / ".venv" / "setup.log")
+    monkeypatch.setattr(setup_env, "NEEDED", 0)
+    return made
+
+
+def test_everything_is_installed_once(clone):
+    assert setup_env.main([]) == setup_env.main([]) == 0
+    assert clone.asked == [".[dev]"]
+    assert setup_env.main(["--peers"]) == setup_env.main(["--peers"]) == setup_env.main([]) == 0
+    assert clone.asked == [".[dev]", ".[dev,peers]"]
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_what_was_asked_for_is_installed_again_when_a_file_changes(clone, name):
+    setup_env.main(["--peers"])
+    with (clone.folder / name).open("a") as file:
+        file.write("\n")
+    assert setup_env.main([]) == 0
+    assert clone.asked == [".[dev,peers]"] * 2, "peers that were there stay up to date"
+
+
+def test_a_peer_that_cannot_be_installed_is_reported_and_the_rest_goes_on(clone, capsys):
+    clone.refused += ["peers]", "nncf"]
+    assert setup_env.main(["--peers"]) == 0
+    assert clone.asked == [".[dev,peers]", ".[dev]", *EXTRAS["peers"]]
+    assert "not installed: nncf (no nncf)" in capsys.readouterr().out
+    assert setup_env.main(["--peers"]) == 0 and len(clone.asked) == 8
+    assert "not installed: nncf" in capsys.readouterr().out, "said again, not tried again"
+    clone.refused.clear()
+    assert setup_env.main(["--peers", "--again"]) == 0 and clone.asked[8:] == [".[dev,peers]"]
+    assert "not installed" not in capsys.readouterr().out
+
+
+def test_a_failure_is_one_line_and_leaves_no_stamp(clone, capsys):
+    clone.refused.append("dev")
+    assert setup_env.main([]) == 1
+    assert re.fullmatch(r"set-up: pip failed: no dev \(all it said: .*\)\n", capsys.readouterr().err)
+    assert not setup_env.STAMP.exists()
+    clone.refused.clear()
+    assert setup_env.main([]) == 0 and setup_env.STAMP.exists()
+
+
+def test_a_killed_set_up_is_not_taken_as_done(clone, monkeypatch):
+    setup_env.main([])
+    setup_env.STAMP.unlink()  # killed before the last step
+    [packages] = setup_env.VENV.glob("Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages")
+    for name, files in (("half", ["METADATA"]), ("whole", ["METADATA", "RECORD"])):
+        (packages / f"{name}-1.dist-info").mkdir()
+        for file in files:
+            (packages / f"{name}-1.dist-info" / file).touch()
+    (packages / "~alf").mkdir()
+    assert setup_env.main([]) == 0 and len(clone.asked) == 2
+    names = {p.name for p in packages.iterdir()}
+    assert "whole-1.dist-info" in names and not names & {"half-1.dist-info", "~alf"}
+
+
+@pytest.mark.parametrize("damage", ["no interpreter", "no pip", "moved", "no stamp's sense"])
+def test_a_broken_environment_is_made_anew(clone, damage):
+    setup_env.main([])
+    mark = setup_env.VENV / "from the first"
+    mark.touch()
+    if damage == "no interpreter":
+        setup_env.python_in(setup_env.VENV).unlink()
+    elif damage == "no pip":
+        for pip in setup_env.VENV.rglob("site-packages/pip"):
+            shutil.rmtree(pip)
+        setup_env.STAMP.unlink()
+    elif damage == "moved":
+        stamp = json.loads(setup_env.STAMP.read_text())
+        setup_env.STAMP.write_text(json.dumps(stamp | {"fingerprint": "of another folder"}))
+        config = setup_env.VENV / "pyvenv.cfg"
+        config.write_text(config.read_text().replace(str(setup_env.VENV), "/elsewhere/.venv"))
+    else:
+        setup_env.STAMP.write_text("[1, ")
+    assert setup_env.main([]) == 0 and len(clone.asked) == 2
+    assert mark.exists() == (damage == "no stamp's sense"), "what is whole is kept"
+    python = setup_env.python_in(setup_env.VENV)
+    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+def test_too_little_disk_an_old_python_and_no_venv_module_are_one_line_each(clone, monkeypatch, capsys):
+    monkeypatch.setattr(setup_env, "NEEDED", 10**18)
+    assert setup_env.main([]) == 1
+    assert re.fullmatch(
+        r"set-up: [\d.]+ GB are free .* make room or clone elsewhere\n", capsys.readouterr().err
+    )
+    monkeypatch.setattr(setup_env, "NEEDED", 0)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "ensurepip" else found(n, *a))
+    assert setup_env.main([]) == 1
+    assert re.fullmatch(
+        r"set-up: .* has no module 'ensurepip': .*apt-get install python3.*-venv\)\n", capsys.readouterr().err
+    )
+    for version in ((3, 10, 1), (3, 14, 0)):
+        monkeypatch.setattr(sys, "version_info", version)
+        assert setup_env.main([]) == 1
+        assert re.fullmatch(
+            r"set-up: Python 3\.1[04] cannot be used: .* is needed; .*\n", capsys.readouterr().err
+        )
+    assert not setup_env.VENV.exists() and not clone.asked
+
+
+def test_pips_last_error_is_what_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_env, "LOG", tmp_path / "log")
+    monkeypatch.setattr(setup_env, "python_in", lambda venv: sys.executable)
+    (tmp_path / "constraints.txt").touch()
+    assert "no-such-folder" in setup_env.install(str(tmp_path / "no-such-folder"))
+    assert "no-such-folder" in (tmp_path / "log").read_text()
+    assert "pip" not in setup_env.install("--no-index", "packaging"), "installed already"
+
+
+# --- freeze.py ----------------------------------------------------------------------------------------------
+
+
+def test_freezing_gives_what_pip_says_and_keeps_other_systems_pins(tmp_path):
+    target = tmp_path / "constraints.txt"
+    target.write_text("# old\nonly-on-windows==1.5\nnumpy==0.1\nnnc-utils==9\n")
+    count = freeze.write_pins(target)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "freeze", "--all", "--exclude-editable"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.replace(" ", "").partition("@")[0].split("==") for line in done.stdout.splitlines()]
+    expected = {canonicalize_name(n): v[0].partition("+")[0] for n, *v in lines if v}
+    expected = {n: v for n, v in expected.items() if n not in ("pip", "nnc-utils")}
+    written = freeze.read_pins(target)
+    assert written == expected | {"only-on-windows": "1.5"} and count == len(written)
+    assert list(written) == sorted(written)
