@@ -299,7 +299,8 @@ def read(path: str | Path) -> Artifact:
     ------
     ArtifactError
         For a truncated, changed or foreign file, and one whose network would take more memory than the
-        file warrants; the message says what is wrong.
+        file warrants (over 256 MiB only at 32 times its length); the message says what is wrong.
+    FileNotFoundError
     """
     try:
         data = _bytes(path)
@@ -368,6 +369,7 @@ def _artifact(document: Mapping, arrays: Mapping[str, np.ndarray], nbytes: int) 
         raise ArtifactError(
             f"the Spec has a size or stride of {pixels} pixels: at most {LARGEST_SIZE} are read"
         )
+    # Memory for constant weights is all that a file gets without bytes for it.
     size = 4 * models.parameters(spec)
     if size > min(4096 * nbytes, max(32 * nbytes, 2**28)):
         raise ArtifactError(f"the network would take {size} bytes, more than {nbytes} bytes of file warrant")

@@ -24,7 +24,7 @@ HEADER_SHARE, HEADER_BYTES = 1.01, 100_000  # an fp32 file beyond its parameters
 REQUIRED = ("seed", "parameters", "parameters_sha256", "commit", "versions", "hardware", "wall_seconds")
 
 
-def audit(profile_dir: Path, *, rescore: bool = True) -> list[str]:
+def problems(profile_dir: Path, *, rescore: bool = True) -> list[str]:
     """What is wrong with the tables of a profile; an empty list when nothing is.
 
     Parameters
@@ -130,7 +130,7 @@ class _Audit:
             found = {"accuracy": 100 * self.right(name, row.dataset).mean()}
             same = self.load(name) == self.load(evidence(row.artifact_sha256))
             yield from _differs(what, row, found | {"agreement": 100 * same.mean()})
-            if row.precision == "int8" and row.agreement < AGREEMENT[row.stored_codes or 0]:
+            if row.headline and row.precision == "int8" and row.agreement < AGREEMENT[row.stored_codes or 0]:
                 yield f"{what}: agreement {row.agreement} is below {AGREEMENT[row.stored_codes or 0]}"
         elif row.headline:
             yield f"{what}: carries a claim, but its runtime was not scored"

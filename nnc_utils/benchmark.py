@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 from nnc_utils import processes, results
+from nnc_utils.notebook import environment
 from nnc_utils.processes import LockedError
 from nnc_utils.provenance import root
-from nnc_utils.run import environment
 
 
-def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
+def benchmark(profile: str, *, cores: str = "all", rerun: str = "", slurm: bool = False) -> int:
     """Run what is missing or changed, and print the headline table; the exit status.
 
     Parameters
@@ -24,6 +24,7 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
     cores : how many cores Snakemake may give to a notebook.
     rerun : "" keeps results of older code (the tables mark them), "stale" measures those again,
         "all" everything.
+    slurm : give the notebooks to a Slurm cluster, as the profile's `slurm` says.
     """
     profiles = root() / "workflow" / "profiles"
     configuration = profiles / f"{profile}.yaml"
@@ -34,7 +35,12 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
     folder = root() / "results" / "runs" / profile
     _wait_for_others(folder)
     begin, log = time.time(), folder / "workflow.log"
-    command = [sys.executable, "-m", "nnc_utils.benchmark", *_snakemake(configuration, profile, cores, rerun)]
+    command = [
+        sys.executable,
+        "-m",
+        "nnc_utils.benchmark",
+        *_snakemake(configuration, profile, cores, rerun, slurm),
+    ]
     with open(log, "w", encoding="utf-8") as stream:
         status = subprocess.run(command, cwd=root(), env=environment(), stderr=stream).returncode
     if status != 0:
@@ -48,10 +54,11 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
     return 0
 
 
-def _snakemake(configuration: Path, profile: str, cores: str, rerun: str) -> list[str]:
+def _snakemake(configuration: Path, profile: str, cores: str, rerun: str, slurm: bool = False) -> list[str]:
     settings = [f"profile={profile}", *([f"rerun={rerun}"] if rerun else [])]
     options = ["--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(root())]
-    options += ["--cores", str(cores), "--scheduler", "greedy", "--keep-going"]
+    options += ["--executor", "slurm", "--jobs", "100"] if slurm else ["--cores", str(cores)]
+    options += ["--scheduler", "greedy", "--keep-going"]
     # the lock of Snakemake would survive a SIGKILL; run folders have their own, which do not
     options += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "input", "params", "mtime"]
     options += ["--quiet", "all", *(["--forceall"] if rerun == "all" else [])]
@@ -84,10 +91,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--cores", default="all")
     parser.add_argument("--rerun", default="", choices=["", "stale", "all"])
+    parser.add_argument("--slurm", action="store_true", help="give the notebooks to a Slurm cluster")
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, processes.end_on_signal)
-    return benchmark(options.profile, cores=options.cores, rerun=options.rerun)
+    return benchmark(options.profile, cores=options.cores, rerun=options.rerun, slurm=options.slurm)
 
 
 def _snakemake_below() -> None:

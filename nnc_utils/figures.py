@@ -56,19 +56,25 @@ def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
     for value in reference:
         axes.axhline(value, color="grey", linewidth=1)
         axes.axhline(value - 0.3, color="grey", linewidth=1, linestyle=":")
-        axes.annotate("−0.3 points", (1, value - 0.3), xytext=(2, -11), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            "−0.3 points", (1, value - 0.3), xytext=(2, -11), textcoords="offset points", fontsize=8
+        )
     for number, (method, rows) in enumerate(compression.groupby("method", sort=True)):
         rows = rows.sort_values("size_ratio")
         below = (rows["accuracy_delta"] - rows["delta_ci_low"]).fillna(0)
         above = (rows["delta_ci_high"] - rows["accuracy_delta"]).fillna(0)
         marker = MARKERS[number % len(MARKERS)]
-        axes.errorbar(rows["size_ratio"], rows["accuracy"], (below, above), marker=marker, capsize=3, label=name(method))
+        axes.errorbar(
+            rows["size_ratio"], rows["accuracy"], (below, above), marker=marker, capsize=3, label=name(method)
+        )
         for _, row in rows[rows["point"].str.startswith("bits=")].iterrows():
             place = (row["size_ratio"], row["accuracy"])
             text = row["point"].removeprefix("bits=")
             axes.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=9)
     ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * compression["size_ratio"].max()]
-    axes.set(xscale="log", xlabel="times smaller than the fp32 file (numbers: bits)", ylabel="test accuracy (%)")
+    axes.set(
+        xscale="log", xlabel="times smaller than the fp32 file (numbers: bits)", ylabel="test accuracy (%)"
+    )
     axes.set_xticks(ticks, [f"{t}×" for t in ticks])
     axes.minorticks_off()
     axes.set_title("How small, and how much worse?")
@@ -84,7 +90,11 @@ def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: in
     colours = dict(zip(("fp32", "int8"), sns.color_palette("colorblind"), strict=False))
     labels = [
         f"{name(row['runtime'])} {row['precision']}"
-        + ("" if row["technique"] == "baseline" else f"\n{name(row['method'])}, {row['point'].replace('bits=', '')} bits")
+        + (
+            ""
+            if row["technique"] == "baseline"
+            else f"\n{name(row['method'])}, {row['point'].replace('bits=', '')} bits"
+        )
         for _, row in rows.iterrows()
     ]
     places = range(len(rows))

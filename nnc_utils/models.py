@@ -367,7 +367,6 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.quant_pool = Activation()
         self.fc = nn.Linear(shapes["fc"].in_channels, spec.classes)
-        self.quant_logits = Activation()
 
     def forward(self, images: Tensor) -> Tensor:
         out = self.quant_stem(self.relu(self.bn1(self.conv1(self.quant_input(images)))))
@@ -375,7 +374,7 @@ class ResNet(nn.Module):
         for s in range(1, len(self.spec.stages) + 1):
             out = self.get_submodule(f"layer{s}")(out)
         out = self.quant_pool(self.avgpool(out)).flatten(1)
-        return self.quant_logits(self.fc(out))
+        return self.fc(out)
 
 
 def build(spec: Spec) -> ResNet:

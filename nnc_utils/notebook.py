@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from pydantic import ValidationError
 
 from nnc_utils import parameters as declarations
 from nnc_utils import processes, provenance
 from nnc_utils.parameters import Parameter
 from nnc_utils.provenance import root
+from nnc_utils.rows import CompressionRow
 from nnc_utils.tables import ResultError, Run, RunRecord, read_run
 
 WRITER_WAIT = 30  # seconds, for the kernel of a killed runner to die
@@ -42,7 +44,12 @@ class Current:
     @property
     def name(self) -> str:
         """How rows name this run."""
-        return f"{self.parameters.get('profile', 'smoke')}/{self.notebook}/seed={self.seed}"
+        return f"{self.profile}/{self.notebook}/seed={self.seed}"
+
+    @property
+    def profile(self) -> str:
+        """The profile that it belongs to."""
+        return self.parameters.get("profile", "smoke")
 
     @property
     def seed(self) -> int:
@@ -63,44 +70,45 @@ class Current:
     def finish(
         self,
         *,
-        compression: Iterable[dict[str, Any]] = (),
+        compression: Iterable[CompressionRow] = (),
         latency: Iterable[dict[str, Any]] = (),
+        artifacts: Iterable[Path] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> Run:
         """Check the rows, hash every artifact and write result.json.
 
         Parameters
         ----------
-        compression, latency : from `results.compression_row` and `results.latency_rows`; the
-            columns profile, run, dataset, seed and commit are filled in here.
+        compression, latency : from `results.compression_row` and `results.latency_rows`; the latter
+            get their columns profile, run, dataset, seed and commit here.
+        artifacts : files below the run folder; everything in artifacts/ if not given.
         extra : what later notebooks want to know, as JSON.
         """
         from nnc_utils import measure
 
-        commit = provenance.commit()
-        common = {"profile": self.parameters.get("profile", "smoke"), "run": self.name, "commit": commit}
-        common["dataset"] = self.dataset
-        compression, latency = [dict(row) for row in compression], [dict(row) for row in latency]
-        files = {row.pop("file", ""): row["artifact_sha256"] for row in compression}
-        claimed = {row["artifact_sha256"] for row in compression if row["headline"]}
+        compression = list(compression)
+        common = {"profile": self.profile, "run": self.name, "dataset": self.dataset}
+        common["commit"] = provenance.commit()
+        files = sorted((self.folder / "artifacts").glob("*.safetensors")) if artifacts is None else artifacts
+        claimed = {row.artifact_sha256 for row in compression if row.headline}
         try:
             record = RunRecord(
                 notebook=self.notebook,
                 run=self.name,
-                profile=common["profile"],
+                profile=self.profile,
                 seed=self.seed,
                 parameters=self.parameters,
                 parameters_sha256=provenance.json_sha256(self.parameters),
                 **self.code,
-                commit=commit,
+                commit=common["commit"],
                 versions=provenance.versions(),
                 hardware=measure.hardware(),
                 upstream=upstream_hashes(self.upstream),
                 wall_seconds=round(time.time() - self.started, 2),
                 dataset=self.dataset,
-                compression=[{"seed": self.seed, **row, **common} for row in compression],
+                compression=compression,
                 latency=[{"seed": self.seed, **row, **common} for row in latency],
-                artifacts=_artifacts(self.folder, files, claimed),
+                artifacts=[_artifact(self.folder, Path(file), claimed) for file in files],
                 extra=extra or {},
             )
         except ValidationError as error:
@@ -178,20 +186,12 @@ def upstream_hashes(runs: Iterable[Run]) -> dict[str, str]:
     return {provenance.relative(r.folder): provenance.file_sha256(r.folder / "result.json") for r in runs}
 
 
-def _artifacts(folder: Path, scored: dict[str, str], claimed: set[str]) -> list[dict[str, Any]]:
-    known = {Path(file).resolve(): sha256 for file, sha256 in scored.items() if file}
-    found = []
-    for file in sorted((folder / "artifacts").glob("*.safetensors")):
-        sha256 = known.get(file.resolve()) or _artifact_sha256(file)
-        record = {"path": f"artifacts/{file.name}", "sha256": provenance.file_sha256(file)}
-        found.append(record | {"artifact_sha256": sha256, "headline": sha256 in claimed})
-    return found
-
-
-def _artifact_sha256(file: Path) -> str:
-    from nnc_utils import artifact
-
-    return artifact.read(file).sha256
+def _artifact(folder: Path, file: Path, claimed: set[str]) -> dict[str, Any]:
+    with safetensors.safe_open(file, framework="numpy") as stream:
+        sha256 = json.loads(stream.metadata()["artifact"])["sha256"]
+    path = file.resolve().relative_to(folder.resolve()).as_posix()
+    record = {"path": path, "sha256": provenance.file_sha256(file), "artifact_sha256": sha256}
+    return record | {"headline": sha256 in claimed}
 
 
 def _smoke_run(notebook: str) -> Run:

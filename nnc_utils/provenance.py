@@ -140,6 +140,7 @@ def _imported(source: str) -> tuple[Path, ...]:
     return tuple(files)
 
 
+@functools.lru_cache(maxsize=1)
 def commit() -> str:
     """The commit of the clone, with "-dirty" where its code differs from it; "unknown" without git."""
 

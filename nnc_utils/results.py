@@ -32,6 +32,7 @@ __all__ = [
     "ResultError",
     "Run",
     "SummaryRow",
+    "committed_profile",
     "compression_row",
     "latency_rows",
     "publish",
@@ -137,7 +138,7 @@ def table(profile_dir: Path) -> str:
         }
         timed = tables.timed(network["artifact_sha256"])
         for _, row in timed.iterrows() if len(timed) else [(None, None)]:
-            where = "eager" if row is None else f"{row['runtime']} {row['precision']}"
+            where = "eager, not timed" if row is None else f"{row['runtime']} {row['precision']}"
             runs = {network["run"]} | ({row["run"]} if row is not None else set())
             measured = row is None or not pd.isna(row["accuracy"])
             path = () if row is None else (row["runtime"], row["precision"])
@@ -268,8 +269,8 @@ def _not_measured(tables: Tables) -> str:
     for record in tables.provenance.values():
         for entry in record["artifacts"]:
             if entry["headline"] and entry["committed"].startswith("not"):
-                name = Path(entry["path"]).stem
-                missing.append(f"{name} is in no repository to be scored again, {entry['committed']}.")
+                why = entry["committed"].removeprefix("not: ")
+                missing.append(f"The network {Path(entry['path']).stem} again, in this repository: {why}.")
     return "\n".join(f"- {line}" for line in missing) or "- Nothing that the tables promise."
 
 
@@ -316,16 +317,25 @@ def report(profile_dir: Path) -> str:
     return text
 
 
+def committed_profile(folder: Path | None = None) -> Path | None:
+    """The tables of the best profile that has some, in this clone or another; None without any."""
+    for profile in PROFILES:
+        profile_dir = (folder or root()) / "results" / profile
+        if (profile_dir / "compression.csv").is_file():
+            return profile_dir
+    return None
+
+
 def readme_block(folder: Path) -> str:
     """What the README of a clone shall say between its markers: the best profile that has tables."""
-    for profile in PROFILES:
-        profile_dir = folder / "results" / profile
-        if (profile_dir / "compression.csv").is_file():
-            figure = f"results/{profile}/figures/headline.png"
-            alt = "Left: times smaller against test accuracy. Right: median milliseconds a picture."
-            shown = f"\n\n![{alt}]({figure})" if (folder / figure).is_file() else ""
-            return f"{table(profile_dir)}{shown}\n\nEverything else: [report](results/{profile}/report.md)."
-    return ""
+    profile_dir = committed_profile(folder)
+    if profile_dir is None:
+        return ""
+    place = f"results/{profile_dir.name}"
+    alt = "Left: times smaller against test accuracy. Right: median milliseconds a picture."
+    figure = f"![{alt}]({place}/figures/headline.png)\n\n"
+    shown = figure if (profile_dir / "figures/headline.png").is_file() else ""
+    return f"{table(profile_dir)}\n\n{shown}Everything else: [report]({place}/report.md)."
 
 
 def readme_says(folder: Path) -> str:

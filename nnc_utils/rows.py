@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from nnc_utils.provenance import commit
+
 NO_LOSS = -0.3  # percentage points: "no loss" means that the interval's lower end is not below
 ROUNDING = 5e-5  # accuracies are stored with four decimals
 
@@ -206,63 +208,81 @@ def differences(*, compressed: Iterable, reference: Iterable, labels: np.ndarray
 def compression_row(
     score: Mapping[str, Any],
     *,
-    reference: Mapping[str, Any],
-    labels: Any,
+    run: Any,
+    dataset: str,
     model: str,
     technique: str,
     method: str,
+    reference: Any = None,
     point: str = "",
     division: str = "closed",
     control: str = "",
-    headline: bool = False,
+    headline: int = 0,
     train_images: int = 0,
     train_seconds: float = 0.0,
-) -> dict[str, Any]:
-    """A row of compression.csv from what `measure.score` measured.
-
-    `finish` of a run adds the run's columns and takes `file`, the artifact's path, out again.
+) -> CompressionRow:
+    """A row of compression.csv from what `measure.score` measured on the test set.
 
     Parameters
     ----------
-    score : of this artifact: sha256, params, nonzeros, macs, artifact_bytes, bits_per_weight,
+    score : of this artifact: path, sha256, params, nonzeros, macs, artifact_bytes, bits_per_weight,
         simulated, correct, total, predictions (file).
-    reference : the same of the artifact it is compared with (path, sha256, predictions); a
-        baseline's reference is itself. An upstream run gives it with ``run.score("baseline")``.
-    labels : the true classes of the test images.
-    headline : chosen on validation before the test set was scored.
+    run : what `start` returned.
+    reference : what it is compared with: the finished run of the baseline, or a score of another
+        artifact. None for a baseline, which is its own reference.
+    headline : 1 if this point was chosen on validation before the test set was scored.
+
+    Raises
+    ------
+    ValueError
+        When score and predictions do not agree about the data set's labels.
     """
-    labels = np.asarray(labels)
-    predictions = read_predictions(score["predictions"])
-    correct = int((predictions == labels).sum())
+    if reference is None:
+        reference = score
+    elif hasattr(reference, "compression"):
+        reference = reference.score(reference.baseline.artifact_sha256)
+    labels, predictions = labels_of(dataset), read_predictions(score["predictions"])
+    correct = int((predictions == labels).sum()) if predictions.shape == labels.shape else -1
     if (correct, len(labels)) != (score["correct"], score["total"]):
         raise ValueError(
-            f"{score['path']}: its predictions are right for {correct} of {len(labels)} images, the score "
-            f"says {score['correct']} of {score['total']}: the labels are of another data set or split"
+            f"{score['path']}: {score['correct']} of {score['total']} right is not what its predictions say "
+            f"about the {len(labels)} test images of {dataset}: was another data set or split scored?"
         )
-    counts = {key: int(score[key]) for key in ("params", "nonzeros", "macs", "artifact_bytes", "simulated")}
-    return {
-        "model": model,
-        "technique": technique,
-        "method": method,
-        "point": point,
-        "division": division,
-        "control": control,
-        "headline": int(headline),
-        **counts,
-        "size_ratio": round(_fp32_bytes(str(reference["path"])) / counts["artifact_bytes"], 4),
-        "bits_per_weight": round(float(score["bits_per_weight"]), 4),
-        "correct": correct,
-        "total": len(labels),
-        "accuracy": round(100 * correct / len(labels), 4),
-        **differences(
-            compressed=[predictions], reference=[read_predictions(reference["predictions"])], labels=labels
-        ),
-        "reference_sha256": reference["sha256"],
-        "train_images": int(train_images),
-        "train_seconds": round(float(train_seconds), 2),
-        "artifact_sha256": score["sha256"],
-        "file": str(score["path"]),
-    }
+    before = read_predictions(reference["predictions"])
+    sizes = {key: int(score[key]) for key in ("params", "nonzeros", "macs", "artifact_bytes", "simulated")}
+    return CompressionRow(
+        profile=run.profile,
+        run=run.name,
+        dataset=dataset,
+        model=model,
+        technique=technique,
+        method=method,
+        point=point,
+        seed=run.seed,
+        division=division,
+        control=control,
+        headline=int(headline),
+        **sizes,
+        size_ratio=round(_fp32_bytes(str(reference["path"])) / sizes["artifact_bytes"], 4),
+        bits_per_weight=round(float(score["bits_per_weight"]), 4),
+        correct=correct,
+        total=len(labels),
+        accuracy=round(100 * correct / len(labels), 4),
+        **differences(compressed=[predictions], reference=[before], labels=labels),
+        reference_sha256=reference["sha256"],
+        train_images=int(train_images),
+        train_seconds=round(float(train_seconds), 2),
+        artifact_sha256=score["sha256"],
+        commit=commit(),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def labels_of(dataset: str) -> np.ndarray:
+    """The true classes of a data set's test images, uint8."""
+    from nnc_utils import data
+
+    return data.load(dataset).test.labels.numpy().astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=8)

@@ -167,10 +167,15 @@ class _Prefixed:
 
 
 def _last_lines(error: Exception, lines: int = 12) -> str:
+    """What a reader needs of an error: the line of each frame of a notebook's traceback, and its end."""
     traceback = getattr(error, "traceback", None)
     text = "\n".join(traceback) if isinstance(traceback, list) else str(error) or type(error).__name__
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return "\n".join(text.strip().splitlines()[-lines:])
+    *before, last = re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n\n")
+    frames = [
+        line for part in before for line in part.splitlines() if line.startswith(("Cell In", "File", "--"))
+    ]
+    frames = [line for line in frames if not line.startswith("-----") or "> " in line]
+    return "\n".join([*frames, *last.splitlines()][-lines:])
 
 
 # --- The command line ---------------------------------------------------------------------------

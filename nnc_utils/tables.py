@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nnc_utils.provenance import file_sha256, json_sha256, write_atomically
+from nnc_utils.provenance import file_sha256, json_sha256, root, write_atomically
 from nnc_utils.rows import (
     NO_LOSS,
     CompressionRow,
@@ -30,6 +30,7 @@ from nnc_utils.rows import (
     SummaryRow,
     differences,
     evidence,
+    labels_of,
     read_predictions,
 )
 
@@ -83,6 +84,11 @@ class Run:
     record: RunRecord
 
     @property
+    def run(self) -> str:
+        """How rows name it."""
+        return self.record.run
+
+    @property
     def dataset(self) -> str:
         """Name of the data set."""
         return self.record.dataset
@@ -91,6 +97,14 @@ class Run:
     def compression(self) -> list[CompressionRow]:
         """Its compression rows."""
         return self.record.compression
+
+    @property
+    def baseline(self) -> CompressionRow:
+        """The row that others are compared with."""
+        found = [row for row in self.compression if row.technique == "baseline" and not row.control]
+        if len(found) != 1:
+            raise ResultError(f"{self.run} has {len(found)} baselines: a reference needs to be one")
+        return found[0]
 
     @property
     def latency(self) -> list[LatencyRow]:
@@ -103,7 +117,7 @@ class Run:
         return self.record.extra
 
     def artifact(self, name: str) -> Path:
-        """The file of an artifact by its name without folder and suffix."""
+        """The file of an artifact, by its checksum or by its file name without suffix."""
         return self.folder / self._record_of(name).path
 
     def score(self, name: str) -> dict[str, Any]:
@@ -111,16 +125,16 @@ class Run:
         record = self._record_of(name)
         predictions = self.folder / "predictions" / evidence(record.artifact_sha256)
         if not predictions.is_file():
-            raise ResultError(f"{self.record.run}: {name} was never scored, there is no {predictions}")
+            raise ResultError(f"{self.run}: {name} was never scored, there is no {predictions}")
         path = self.folder / record.path
         return {"path": path, "sha256": record.artifact_sha256, "predictions": predictions}
 
     def _record_of(self, name: str) -> ArtifactRecord:
-        named = {Path(record.path).stem: record for record in self.record.artifacts}
-        if name not in named:
-            known = ", ".join(named) or "none"
-            raise ResultError(f"{self.record.run} has no artifact {name!r}: it has {known}")
-        return named[name]
+        for record in self.record.artifacts:
+            if name in (record.artifact_sha256, Path(record.path).stem):
+                return record
+        known = ", ".join(Path(record.path).stem for record in self.record.artifacts) or "none"
+        raise ResultError(f"{self.run} has no artifact {name!r}: it has {known}")
 
 
 def read_run(folder: Path) -> Run:
@@ -223,7 +237,7 @@ def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
     return to_frame(rows, SummaryRow)
 
 
-def publish(runs: list[Path], out: Path) -> None:
+def publish(runs: list[Path], profile: str) -> Path:
     """Write a profile's tables and their evidence; what was there before goes.
 
     compression.csv, latency.csv, summary.csv, provenance.json, predictions/ (of every row, and the
@@ -231,23 +245,31 @@ def publish(runs: list[Path], out: Path) -> None:
 
     Parameters
     ----------
-    runs : run folders of one profile, a row's reference among them.
-    out : ``results/<profile>``.
+    runs : run folders of this profile, a row's reference among them.
+    profile : its name.
+
+    Returns
+    -------
+    ``results/<profile>``, in which figures/ waits for figures.
 
     Raises
     ------
     ResultError
         When a run is unfinished or not as it was measured, or evidence is missing.
     """
+    out = root() / "results" / profile
     finished = [read_run(folder) for folder in runs]
     finished.sort(key=lambda run: (run.record.notebook, run.record.seed))
     profiles = {run.record.profile for run in finished}
     names = [run.record.run for run in finished]
-    if len(profiles) != 1 or len(set(names)) != len(names):
-        raise ResultError(f"runs of one profile, each once, are needed, not {', '.join(names) or 'none'}")
+    if profiles != {profile} or len(set(names)) != len(names):
+        raise ResultError(
+            f"runs of profile {profile}, each once, are needed, not {', '.join(names) or 'none'}"
+        )
     compression = [row for run in finished for row in run.compression]
     latency = [row for run in finished for row in run.latency]
 
+    (out / "figures").mkdir(parents=True, exist_ok=True)
     kept = {"predictions": set(), "artifacts": set()}
     for name, content in _evidence(finished).items():
         _place(out / "predictions" / name, content)
@@ -275,32 +297,27 @@ def publish(runs: list[Path], out: Path) -> None:
         for file in (out / folder).glob("*"):
             if file.name not in names:
                 file.unlink()
+    return out
 
 
 def _evidence(runs: list[Run]) -> dict[str, bytes]:
     """File name -> content: predictions of every row and of its reference, the labels."""
-    needed: dict[str, str] = {}
+    needed = []
     for row in (row for run in runs for row in run.compression):
-        needed |= {evidence(row.artifact_sha256): row.run, evidence(row.reference_sha256): row.run}
+        needed += [(evidence(row.artifact_sha256), row.run), (evidence(row.reference_sha256), row.run)]
     for row in (row for run in runs for row in run.latency):
         if row.accuracy is not None:
-            needed[evidence(row.artifact_sha256, row.runtime, row.precision)] = row.run
+            needed.append((evidence(row.artifact_sha256, row.runtime, row.precision), row.run))
     found: dict[str, bytes] = {}
-    for name, run_name in needed.items():
-        contents = {
-            (run.folder / "predictions" / name).read_bytes()
-            for run in runs
-            if (run.folder / "predictions" / name).is_file()
-        }
-        if len(contents) != 1:
-            why = "are missing" if not contents else "differ between two runs"
-            raise ResultError(f"the predictions {name} of a row of {run_name} {why}: run its notebook again")
-        found[name] = contents.pop()
+    for name, owner in dict.fromkeys(needed):
+        files = [run.folder / "predictions" / name for run in sorted(runs, key=lambda run: run.run != owner)]
+        content = next((file.read_bytes() for file in files if file.is_file()), None)
+        if content is None or found.setdefault(name, content) != content:
+            why = "are missing" if content is None else "are not those of another run with the same artifact"
+            raise ResultError(f"the predictions {name} of a row of {owner} {why}: run its notebook again")
     for dataset in {row.dataset for run in runs for row in run.compression}:
-        from nnc_utils import data
-
         stream = io.BytesIO()
-        np.save(stream, data.load(dataset).test.labels.numpy().astype(np.uint8), allow_pickle=False)
+        np.save(stream, labels_of(dataset), allow_pickle=False)
         found[labels_name(dataset)] = stream.getvalue()
     return found
 

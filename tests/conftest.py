@@ -119,13 +119,14 @@ def example(tmp_path_factory):
             scores[name, seed] = _score(path, stored, digits)
             row = rows.compression_row(
                 scores[name, seed],
-                reference=scores["01_baseline", seed],
-                labels=labels,
+                run=run,
+                dataset="digits",
+                reference=upstream[0] if upstream else None,
                 model="tiny",
                 technique="quantization" if upstream else "baseline",
                 method="uniform_per_channel" if upstream else "train",
                 point="bits=8" if upstream else "",
-                headline=True,
+                headline=1,
             )
             sources[name, seed] = run.finish(compression=[row])
             folders.append(run.folder)
@@ -142,7 +143,7 @@ def example(tmp_path_factory):
     reference = scores["01_baseline", 1]["sha256"]
     run.finish(latency=rows.latency_rows(measured, networks, reference_sha256=reference))
     folders.append(run.folder)
-    tables.publish(folders, root / "results" / "quick")
+    tables.publish(folders, "quick")
     (root / "README.md").write_text("# T\n<!-- headline:begin -->\nold\n<!-- headline:end -->\nrest\n")
     patch.undo()
     return types.SimpleNamespace(root=root, folders=folders, labels=labels, scores=scores)

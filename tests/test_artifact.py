@@ -69,6 +69,15 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Networks this small are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def save(model, path, **changes):
     return artifact.save(model, path, **(PREPROCESSING | changes))
 

@@ -13,11 +13,11 @@ COMMITTED = sorted(path.parent for path in provenance.PACKAGE.parent.glob("resul
 
 @pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
 def test_committed_results_are_what_their_evidence_says(profile):
-    assert audit.audit(profile) == []
+    assert audit.problems(profile) == []
 
 
 def test_an_untouched_profile_passes(published):
-    assert audit.audit(published) == []
+    assert audit.problems(published) == []
 
 
 def change(path, where, column, value):
@@ -72,8 +72,8 @@ QUANTIZED = {"method": "uniform_per_channel"}
 )
 def test_one_changed_field_is_found(published, table, where, column, value, message):
     change(published / f"{table}.csv", where, column, value)
-    problems = audit.audit(published, rescore=False)
-    assert any(message in problem for problem in problems), problems
+    found = audit.problems(published, rescore=False)
+    assert any(message in problem for problem in found), found
 
 
 def test_one_changed_prediction_is_found(published):
@@ -82,23 +82,23 @@ def test_one_changed_prediction_is_found(published):
         predictions = np.load(file)
         predictions[5] = (predictions[5] + 1) % 10
         np.save(file, predictions)
-        assert audit.audit(published, rescore=False), file.name
+        assert audit.problems(published, rescore=False), file.name
         file.write_bytes(original)
-    assert audit.audit(published, rescore=False) == []
+    assert audit.problems(published, rescore=False) == []
 
 
 def test_a_changed_missing_or_foreign_artifact_is_found(published):
     first, second = sorted((published / "artifacts").iterdir())
     content = first.read_bytes()
     first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert any("not the file that was measured" in p for p in audit.audit(published, rescore=False))
+    assert any("not the file that was measured" in p for p in audit.problems(published, rescore=False))
     first.write_bytes(second.read_bytes())
-    assert any("not the file that was measured" in p for p in audit.audit(published, rescore=False))
+    assert any("not the file that was measured" in p for p in audit.problems(published, rescore=False))
     first.unlink()
-    assert any("is missing" in p for p in audit.audit(published, rescore=False))
+    assert any("is missing" in p for p in audit.problems(published, rescore=False))
     first.write_bytes(content)
     (published / "artifacts/extra.safetensors").write_bytes(content)
-    assert any("no claim: extra.safetensors" in p for p in audit.audit(published, rescore=False))
+    assert any("no claim: extra.safetensors" in p for p in audit.problems(published, rescore=False))
 
 
 def test_artifacts_are_scored_again(published):
@@ -110,20 +110,20 @@ def test_artifacts_are_scored_again(published):
     wrong = np.flatnonzero(predictions != labels)[:2]
     predictions[wrong] = (labels[wrong] + 1 + (predictions[wrong] == (labels[wrong] + 1) % 10)) % 10
     np.save(evidence, predictions)  # still wrong, so every count stays
-    assert any("scored again" in problem for problem in audit.audit(published))
+    assert any("scored again" in problem for problem in audit.problems(published))
 
 
 def test_leftover_evidence_and_lacking_provenance_are_found(published):
     np.save(published / "predictions/ffff.npy", np.zeros(400, np.uint8))
-    assert any("of no row: ffff.npy" in problem for problem in audit.audit(published, rescore=False))
+    assert any("of no row: ffff.npy" in problem for problem in audit.problems(published, rescore=False))
     (published / "predictions/ffff.npy").unlink()
     path = published / "provenance.json"
     record = json.loads(path.read_text())
     del record["quick/01_baseline/seed=1"]["hardware"]
     record["quick/01_baseline/seed=2"]["parameters"]["seed"] = 3
     path.write_text(json.dumps(record))
-    problems = audit.audit(published, rescore=False)
-    assert any("lacks hardware" in p for p in problems) and any("have their hash" in p for p in problems)
+    found = audit.problems(published, rescore=False)
+    assert any("lacks hardware" in p for p in found) and any("have their hash" in p for p in found)
 
 
 @pytest.mark.parametrize("damage", ["columns", "no rows", "no provenance"])
@@ -135,4 +135,21 @@ def test_damaged_tables_are_a_problem_not_a_crash(published, damage):
         path.write_text(path.read_text().splitlines()[0] + "\n")
     else:
         (published / "provenance.json").write_text("{")
-    assert audit.audit(published, rescore=False)
+    assert audit.problems(published, rescore=False)
+
+
+def test_a_claim_whose_runtime_disagrees_with_the_file_is_found(published):
+    """Consistent numbers, but too few of the runtime's answers are those of the file (rule 16)."""
+    [evidence] = (published / "predictions").glob("*.onnxruntime.int8.npy")
+    labels = np.load(published / "predictions/labels-digits.npy")
+    predictions = np.load(evidence)
+    predictions[:3] = (predictions[:3] + 1) % 10
+    np.save(evidence, predictions)
+    eager = np.load(evidence.with_name(evidence.name.split(".")[0] + ".npy"))
+    agreement = f"{100 * (predictions == eager).mean():.4f}"
+    for batch in ("1", "64"):
+        change(published / "latency.csv", INT8 | {"batch": batch}, "agreement", agreement)
+        accuracy = f"{100 * (predictions == labels).mean():.4f}"
+        change(published / "latency.csv", INT8 | {"batch": batch}, "accuracy", accuracy)
+    found = audit.problems(published, rescore=False)
+    assert len(found) == 2 and all("is below 99.5" in problem for problem in found), found

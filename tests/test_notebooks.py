@@ -28,7 +28,9 @@ class TestNotebook:
     def test_pair_holds_the_same_cells(self, path):
         notebook = nbformat.read(path, as_version=4)
         source = jupytext.read(path.parent / "src" / f"{path.stem}.py")
-        assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
+        assert [(c.cell_type, c.source) for c in notebook.cells] == [
+            (c.cell_type, c.source) for c in source.cells
+        ]
         tags = [[cell.metadata.get("tags", []) for cell in book.cells] for book in (notebook, source)]
         assert tags[0] == tags[1]
 
@@ -47,7 +49,11 @@ class TestNotebook:
 
     def test_is_light_and_its_cells_are_short(self, path):
         assert path.stat().st_size < 500_000
-        long = [c.source.splitlines()[0] for c in cells(nbformat.read(path, as_version=4), "code") if c.source.count("\n") >= 30]
+        long = [
+            c.source.splitlines()[0]
+            for c in cells(nbformat.read(path, as_version=4), "code")
+            if c.source.count("\n") >= 30
+        ]
         assert not long
 
     def test_outputs_name_no_machine(self, path):
@@ -55,7 +61,11 @@ class TestNotebook:
         assert not re.search(r"(/home/|/root/|/Users/|/tmp/|C:\\\\)", text)
 
     def test_parameters_are_typed_literals_with_a_text(self, path):
-        [cell] = [c for c in cells(nbformat.read(path, as_version=4), "code") if "parameters" in c.metadata.get("tags", [])]
+        [cell] = [
+            c
+            for c in cells(nbformat.read(path, as_version=4), "code")
+            if "parameters" in c.metadata.get("tags", [])
+        ]
         for line, statement in zip(cell.source.splitlines(), ast.parse(cell.source).body, strict=True):
             assert isinstance(statement, ast.AnnAssign), line
             ast.literal_eval(statement.value)

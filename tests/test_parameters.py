@@ -21,9 +21,8 @@ DECLARED = parse(CELL)
 
 
 def test_what_is_declared():
-    assert list(DECLARED) == [
-        "epochs", "learning_rate", "dataset", "model", "augment", "bits", "points", "upstream", "depth", "offset"
-    ]  # fmt: skip
+    names = "epochs learning_rate dataset model augment bits points upstream depth offset"
+    assert list(DECLARED) == names.split()
     assert DECLARED["epochs"].limits == ("[", 1, 500, "]")
     assert DECLARED["epochs"].help == "passes over the training images"
     assert DECLARED["learning_rate"].help == "peak = highest"

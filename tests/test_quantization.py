@@ -89,7 +89,9 @@ def test_bits_for_each_layer(model):
     with pytest.raises(ValueError, match="layer9"):
         uniform.quantize_network(model, bits=widths | {"layer9": 8}, per_channel=False)
     with pytest.raises(ValueError, match="fc"):
-        uniform.quantize_network(model, bits={k: v for k, v in widths.items() if k != "fc"}, per_channel=False)
+        uniform.quantize_network(
+            model, bits={k: v for k, v in widths.items() if k != "fc"}, per_channel=False
+        )
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 6.0), (-1.0, 3.0), (-5.0, -1.0), (2.0, 4.0), (0.0, 0.0)])
@@ -113,6 +115,8 @@ def test_calibration_sees_the_smallest_and_largest_value(model):
     assert signed.scale * (0 - signed.zero_point) == pytest.approx(float(images.min()), abs=signed.scale)
     assert all(place.scale is not None for place in models.activations(calibrated).values())
     assert all(place.scale is None for place in models.activations(model).values())
+    calibrated.train()(images).sum().backward()  # the copy can be trained on
+    assert calibrated.conv1.weight.grad.abs().sum() > 0
 
 
 def test_calibration_refuses_what_it_cannot_use(model):

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -82,17 +83,20 @@ def test_latency_rows_are_measured_or_empty_as_a_whole(example):
             results.LatencyRow.from_csv(good | changes)
 
 
-def test_compression_row_is_what_the_predictions_say(example):
+def test_compression_row_is_what_the_predictions_say(example, monkeypatch):
     reference, score = example.scores["01_baseline", 1], example.scores["02_quantization", 1]
-    names = {"model": "m", "technique": "quantization", "method": "u"}
-    row = rows.compression_row(score, reference=reference, labels=example.labels, **names)
+    run = types.SimpleNamespace(profile="quick", name="quick/n/seed=1", seed=1)
+    names = {"run": run, "dataset": "digits", "model": "m", "technique": "quantization", "method": "u"}
+    row = rows.compression_row(score, reference=reference, **names)
     right, before = (np.load(s["predictions"]) == example.labels for s in (score, reference))
-    assert row["correct"] == right.sum() and row["total"] == 400
-    assert row["accuracy_delta"] == pytest.approx(100 * (right.mean() - before.mean()), abs=1e-4)
+    assert row.correct == right.sum() and row.total == 400
+    assert row.accuracy_delta == pytest.approx(100 * (right.mean() - before.mean()), abs=1e-4)
     parameters_and_statistics = 4 * (score["params"] + 2 * 960 // 8 * 5)  # all of it is float32
-    assert row["size_ratio"] * score["artifact_bytes"] == pytest.approx(parameters_and_statistics, rel=0.03)
+    assert row.size_ratio * score["artifact_bytes"] == pytest.approx(parameters_and_statistics, rel=0.03)
+    assert rows.compression_row(reference, **names).reference_sha256 == reference["sha256"]
+    monkeypatch.setattr(rows, "labels_of", lambda dataset: np.roll(example.labels, 1))
     with pytest.raises(ValueError, match="another data set"):
-        rows.compression_row(score, reference=reference, labels=np.roll(example.labels, 1), **names)
+        rows.compression_row(score, reference=reference, **names)
 
 
 def test_speedups_are_against_eager_and_the_fastest_fp32(example):
@@ -172,6 +176,7 @@ def test_read_run_trusts_nothing(published):
     folder = published.parents[0] / "runs/quick/02_quantization/seed=1"
     run = tables.read_run(folder)
     assert run.artifact("network").is_file() and run.dataset == "digits"
+    assert run.artifact(run.compression[0].artifact_sha256) == run.artifact("network")
     with pytest.raises(results.ResultError, match="it has network"):
         run.artifact("nothing")
     good = (folder / "result.json").read_text()
@@ -211,7 +216,7 @@ def test_publish_leaves_what_the_rows_need_and_nothing_else(published):
     for leftover in ("predictions/old.npy", "artifacts/old.safetensors"):
         (published / leftover).write_bytes(b"x")
     (published / "compression.csv").write_text("broken")
-    results.publish(folders, published)
+    assert results.publish(folders, "quick") == published
     assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
     # five artifacts' worth of evidence: 4 in eager, 4 of runtimes, labels; of artifacts only the small ones
     assert len(list((published / "predictions").iterdir())) == 9
@@ -224,15 +229,15 @@ def test_publish_leaves_what_the_rows_need_and_nothing_else(published):
 def test_publish_fails_without_evidence_or_run(published):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
     with pytest.raises(results.ResultError, match="predictions"):
-        results.publish(folders[2:], published)  # the baselines are missing, and with them the references
+        results.publish(folders[2:], "quick")  # the baselines are missing, and with them the references
     with pytest.raises(results.ResultError, match="each once"):
-        results.publish([folders[0], folders[0]], published)
+        results.publish([folders[0], folders[0]], "quick")
     evidence = (
         folders[2] / "predictions" / rows.evidence(tables.read_run(folders[2]).compression[0].artifact_sha256)
     )
     evidence.unlink()
     with pytest.raises(results.ResultError, match="are missing"):
-        results.publish(folders, published)
+        results.publish(folders, "quick")
 
 
 def test_the_table_joins_size_accuracy_and_time(published):
@@ -280,7 +285,6 @@ def test_the_readme_gets_the_best_profile_between_its_markers(published):
     text = (root / "README.md").read_text()
     assert text.startswith("# T\n") and text.endswith("\nrest\n") and "old" not in text
     assert results.table(published) in text
-    (published / "figures").mkdir()
     (published / "figures/headline.png").write_bytes(b"png")
     assert results.update_readme(root)
     assert re.search(

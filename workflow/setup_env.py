@@ -107,12 +107,12 @@ def _quiet(command):
 
 
 def install(*wanted):
-    """pip install with the constraints; what pip says goes to the log. Returns its last error or ''."""
+    """pip install with the constraints; what pip says goes to the log. Returns its first error or ''."""
     command = [str(python_in(VENV)), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", "--root-user-action", "ignore", "--no-warn-script-location"]
     # modules are compiled when they are first imported: most never are
     command += ["--no-compile", "-c", str(ROOT / "constraints.txt")]
-    last = ""
+    error = ""
     with LOG.open("a") as log:
         log.write(f"\n$ pip install {' '.join(wanted)}\n")
         with subprocess.Popen(
@@ -126,8 +126,8 @@ def install(*wanted):
         ) as pip:
             for line in pip.stdout:
                 log.write(line)
-                if line.startswith("ERROR:") or not last.startswith("ERROR:"):
-                    last = line.strip()
+                if not error and line.startswith("ERROR:") and "Ignored the following" not in line:
+                    error = line[len("ERROR:") :].strip()
                 if sys.stdout.isatty():
                     print(
                         "\r\033[K" + line.strip()[: shutil.get_terminal_size().columns - 1],
@@ -136,7 +136,7 @@ def install(*wanted):
                     )
             if sys.stdout.isatty():
                 print("\r\033[K", end="", flush=True)
-    return "" if pip.returncode == 0 else last.replace("ERROR: ", "") or "pip failed"
+    return "" if pip.returncode == 0 else error or f"exit code {pip.returncode}"
 
 
 def install_all(peers):

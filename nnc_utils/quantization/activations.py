@@ -29,7 +29,6 @@ def affine_range(low: float, high: float) -> tuple[float, int]:
     return scale, min(255, max(0, round(-low / scale)))
 
 
-@torch.inference_mode()
 def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 128) -> nn.Module:
     """A copy of a network that rounds its activations to 8 bits, over the ranges these images show.
 
@@ -62,7 +61,9 @@ def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 128) -> nn.
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             low, high = (float(bound) for bound in torch.aminmax(inputs[0]))
             if not math.isfinite(low + high):
-                raise ValueError(f"{name}: activations are not finite: the network or the images hold NaN or inf")
+                raise ValueError(
+                    f"{name}: activations are not finite: the network or the images hold NaN or inf"
+                )
             before = seen.get(name, (low, high))
             seen[name] = (min(low, before[0]), max(high, before[1]))
 
@@ -71,8 +72,9 @@ def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 128) -> nn.
     for place in places.values():
         place.scale = None
     hooks = [place.register_forward_hook(watch(name)) for name, place in places.items()]
-    for start in range(0, len(images), batch_size):
-        calibrated(images[start : start + batch_size].contiguous(memory_format=torch.channels_last))
+    with torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            calibrated(images[start : start + batch_size].contiguous(memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
     for name, place in places.items():

@@ -38,7 +38,9 @@ def quantize(weight: Tensor, *, bits: int, per_channel: bool) -> Uniform:
     if not weight.numel():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds nothing to quantize")
     if not torch.isfinite(weight).all():
-        raise ValueError(f"{int((~torch.isfinite(weight)).sum())} weights are not finite: the training diverged")
+        raise ValueError(
+            f"{int((~torch.isfinite(weight)).sum())} weights are not finite: the training diverged"
+        )
     peak = weight.detach().abs().flatten(1).amax(1) if per_channel else weight.detach().abs().amax()
     scale = (peak / largest_code(bits)).float()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

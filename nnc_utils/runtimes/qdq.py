@@ -54,7 +54,7 @@ class Step:
 
 
 def steps(spec: Spec) -> list[Step]:
-    """What a network computes between "quant_input" and "quant_logits", in order."""
+    """What a network computes between "quant_input" and "logits", in order."""
     shapes = {layer.name: layer for layer in models.layers(spec)}
     found = [Step("conv", "conv1", ("quant_input",), "quant_stem", True, shapes["conv1"])]
     if models.STEMS[spec.stem][2]:
@@ -75,7 +75,7 @@ def steps(spec: Spec) -> list[Step]:
         if block.connection != "none":
             found.append(Step("add", f"{name}.add", (tensor, skip), f"{name}.quant_out", True))
     found.append(Step("average_pool", "avgpool", (found[-1].output,), "quant_pool"))
-    found.append(Step("linear", "fc", ("quant_pool",), "quant_logits", False, shapes["fc"]))
+    found.append(Step("linear", "fc", ("quant_pool",), "logits", False, shapes["fc"]))
     return found
 
 
@@ -109,14 +109,12 @@ def check_integer(spec: Spec, counts: Mapping[str, int]) -> None:
 class IntegerLayer:
     """A layer with its batch-norm folded in: ``scale * codes`` and ``input's scale * scale * bias``.
 
-    `codes` int8 in ±127, shape of the weight; `scale` float32 (out,); `bias` int32 (out,);
-    `stored_codes` says whether |codes| are those of the file.
+    `codes` int8 in ±127, shape of the weight; `scale` float32 (out,); `bias` int32 (out,).
     """
 
     codes: Tensor
     scale: Tensor
     bias: Tensor
-    stored_codes: bool
 
 
 @dataclass(frozen=True)
@@ -128,10 +126,14 @@ class IntegerNetwork:
     layers: dict[str, IntegerLayer]
     ranges: dict[str, tuple[float, int]]
 
-    @property
-    def stored_codes(self) -> bool:
-        """Whether every layer computes with the codes of the file."""
-        return all(layer.stored_codes for layer in self.layers.values())
+
+def stored_codes(artifact: Artifact) -> bool:
+    """Whether int8 computes with the |codes| of the file in every layer, none being rounded anew."""
+    return all(_embeds(weight) for weight in artifact.weights.values())
+
+
+def _embeds(weight: encoding.Encoding) -> bool:
+    return isinstance(weight, encoding.Uniform) and weight.bits <= 8 and weight.axis in (None, 0)
 
 
 def lower(artifact: Artifact) -> IntegerNetwork:
@@ -158,9 +160,8 @@ def lower(artifact: Artifact) -> IntegerNetwork:
 
 
 def _ranges(artifact: Artifact, order: tuple[Step, ...]) -> dict[str, tuple[float, int]]:
-    # Logits may stay as they are: the classifier's sums are integers either way, and 8 bits can tie classes.
-    unrounded = {"maxpool", "quant_logits"} - artifact.ranges.keys()
-    rounded = ["quant_input", *(step.output for step in order if step.output not in unrounded)]
+    # Logits stay as they are: the classifier's sums are integers all the same, and 8 bits would tie classes.
+    rounded = ["quant_input", *(s.output for s in order if s.output not in ("maxpool", "logits"))]
     missing = [name for name in rounded if name not in artifact.ranges]
     if missing:
         raise LoweringError(
@@ -174,8 +175,8 @@ def _ranges(artifact: Artifact, order: tuple[Step, ...]) -> dict[str, tuple[floa
             ranges[step.output] = ranges[step.inputs[0]]
         if step.relu and ranges[step.output][1] != 0:
             raise LoweringError(
-                f"{step.output} has zero-point {ranges[step.output][1]}: behind a ReLU it has to be 0, so that "
-                "clamping the codes at 0 is the ReLU"
+                f"{step.output} has zero-point {ranges[step.output][1]}: behind a ReLU it has to be "
+                "0, so that clamping the codes at 0 is the ReLU"
             )
     return ranges
 
@@ -197,8 +198,7 @@ def _fold(artifact: Artifact, layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def _integers(weight: encoding.Encoding, factor: Tensor, bias: Tensor, input_scale: float) -> IntegerLayer:
-    stored = isinstance(weight, encoding.Uniform) and weight.bits <= 8 and weight.axis in (None, 0)
-    if stored:
+    if _embeds(weight):
         codes, scale = weight.codes.double(), weight.scale.double().expand(len(factor))
     else:
         values = encoding.decode(weight).double()
@@ -210,7 +210,7 @@ def _integers(weight: encoding.Encoding, factor: Tensor, bias: Tensor, input_sca
     codes = (codes * _column(folded / fitting, codes)).round()
     fitting = fitting.float()
     bias = (bias / (input_scale * fitting.double())).round()
-    return IntegerLayer(codes.to(torch.int8), fitting, bias.to(torch.int32), stored)
+    return IntegerLayer(codes.to(torch.int8), fitting, bias.to(torch.int32))
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:
@@ -254,11 +254,10 @@ def _float_model(artifact: Artifact) -> onnx.ModelProto:
         if step.kind == "linear":
             nodes.append(helper.make_node("Flatten", [inputs[0]], ["features"]))
             inputs[0] = "features"
-        output = "logits" if step is order[-1] else step.output
-        before = f"{output}.before_relu" if step.relu else output
+        before = f"{step.output}.before_relu" if step.relu else step.output
         nodes.append(_operator(step, inputs, before))
         if step.relu:
-            nodes.append(helper.make_node("Relu", [before], [output], name=f"{step.name}.relu"))
+            nodes.append(helper.make_node("Relu", [before], [step.output], name=f"{step.name}.relu"))
     return _model(artifact.spec, nodes, constants)
 
 
@@ -294,12 +293,11 @@ def integer_model(network: IntegerNetwork) -> onnx.ModelProto:
             rounded("features.float", "features", *network.ranges[step.inputs[0]])
             inputs[0] = "features"
         # No node for a ReLU: codes that are clamped at 0, where 0 is the zero-point, are one.
-        output = "logits" if step is network.steps[-1] else step.output
-        if step.output in network.ranges:
-            nodes.append(_operator(step, inputs, f"{output}.float"))
-            rounded(f"{output}.float", output, *network.ranges[step.output])
+        if step.output == "logits":
+            nodes.append(_operator(step, inputs, "logits"))
         else:
-            nodes.append(_operator(step, inputs, output))
+            nodes.append(_operator(step, inputs, f"{step.output}.float"))
+            rounded(f"{step.output}.float", step.output, *network.ranges[step.output])
     return _model(network.spec, nodes, constants)
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import psutil
@@ -54,15 +54,15 @@ class Worker:
     def time(self, *, key: str, images: str, batch: int, seconds: float) -> list[int]:
         """Nanoseconds of single predictions for about so many seconds, after a warm-up of a tenth."""
         session = self._sessions[key]
-        inputs = np.ascontiguousarray(np.resize(self._read(images), (batch, *self._read(images).shape[1:])))
+        inputs = np.take(self._read(images), range(batch), axis=0, mode="wrap")
         warm_until = time.perf_counter() + seconds / 10
         session.predict(inputs)
         while time.perf_counter() < warm_until:
             session.predict(inputs)
-        samples: list[int] = []
-        clock, until = time.perf_counter_ns, time.perf_counter() + 0.9 * seconds
         gc.collect()
         gc.disable()
+        samples: list[int] = []
+        clock, until = time.perf_counter_ns, time.perf_counter() + 0.9 * seconds
         while len(samples) < FEWEST or (len(samples) < MOST and time.perf_counter() < until):
             start = clock()
             session.predict(inputs)
@@ -92,12 +92,15 @@ class Worker:
 
 def peak_rss() -> int:
     """The most memory this process has had, in bytes."""
+    if sys.platform == "linux":
+        # getrusage would give the parent's peak, which a child inherits when it is forked.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _orders() -> Iterator[dict[str, Any]]:
@@ -114,10 +117,16 @@ def _orders() -> Iterator[dict[str, Any]]:
         yield json.loads(waiting.get())
 
 
+def only_answers() -> TextIO:
+    """This process's stdout for answers alone: what anything else prints there goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    return answers
+
+
 def main(runtime: str) -> None:
     """Serve until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    answers = only_answers()
     worker = Worker(runtime)
     for order in _orders():
         act: Callable[..., Any] = getattr(worker, order.pop("order"))
@@ -126,7 +135,6 @@ def main(runtime: str) -> None:
         except Exception as error:  # told to whoever gave the order
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
-        answers.flush()
 
 
 if __name__ == "__main__":

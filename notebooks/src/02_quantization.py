@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -40,9 +42,9 @@ from nnc_utils.run import start
 run = start("02_quantization", globals(), needs=("01_baseline",))
 figures.style()
 [baseline] = run.upstream
-reference = baseline.compression[0]
+reference = baseline.baseline
 pictures = data.load(reference.dataset)
-model = artifact.load(baseline.artifact(reference.artifact_sha256))
+model = artifact.load(baseline.artifact("fp32"))
 print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
 
 # %% [markdown]
@@ -61,7 +63,9 @@ small = torch.linspace(-0.9, 1.2, 25).view(5, 5)
 codes = torch.round(small * (2**2 - 1) / small.abs().max())
 scale = small.abs().max() / (2**2 - 1)
 figure, panels = plt.subplots(1, 3, figsize=(10, 3))
-for axes, values, title in zip(panels, (small, codes, codes * scale), ("weights", "codes", "rounded"), strict=True):
+for axes, values, title in zip(
+    panels, (small, codes, codes * scale), ("weights", "codes", "rounded"), strict=True
+):
     axes.imshow(values, cmap="coolwarm", vmin=-values.abs().max(), vmax=values.abs().max())
     for (y, x), value in np.ndenumerate(values.numpy()):
         axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=8)
@@ -76,7 +80,9 @@ figures.show(figure, "A 5x5 tensor: its weights, its 3-bit codes from -3 to 3, a
 # %% tags=["nbval-check-output"]
 weight = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 ours = uniform.quantize(weight, bits=4, per_channel=True)
-theirs = torch.fake_quantize_per_channel_affine(weight, ours.scale, torch.zeros(8, dtype=torch.int32), 0, -7, 7)
+theirs = torch.fake_quantize_per_channel_affine(
+    weight, ours.scale, torch.zeros(8, dtype=torch.int32), 0, -7, 7
+)
 print("codes used:", ours.codes.unique().tolist())
 print("same as torch.fake_quantize_per_channel_affine:", torch.equal(encoding.decode(ours), theirs))
 
@@ -98,7 +104,8 @@ for bits in (8, 7, 6, 5, 4, 3, 2):
 errors = pd.DataFrame(rows)
 errors["ratio"] = errors["measured"] / errors["predicted"]
 errors["zeros (%)"] = [
-    100 * float((uniform.quantize(weight, bits=b, per_channel=False).codes == 0).float().mean()) for b in errors["bits"]
+    100 * float((uniform.quantize(weight, bits=b, per_channel=False).codes == 0).float().mean())
+    for b in errors["bits"]
 ]
 errors.round(5)
 
@@ -131,9 +138,17 @@ print(f"ratio {measured / predicted:.2f}")
 figure, axes = plt.subplots(figsize=(8, 3))
 axes.bar(range(len(peaks)), peaks.sort(descending=True).values, width=1.0)
 axes.axhline(float(peaks.max()), color="C1")
-axes.annotate("the one scale of the tensor serves this", (len(peaks) * 0.98, float(peaks.max())), ha="right", va="top")
-axes.set(title=f"Do the channels of {layer} differ?", xlabel="output channel, sorted", ylabel="max |w| of the channel")
-figures.show(figure, "Largest absolute weight of each output channel, sorted: most are well below the largest of all")
+axes.annotate(
+    "the one scale of the tensor serves this", (len(peaks) * 0.98, float(peaks.max())), ha="right", va="top"
+)
+axes.set(
+    title=f"Do the channels of {layer} differ?",
+    xlabel="output channel, sorted",
+    ylabel="max |w| of the channel",
+)
+figures.show(
+    figure, "Largest absolute weight of each output channel, sorted: most are well below the largest of all"
+)
 
 # %% [markdown]
 # **What would fool you.** Scales are part of the file. They cost little here; with one scale for every
@@ -206,7 +221,9 @@ def make(point: str) -> tuple[str, int, torch.nn.Module]:
     """A network at one operating point, such as "per_channel:8"."""
     scales, _, bits = point.partition(":")
     if scales not in ("per_tensor", "per_channel") or not bits.isdigit():
-        raise ValueError(f"unknown point {point!r}: per_tensor:BITS or per_channel:BITS, such as per_channel:8")
+        raise ValueError(
+            f"unknown point {point!r}: per_tensor:BITS or per_channel:BITS, such as per_channel:8"
+        )
     network = uniform.quantize_network(model, bits=int(bits), per_channel=scales == "per_channel")
     return f"uniform_{scales}", int(bits), activations.calibrate(network, calibration)
 
@@ -220,7 +237,11 @@ for method, bits, network in networks:
     path = run.path(f"artifacts/{method}_{bits}.safetensors")
     saved = artifact.save(network, path, mean=pictures.mean, std=pictures.std, classes=pictures.classes)
     predictions = evaluation.predict(network, pictures.validation, normalize=pictures.normalize)
-    lost = (baseline_right - evaluation.correct(predictions, pictures.validation.labels)) / len(predictions) * 100
+    lost = (
+        (baseline_right - evaluation.correct(predictions, pictures.validation.labels))
+        / len(predictions)
+        * 100
+    )
     candidates.append({"method": method, "bits": bits, "path": path, "bytes": saved.nbytes, "lost": lost})
     print(f"{method}, {bits} bits: {saved.nbytes:,} bytes, {-lost:+.2f} points on validation", flush=True)
 
@@ -233,7 +254,9 @@ print("claimed:", claimed.name if claimed else "no point is within 0.1 points on
 # Now the test set, once, in a fresh process that gets nothing but the files' names.
 
 # %%
-scores = measure.score([c["path"] for c in candidates], dataset=reference.dataset, folder=run.path("predictions"))
+scores = measure.score(
+    [c["path"] for c in candidates], dataset=reference.dataset, folder=run.path("predictions")
+)
 rows = [
     results.compression_row(
         score,
@@ -249,7 +272,18 @@ rows = [
     for candidate, score in zip(candidates, scores, strict=True)
 ]
 table = pd.DataFrame([row.model_dump() for row in rows])
-table[["method", "point", "artifact_bytes", "size_ratio", "accuracy", "accuracy_delta", "delta_ci_low", "headline"]]
+table[
+    [
+        "method",
+        "point",
+        "artifact_bytes",
+        "size_ratio",
+        "accuracy",
+        "accuracy_delta",
+        "delta_ci_low",
+        "headline",
+    ]
+]
 
 # %%
 everything = pd.concat([pd.DataFrame([reference.model_dump()]), table], ignore_index=True)
@@ -271,7 +305,9 @@ eight = next(c["path"] for c in candidates if c["bits"] == 8)
 session = runtimes.prepare("onnxruntime", artifact.read(eight), "int8", 1)
 shapes = models.layers(model.spec)
 additions = sum(block.connection != "none" for _, block in models.named_blocks(model.spec))
-print(f"predicted: {sum(x.kind == 'conv' for x in shapes)} convolutions, {additions} additions, 1 linear layer")
+print(
+    f"predicted: {sum(x.kind == 'conv' for x in shapes)} convolutions, {additions} additions, 1 linear layer"
+)
 for operator, count in sorted(session.integer_operators.items()):
     print(f"{operator}: {count}")
 
@@ -281,7 +317,8 @@ for operator, count in sorted(session.integer_operators.items()):
 # question of [07_deployment](07_deployment.ipynb).
 
 # %%
-run.finish(compression=rows, artifacts=[c["path"] for c in candidates])
+finished = run.finish(compression=rows)
+print(f"{finished.run} is finished: {len(rows)} rows")
 
 # %% [markdown]
 # ## The committed results
@@ -297,7 +334,7 @@ else:
     full = full[full["technique"].isin(["baseline", "quantization"])]
     figures.show(
         figures.size_against_accuracy(full),
-        f"The committed results of the {committed.name} profile: accuracy against size ratio for each number of bits",
+        f"The committed results of the {committed.name} profile: accuracy against size ratio",
     )
 
 # %% [markdown]

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -32,7 +34,7 @@ profile: str = "smoke"  # where the result belongs: smoke, quick, standard or fu
 run_dir: str = ""  # folder of this run; empty: results/smoke/07_deployment
 
 # %%
-import copy
+import shutil
 
 import onnx
 import pandas as pd
@@ -45,11 +47,15 @@ from nnc_utils.runtimes import qdq
 run = start("07_deployment", globals(), needs=("01_baseline", "02_quantization"))
 figures.style()
 baseline, quantized = run.upstream
-reference = baseline.compression[0]
+reference = baseline.baseline
 wanted = {(f"uniform_{scales}", f"bits={bits}") for scales, bits in (point.split(":") for point in points)}
 networks = [row for row in quantized.compression if (row.method, row.point) in wanted]
-fp32 = artifact.read(baseline.artifact(reference.artifact_sha256))
-int8 = artifact.read(quantized.artifact(networks[-1].artifact_sha256))
+files = {
+    row.artifact_sha256: quantized.artifact(f"{row.method}_{row.point.removeprefix('bits=')}")
+    for row in networks
+}
+fp32 = artifact.read(baseline.artifact("fp32"))
+int8 = artifact.read(files[networks[-1].artifact_sha256])
 spec = fp32.spec
 
 # %% [markdown]
@@ -87,9 +93,7 @@ print(f"largest difference {(apart - folded).abs().max():.1e} where values reach
 model = qdq.onnx_model(int8, "int8")
 stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 same = [
-    torch.equal(
-        torch.as_tensor(stored[f"{name}.weight.codes"]).abs().int(), weight.codes.abs().int()
-    )
+    torch.equal(torch.as_tensor(stored[f"{name}.weight.codes"]).abs().int(), weight.codes.abs().int())
     for name, weight in int8.weights.items()
 ]
 print(f"|codes| equal in file and graph: {sum(same)} of {len(same)} layers")
@@ -106,8 +110,8 @@ session = runtimes.prepare("onnxruntime", int8, "int8", 1)
 kinds = [step.kind for step in qdq.steps(spec)]
 print("predicted:", {kind: kinds.count(kind) for kind in ("conv", "add", "linear")})
 print("measured: ", {kind: session.integer_operators[kind] for kind in ("conv", "add", "linear")})
-broken = copy.deepcopy(dict(session.integer_operators))
-broken["conv"] -= 1
+broken = dict(session.integer_operators)
+broken["conv"] -= 1  # as if one convolution had stayed in float
 try:
     qdq.check_integer(spec, broken)
 except RuntimeError as error:
@@ -127,17 +131,18 @@ except RuntimeError as error:
 
 # %%
 requests = [
-    {"path": baseline.artifact(reference.artifact_sha256), "runtime": runtime, "precision": "fp32"}
-    for runtime in runtimes.NAMES
+    {"path": baseline.artifact("fp32"), "runtime": runtime, "precision": "fp32"} for runtime in runtimes.NAMES
 ]
 requests += [
-    {"path": quantized.artifact(row.artifact_sha256), "runtime": "onnxruntime", "precision": "int8"}
-    for row in networks
+    {"path": files[row.artifact_sha256], "runtime": "onnxruntime", "precision": "int8"} for row in networks
 ]
+for part in run.upstream:  # the classes that each artifact gave in eager are known already
+    for file in (part.folder / "predictions").glob("*.npy"):
+        shutil.copy(file, run.path(f"predictions/{file.name}"))
 measured = measure.latency(
     requests,
     dataset=reference.dataset,
-    reference=baseline.artifact(reference.artifact_sha256),
+    reference=baseline.artifact("fp32"),
     folder=run.path("predictions"),
     batches=batches,
     threads=threads,
@@ -163,7 +168,9 @@ for count in threads:
 
 # %%
 ratios = table[(table["precision"] == "int8") & (table["point"] == networks[-1].point)]
-ratios = ratios[["method", "point", "batch", "threads", "p50_ms", "speedup_eager_fp32", "speedup_best_fp32"]].copy()
+ratios = ratios[
+    ["method", "point", "batch", "threads", "p50_ms", "speedup_eager_fp32", "speedup_best_fp32"]
+].copy()
 ratios["best fp32 / predicted 4"] = ratios["speedup_best_fp32"] / 4
 ratios.round(2)
 
@@ -196,7 +203,8 @@ for bits in (8, 7):
     print(f"{bits} bits: {largest:,} of {2**15 - 1:,}: {'saturates' if largest > 2**15 - 1 else 'fits'}")
 
 # %%
-run.finish(latency=rows)
+finished = run.finish(latency=rows)
+print(f"{finished.run} is finished: {len(rows)} rows")
 
 # %% [markdown]
 # ## The committed results
@@ -210,7 +218,8 @@ if committed is None:
 else:
     full = figures.read_table(committed / "latency.csv")
     figures.show(
-        figures.latency_bars(full), f"The committed medians of the {committed.name} profile at batch 1, one thread"
+        figures.latency_bars(full),
+        f"The committed medians of the {committed.name} profile at batch 1, one thread",
     )
 
 # %% [markdown]

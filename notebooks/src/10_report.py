@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -49,6 +51,7 @@ print("\n".join(problems) or "nothing to object to")
 
 # %%
 figure = figures.headline(folder)
+(folder / "figures").mkdir(exist_ok=True)
 figure.savefig(folder / "figures" / "headline.png")
 figures.show(
     figure,
@@ -59,7 +62,8 @@ figures.show(
 Markdown(results.report(folder))
 
 # %%
-run.finish()
+finished = run.finish()
+print(f"{finished.run} is finished")
 
 # %% [markdown]
 # ## What you can now do

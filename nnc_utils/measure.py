@@ -1,0 +1,419 @@
+"""Artifacts in, measurements out: accuracy in a fresh process, time by the protocol.
+
+`score` and `latency` get file names and nothing else, so that no network in memory, no forgotten mask and
+no cast can flatter a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from nnc_utils import artifact as artifacts
+from nnc_utils import data, evaluation, models, processes, runtimes
+from nnc_utils.artifact import Artifact
+from nnc_utils.rows import evidence
+from nnc_utils.runtimes import qdq
+from nnc_utils.runtimes.children import Child, ChildError, child, worker
+from nnc_utils.runtimes.worker import only_answers
+
+BUSY = 10  # percent of the processor that others may use before a warning
+IDENTITY_SECONDS = 0.05  # enough for thousands of calls
+
+
+# --- Accuracy -----------------------------------------------------------------------------------
+
+
+def score(
+    paths: Iterable[str | Path], *, dataset: str, folder: str | Path, split: str = "test"
+) -> list[dict[str, Any]]:
+    """Score artifacts in one fresh process that gets their file names only.
+
+    Parameters
+    ----------
+    paths : of artifacts.
+    dataset : name, as for `data.load`.
+    folder : for the predictions; an artifact whose predictions are there is not run again.
+    split : "train", "validation" or "test".
+
+    Returns
+    -------
+    For each artifact, in the given order: path, sha256, params, nonzeros, macs, artifact_bytes,
+    bits_per_weight, simulated, correct, total, predictions (file of uint8 classes, one an image).
+
+    Raises
+    ------
+    ChildError
+        With the child's own words.
+    """
+    paths = [str(path) for path in paths]
+    if not paths:
+        return []
+    command = ["nnc_utils.measure", "score", "--dataset", dataset, "--split", split]
+    scores = []
+    with child([*command, "--folder", str(folder), *paths]) as scorer:
+        for path in paths:
+            scores.append(json.loads(scorer.answer()))
+            accuracy = 100 * scores[-1]["correct"] / scores[-1]["total"]
+            seconds = scores[-1].pop("seconds")
+            print(f"scored {Path(path).name}: {accuracy:.2f} % of {split}, {seconds:.1f} s", flush=True)
+    return scores
+
+
+def _score(paths: Sequence[str], dataset: str, folder: Path, split: str) -> Iterator[dict[str, Any]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        start = time.perf_counter()
+        network = artifacts.read(path)
+        images = getattr(_data(dataset, path, network), split)
+        name = evidence(network.sha256) if split == "test" else f"{network.sha256[:16]}.{split}.npy"
+        file = folder / name
+        predictions = np.load(file, allow_pickle=False) if file.exists() else np.zeros(0, np.uint8)
+        if len(predictions) != len(images):
+            normalize = functools.partial(data.normalize, mean=network.mean, std=network.std)
+            predictions = evaluation.predict(artifacts.network(network), images, normalize=normalize)
+            draft = file.with_suffix(".part")
+            with open(draft, "wb") as stream:
+                np.save(stream, predictions)
+            os.replace(draft, file)
+        yield {
+            "path": path,
+            "sha256": network.sha256,
+            "params": models.parameters(network.spec),
+            "nonzeros": network.nonzeros,
+            "macs": models.macs(network.spec),
+            "artifact_bytes": network.nbytes,
+            "bits_per_weight": network.bits_per_weight,
+            "simulated": network.simulated,
+            "correct": evaluation.correct(predictions, images.labels),
+            "total": len(images),
+            "predictions": str(file),
+            "seconds": time.perf_counter() - start,
+        }
+
+
+_load = functools.lru_cache(maxsize=2)(data.load)
+
+
+def _data(dataset: str, path: str | Path, network: Artifact) -> data.Data:
+    """The data set in the artifact's size, if it can be the artifact's."""
+    found, spec = _load(dataset, size=network.spec.size), network.spec
+    if (found.channels, len(found.classes)) != (spec.channels, spec.classes):
+        raise ValueError(
+            f"{path} is a network for {spec.channels} channels and {spec.classes} classes: {dataset} has "
+            f"{found.channels} channels and {len(found.classes)} classes"
+        )
+    return found
+
+
+# --- Time ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One network in one runtime; `key` names it in the worker, together with the threads."""
+
+    path: str
+    network: Artifact
+    runtime: str
+    precision: str
+    file: Path
+    images: Path
+
+    @property
+    def key(self) -> str:
+        return f"{self.network.sha256} {self.precision}"
+
+
+def latency(
+    requests: Iterable[Mapping[str, Any]],
+    *,
+    dataset: str,
+    reference: str | Path,
+    folder: str | Path,
+    batches: Sequence[int] = (1, 64),
+    threads: Sequence[int] = (1, 2),
+    rounds: int = 5,
+    seconds: float = 60.0,
+) -> list[dict[str, Any]]:
+    """Time networks in their runtimes, and let each runtime classify the test set by the same code.
+
+    Each runtime lives in one worker process, blocked while another is timed. A round visits every pair of
+    network and runtime at every batch and number of threads, with a warm-up at each visit.
+
+    Parameters
+    ----------
+    requests : mappings with path (an artifact), runtime and precision.
+    dataset : name, as for `data.load`.
+    reference : the uncompressed artifact; it is timed in fp32 in eager and every runtime requested.
+    folder : for the predictions, of eager (as `score` leaves them) and of each runtime.
+    batches, threads : at which to time.
+    rounds : at least 5 for numbers that are published.
+    seconds : for all the timing together, about; slow networks get fewer samples, 3 a visit at least.
+
+    Returns
+    -------
+    Records with the columns of latency.csv that measuring knows (ratios are made from them by
+    `rows.latency_rows`), path, samples (how many) and cpu_busy_before (percent). An identity network a
+    runtime has control "identity". Where a runtime is missing the record holds "why" instead of numbers.
+
+    Raises
+    ------
+    ChildError, ValueError, RuntimeError
+        When a worker fails, a request cannot be met, or an int8 network would run in floats.
+    """
+    if rounds < 1 or seconds <= 0 or not batches or min(*batches, *threads) < 1:
+        raise ValueError(
+            f"rounds {rounds}, seconds {seconds}, batches {batches}, threads {threads}: "
+            "all have to be above 0"
+        )
+    folder = Path(folder).absolute()
+    asked, missing = _asked(requests, str(reference))
+    scores = score(dict.fromkeys(path for path, _, _ in asked), dataset=dataset, folder=folder)
+    sha256 = {s["path"]: s["sha256"] for s in scores}
+    eager = {s["sha256"]: np.load(s["predictions"]) for s in scores}
+    points = [(batch, count) for count in threads for batch in batches]
+
+    with tempfile.TemporaryDirectory(prefix="nnc_latency_") as scratch, contextlib.ExitStack() as stack:
+        # One job for each content: two files may well hold the same network.
+        present = {(sha256[a[0]], a[1], a[2]): a for a in asked if not missing[a[1]]}
+        jobs = [_job(*job, dataset=dataset, folder=Path(scratch)) for job in present.values()]
+        probes = {(job.runtime, job.key): _probe(job, threads[0]) for job in jobs}
+        workers = {name: stack.enter_context(worker(name)) for name in dict.fromkeys(j.runtime for j in jobs)}
+        visits = [_identity(workers[name], name, jobs, count) for name in workers for count in threads]
+        visits = [(*visit, batch) for visit in visits for batch in batches]
+        for job in jobs:
+            for count in threads:
+                _open(workers[job.runtime], job, count)
+            visits += [
+                (job.runtime, f"{job.key} {count}", job.images, count, batch) for batch, count in points
+            ]
+        busy = _busy()
+        samples = _time(workers, visits, rounds=rounds, seconds=seconds)
+        records = [
+            _summary(samples[runtime, key, batch], runtime=runtime, batch=batch, threads=count, rounds=rounds)
+            | {"precision": "fp32", "control": "identity", "artifact_sha256": "", "cpu_busy_before": busy}
+            for runtime, key, _, count, batch in visits
+            if key.startswith("identity")
+        ]
+        for job in jobs:
+            known = _classify(workers[job.runtime], job, eager, dataset, folder, max(batches), max(threads))
+            known |= probes[job.runtime, job.key] | {"cpu_busy_before": busy, "control": ""}
+            for batch, count in points:
+                taken = samples[job.runtime, f"{job.key} {count}", batch]
+                records.append(
+                    _summary(taken, runtime=job.runtime, batch=batch, threads=count, rounds=rounds) | known
+                )
+    absent = [
+        {"path": path, "artifact_sha256": sha256[path], "runtime": runtime, "precision": precision}
+        | {"batch": batch, "threads": count, "rounds": 0, "control": "", "why": missing[runtime]}
+        for path, runtime, precision in asked
+        for batch, count in points
+        if missing[runtime]
+    ]
+    return records + absent
+
+
+def _asked(
+    requests: Iterable[Mapping[str, Any]], reference: str
+) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
+    """What to time as (path, runtime, precision), the reference included, and why runtimes are missing."""
+    asked = [(str(r["path"]), r["runtime"], r["precision"]) for r in requests]
+    missing = {name: runtimes.available(name) for name in ("eager", *(name for _, name, _ in asked))}
+    present = [name for name, why in missing.items() if not why]
+    for _, name, precision in asked:
+        if name in present:
+            runtimes.check_precision(name, precision)
+    known = [(reference, name, "fp32") for name in present if "fp32" in runtimes.adapter(name).PRECISIONS]
+    unique = {(os.path.abspath(path), name, precision): path for path, name, precision in known + asked}
+    return [(path, name, precision) for (_, name, precision), path in unique.items()], missing
+
+
+def _job(path: str, runtime: str, precision: str, *, dataset: str, folder: Path) -> _Job:
+    network = artifacts.read(path)
+    spec = network.spec
+    pictures = folder / f"{hash((network.mean, network.std, spec.size)):x}.npy"
+    if not pictures.exists():
+        test = _data(dataset, path, network).test
+        np.save(pictures, data.normalize(test.images, network.mean, network.std).numpy())
+    file = runtimes.adapter(runtime).convert(Path(path).absolute(), precision, folder)
+    return _Job(path, network, runtime, precision, file, pictures)
+
+
+def _probe(job: _Job, threads: int) -> dict[str, Any]:
+    """Load time and memory of a network in a process of its own, after one prediction of one picture."""
+    with worker(job.runtime) as probe:
+        loaded = probe.ask("load", key="", path=str(job.file), precision=job.precision, threads=threads)
+        probe.ask("time", key="", images=str(job.images), batch=1, seconds=0.0)
+        memory = probe.ask("memory")
+    return {
+        "load_ms": round(loaded["load_ms"], 3),
+        "peak_rss_mb": round(memory["peak_rss_mb"], 1),
+        "runtime_bytes": loaded["runtime_bytes"],
+    }
+
+
+def _identity(process: Child, runtime: str, jobs: list[_Job], threads: int) -> tuple[str, str, Path, int]:
+    job = next(job for job in jobs if job.runtime == runtime)
+    key, spec = f"identity {threads}", job.network.spec
+    process.ask("identity", key=key, shape=[spec.channels, spec.size], threads=threads)
+    return runtime, key, job.images, threads
+
+
+def _open(process: Child, job: _Job, threads: int) -> str:
+    key = f"{job.key} {threads}"
+    loaded = process.ask("load", key=key, path=str(job.file), precision=job.precision, threads=threads)
+    if loaded["threads"] != threads:
+        raise ChildError(f"{job.runtime} was told to use {threads} threads and uses {loaded['threads']}")
+    if job.precision == "int8":
+        qdq.check_integer(job.network.spec, process.ask("operators", key=key))
+    return key
+
+
+def _time(
+    workers: Mapping[str, Child],
+    visits: Sequence[tuple[str, str, Path, int, int]],
+    *,
+    rounds: int,
+    seconds: float,
+) -> dict[tuple[str, str, int], list[int]]:
+    """Nanoseconds of each (runtime, key, batch), over all rounds."""
+    samples: dict[tuple[str, str, int], list[int]] = {}
+    networks = sum(not key.startswith("identity") for _, key, _, _, _ in visits)
+    budget = max(seconds / rounds - IDENTITY_SECONDS * (len(visits) - networks), 0.0) / networks
+    start = time.perf_counter()
+    for number in range(1, rounds + 1):
+        for runtime, key, images, _, batch in visits:
+            share = IDENTITY_SECONDS if key.startswith("identity") else budget
+            taken = workers[runtime].ask("time", key=key, images=str(images), batch=batch, seconds=share)
+            samples.setdefault((runtime, key, batch), []).extend(taken)
+        print(f"timed round {number} of {rounds}, {time.perf_counter() - start:.0f} s", flush=True)
+    return samples
+
+
+def _summary(
+    samples: Sequence[int], *, runtime: str, batch: int, threads: int, rounds: int
+) -> dict[str, Any]:
+    first, p50, third, p90 = np.percentile(np.array(samples) / 1e6, (25, 50, 75, 90))
+    return {
+        "runtime": runtime,
+        "batch": batch,
+        "threads": threads,
+        "rounds": rounds,
+        "p50_ms": float(f"{p50:.6g}"),
+        "p90_ms": float(f"{p90:.6g}"),
+        "iqr_ms": float(f"{third - first:.6g}"),
+        "throughput": float(f"{1e3 * batch / p50:.6g}"),
+        "samples": len(samples),
+    }
+
+
+def _classify(
+    process: Child,
+    job: _Job,
+    eager: Mapping[str, np.ndarray],
+    dataset: str,
+    folder: Path,
+    batch: int,
+    threads: int,
+) -> dict[str, Any]:
+    """What the timed session says about the test set, against the labels and the artifact in eager."""
+    sha256 = job.network.sha256
+    file = folder / evidence(sha256, job.runtime, job.precision)
+    key = f"{job.key} {threads}"
+    process.ask("predict", key=key, images=str(job.images), batch=batch, target=str(file))
+    predictions, labels = np.load(file), _data(dataset, job.path, job.network).test.labels
+    return {
+        "path": job.path,
+        "artifact_sha256": sha256,
+        "precision": job.precision,
+        "stored_codes": int(qdq.stored_codes(job.network)) if job.precision == "int8" else None,
+        "accuracy": round(evaluation.accuracy(predictions, labels), 4),
+        "agreement": round(evaluation.accuracy(predictions, eager[sha256]), 4),
+    }
+
+
+def _busy() -> float:
+    """Percent of the processor that others use while every worker is blocked; says so if it is much."""
+    busy = psutil.cpu_percent(interval=1.0)
+    if busy > BUSY:
+        print(
+            f"warning: other processes use {busy:.0f} % of the processor: times will be too long and "
+            "uneven; stop them and measure again",
+            flush=True,
+        )
+    return busy
+
+
+# --- The machine --------------------------------------------------------------------------------
+
+FLAGS = (
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16", "sve"),
+)
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that measures: processor, the flags that matter to it, cores, memory, system, load."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model, flags = _processor()
+    return {
+        "cpu": model,
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "load_average": [round(load, 2) for load in psutil.getloadavg()],
+    }
+
+
+def _processor() -> tuple[str, set[str]]:
+    """Model and flags; flags are known on Linux only."""
+    if sys.platform == "darwin":
+        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        return name.stdout.strip() or platform.processor(), set()
+    info: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            info.setdefault(key.strip().lower(), value.strip())
+    model = info.get("model name") or platform.processor() or platform.machine()
+    return model, set((info.get("flags") or info.get("features") or "").split())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m nnc_utils.measure score``: what `score` starts."""
+    parser = argparse.ArgumentParser(prog="python -m nnc_utils.measure", description=main.__doc__)
+    command = parser.add_subparsers(required=True).add_parser(
+        "score", help="score artifacts, a JSON line each"
+    )
+    command.add_argument("paths", nargs="+", metavar="ARTIFACT")
+    command.add_argument("--dataset", required=True)
+    command.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    command.add_argument("--folder", required=True, type=Path)
+    given = parser.parse_args(arguments)
+    processes.die_with_parent()
+    answers = only_answers()
+    for record in _score(given.paths, given.dataset, given.folder, given.split):
+        answers.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Small residual networks with random weights, for the tests of the runtimes."""
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from nnc_utils import artifact, encoding, models
+from nnc_utils.models import BlockSpec, Spec
+from nnc_utils.quantization import activations
+
+ODD = Spec(
+    *(2, 12, 5, "small", 7, "basic"),
+    (
+        (BlockSpec((5, 7), (5, 3)), BlockSpec((6, 9), (3, 7), 2, "projection")),
+        (BlockSpec((9, 11), (1, 3), 1, "none"), BlockSpec((3, 11), (3, 1))),
+    ),
+)
+POOLED = models.resnet(50, channels=3, size=32, classes=4, width=0.05)
+PLAIN = models.resnet(18, channels=1, size=8, classes=10, stem="small_stride2", width=0.125)
+
+
+def network(spec, *, seed=0):
+    """A network whose batch-norm has seen data, some of its scales negative and one of them 0."""
+    torch.manual_seed(seed)
+    model = models.build(spec)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            module.weight.data[::3] *= -1
+            module.weight.data[1] = 0
+    model.train()(images(spec, 64))
+    return model.eval()
+
+
+def images(spec, count, *, seed=1):
+    """Normalized pictures."""
+    return torch.randn(
+        count, spec.channels, spec.size, spec.size, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def quantized(model, *, bits=7, per_channel=True):
+    """The network with uniform weights and calibrated activations."""
+    for layer in models.layers(model.spec):
+        module = model.get_submodule(layer.name)
+        largest = module.weight.detach().flatten(1).abs().amax(1)
+        scale = (largest if per_channel else largest.amax()) / (2 ** (bits - 1) - 1)
+        parametrize.register_parametrization(module, "weight", encoding.UniformWeight(scale, bits=bits))
+    return activations.calibrate(model, images(model.spec, 128))
+
+
+def saved(model, path):
+    """As an artifact."""
+    spec = model.spec
+    mean, std = [0.5] * spec.channels, [0.25] * spec.channels
+    return artifact.save(model, path, mean=mean, std=std, classes=[str(i) for i in range(spec.classes)])

@@ -1,0 +1,179 @@
+"""The whole workflow, killed and started again: finished stages stay, and each folder has one writer."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+from nnc_utils import benchmark, notebook, provenance
+
+PROFILES = provenance.PACKAGE.parent / "workflow" / "profiles"
+WORK = """import os, time
+from nnc_utils import encoding
+end = time.time() + seconds
+with open(run.path("writers"), "a") as stream:
+    while time.time() < end:
+        stream.write(f"{os.getpid()}\\n")
+        stream.flush()
+        time.sleep(0.05)
+"""
+STAGES = {
+    "first": {"upstream": [], "runs": "each seed"},
+    "second": {"upstream": ["first"], "runs": "over all seeds"},
+}
+
+
+@pytest.fixture
+def two_stages(place):
+    """Two notebooks in a row, and a profile that runs them with one seed."""
+    from conftest import PARAMETERS
+
+    for name, more in (("first", ""), ("second", "upstream: list = []  # run folders\n")):
+        start = f"from nnc_utils.run import start\nrun = start({name!r}, globals())"
+        place.notebook(name, start, WORK, "run.finish()", parameters=PARAMETERS + more)
+    (place.root / "workflow/profiles").mkdir(parents=True)
+    (place.root / "workflow/Snakefile").write_bytes((PROFILES.parent / "Snakefile").read_bytes())
+    place.profile = place.root / "workflow/profiles/tiny.yaml"
+    place.profile.write_text(yaml.safe_dump({"seeds": [1], "stages": STAGES}))
+    place.folder = {name: place.root / f"results/runs/tiny/{name}/seed=1" for name in STAGES}
+    return place
+
+
+def seconds(place, **stages):
+    content = {"seeds": [1], "stages": STAGES, "parameters": {n: {"seconds": s} for n, s in stages.items()}}
+    place.profile.write_text(yaml.safe_dump(content))
+
+
+def launch():
+    command = [sys.executable, "-m", "nnc_utils.run", "benchmark", "--profile", "tiny", "--cores", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=notebook.environment(), **pipes)
+
+
+def complete():
+    process = launch()
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+def started(output):
+    return [line.split()[0] for line in output.splitlines() if line.endswith(": started")]
+
+
+def kill_when(condition):
+    """Start the benchmark, SIGKILL it and it alone; what it started has to end by itself."""
+    process = launch()
+    end = time.time() + 120
+    while not condition():
+        assert time.time() < end and process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    output, _ = process.communicate(timeout=30)  # ends when nobody below it holds the pipe any more
+    gone, left = psutil.wait_procs(family, timeout=10)
+    assert not left, [one.cmdline() for one in left]
+    return output
+
+
+def writers(folder):
+    path = folder / "writers"
+    return path.read_text().split() if path.is_file() else []
+
+
+def jobs(rerun="", package=None):
+    """The notebooks that the workflow would run now, with this package or a copy of it in another folder."""
+    options = benchmark._snakemake(provenance.root() / "workflow/profiles/tiny.yaml", "tiny", "2", rerun)
+    options = [option for option in options if option not in ("--quiet", "all")]
+    command = [sys.executable, "-m", "nnc_utils.benchmark", "--dry-run", *options]
+    environment = notebook.environment() | ({"PYTHONPATH": str(package)} if package else {})
+    place = package or provenance.PACKAGE.parent  # Python looks into the working folder first
+    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
+    return [line.split("notebook=")[1].split(",")[0] for line in text.splitlines() if "wildcards: " in line]
+
+
+def test_killed_and_started_again(two_stages):
+    first, second = two_stages.folder["first"], two_stages.folder["second"]
+    seconds(two_stages, first=0.2, second=3)
+    # in the moment when the first stage is finished, but Snakemake does not know it yet
+    assert started(kill_when((first / "result.json").is_file)) == ["first"]
+    result = (first / "result.json").read_bytes()
+    # in the middle of the second
+    assert started(kill_when(lambda: len(writers(second)) > 3)) == ["second"]
+    before = writers(second)
+    time.sleep(0.3)
+    assert writers(second) == before, "somebody goes on writing"
+
+    status, output = complete()
+    assert status == 0 and started(output) == ["second"], output
+    assert (first / "result.json").read_bytes() == result and len(set(writers(first))) == 1
+    killed, finished = set(before), writers(second)[len(before) :]
+    assert len(killed) == 1 and len(set(finished)) == 1 and not killed & set(finished)
+
+    begin = time.time()
+    status, output = complete()
+    assert (status, started(output)) == (0, []) and "complete" in output
+    assert time.time() - begin < 30
+    what_reruns_what(two_stages)
+
+
+def what_reruns_what(place):
+    """Dry runs on the finished workflow."""
+    first, second = (place.root / f"notebooks/{name}.ipynb" for name in STAGES)
+    assert jobs() == []
+    os.utime(first)
+    content = json.loads(first.read_text())
+    content["cells"][2]["source"] = content["cells"][2]["source"] + ["# because\n"]
+    first.write_text(json.dumps(content))
+    assert jobs() == []  # neither time nor wording counts
+    seconds(place, first=0.2, second=2)
+    assert jobs() == ["second"]
+    seconds(place, first=0.3, second=3)
+    assert sorted(jobs()) == ["first", "second"]
+    seconds(place, first=0.2, second=3)
+    content = second.read_text()
+    second.write_text(content.replace("time.sleep(0.05)", "time.sleep(0.06)"))
+    assert jobs() == ["second"]
+    second.write_text(content)
+    # changed code costs nothing until its results are wanted again
+    package = place.root / "nnc_utils"
+    shutil.copytree(provenance.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert jobs("stale", place.root) == []
+    with open(package / "encoding.py", "a") as stream:
+        stream.write("CHANGED = True\n")
+    assert jobs("", place.root) == []
+    assert sorted(jobs("stale", place.root)) == ["first", "second"]
+    assert sorted(jobs("all")) == ["first", "second"]
+
+
+def test_a_failing_notebook_is_named_with_its_last_lines(two_stages):
+    start = "from nnc_utils.run import start\nrun = start('first', globals())"
+    two_stages.notebook("first", start, "raise ValueError('the loss is not finite')", "run.finish()")
+    status, output = complete()
+    assert status != 0
+    assert "ValueError: the loss is not finite" in output.split("first (seed=1) failed")[-1]
+    assert "executed.ipynb" in output and started(output) == ["first", "first"]  # tried twice
+    assert not (two_stages.folder["first"] / "result.json").exists()
+
+
+def test_an_unknown_profile_is_named(two_stages, capsys):
+    assert benchmark.benchmark("tyni") == 2
+    assert "unknown profile 'tyni': one of tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_profiles_give_only_parameters_that_notebooks_declare(path):
+    from nnc_utils.parameters import check, declared
+
+    profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert profile["seeds"] and all(isinstance(seed, int) for seed in profile["seeds"])
+    for name, given in (profile.get("parameters") or {}).items():
+        notebook_file = provenance.PACKAGE.parent / "notebooks" / f"{name}.ipynb"
+        assert check(declared(notebook_file), given, notebook=name) == given
