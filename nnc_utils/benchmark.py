@@ -15,16 +15,15 @@ from nnc_utils.processes import LockedError
 from nnc_utils.provenance import root
 
 
-def benchmark(profile: str, *, cores: str = "all", rerun: str = "", slurm: bool = False) -> int:
+def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
     """Run what is missing or changed, and print the headline table; the exit status.
 
     Parameters
     ----------
     profile : a name in workflow/profiles/.
-    cores : how many cores Snakemake may give to a notebook.
+    cores : how many cores a notebook may use; what is timed has its own numbers of threads.
     rerun : "" keeps results of older code (the tables mark them), "stale" measures those again,
         "all" everything.
-    slurm : give the notebooks to a Slurm cluster, as the profile's `slurm` says.
     """
     profiles = root() / "workflow" / "profiles"
     configuration = profiles / f"{profile}.yaml"
@@ -39,26 +38,28 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "", slurm: bool 
         sys.executable,
         "-m",
         "nnc_utils.benchmark",
-        *_snakemake(configuration, profile, cores, rerun, slurm),
+        *_snakemake(configuration, profile, cores, rerun),
     ]
     with open(log, "w", encoding="utf-8") as stream:
-        status = subprocess.run(command, cwd=root(), env=environment(), stderr=stream).returncode
+        threads = {} if cores == "all" else {"OMP_NUM_THREADS": str(cores)}  # what PyTorch goes by
+        status = subprocess.run(command, cwd=root(), env=environment() | threads, stderr=stream).returncode
     if status != 0:
         _tell_failure(folder, log, begin)
-        return status
+        return 1
     print(f"\nprofile {profile} is complete ({time.time() - begin:.0f} s)\n")
     tables = root() / "results" / profile
     if (tables / "compression.csv").is_file():
         print(results.table(tables))
+        if (root() / "README.md").is_file():
+            results.update_readme(root())
         print(f"\nThe report: {tables / 'report.md'}")
     return 0
 
 
-def _snakemake(configuration: Path, profile: str, cores: str, rerun: str, slurm: bool = False) -> list[str]:
+def _snakemake(configuration: Path, profile: str, cores: str, rerun: str) -> list[str]:
     settings = [f"profile={profile}", *([f"rerun={rerun}"] if rerun else [])]
     options = ["--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(root())]
-    options += ["--executor", "slurm", "--jobs", "100"] if slurm else ["--cores", str(cores)]
-    options += ["--scheduler", "greedy", "--keep-going"]
+    options += ["--cores", str(cores), "--scheduler", "greedy", "--keep-going"]
     # the lock of Snakemake would survive a SIGKILL; run folders have their own, which do not
     options += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "input", "params", "mtime"]
     options += ["--quiet", "all", *(["--forceall"] if rerun == "all" else [])]
@@ -81,7 +82,8 @@ def _tell_failure(folder: Path, log: Path, begin: float) -> None:
         print(f"\n{run.parent.name} ({run.name}) failed; {run / 'executed.ipynb'} shows where:")
         print(file.read_text(encoding="utf-8"))
     if not errors:
-        print("\nthe workflow failed:\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:]))
+        said = log.read_text(encoding="utf-8").splitlines()[-15:]
+        print("\n".join(["\nthe workflow was ended" if not said else "\nthe workflow failed:", *said]))
     print("\nCall the same command again to go on: what is finished stays.")
 
 
@@ -91,11 +93,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--cores", default="all")
     parser.add_argument("--rerun", default="", choices=["", "stale", "all"])
-    parser.add_argument("--slurm", action="store_true", help="give the notebooks to a Slurm cluster")
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, processes.end_on_signal)
-    return benchmark(options.profile, cores=options.cores, rerun=options.rerun, slurm=options.slurm)
+    return benchmark(options.profile, cores=options.cores, rerun=options.rerun)
 
 
 def _snakemake_below() -> None:

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -189,7 +190,11 @@ def latency(
     eager = {s["sha256"]: np.load(s["predictions"]) for s in scores}
     points = [(batch, count) for count in threads for batch in batches]
 
-    with tempfile.TemporaryDirectory(prefix="nnc_latency_") as scratch, contextlib.ExitStack() as stack:
+    for leftover in folder.parent.glob("latency-*"):  # of a killed run of this folder
+        shutil.rmtree(leftover)
+    folder.mkdir(parents=True, exist_ok=True)
+    place = tempfile.TemporaryDirectory(dir=folder.parent, prefix="latency-")
+    with place as scratch, contextlib.ExitStack() as stack:
         # One job for each content: two files may well hold the same network.
         present = {(sha256[a[0]], a[1], a[2]): a for a in asked if not missing[a[1]]}
         jobs = [_job(*job, dataset=dataset, folder=Path(scratch)) for job in present.values()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from nnc_utils.rows import CompressionRow
 from nnc_utils.tables import ResultError, Run, RunRecord, read_run
 
 WRITER_WAIT = 30  # seconds, for the kernel of a killed runner to die
+BEGUN = ".begun"  # says which run the files beside it are of, so that only that one goes on with them
 COPY = ".finished.json"  # outlives Snakemake, which deletes result.json where it saw no end of a job
 
 
@@ -116,6 +118,8 @@ class Current:
         text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False)
         provenance.write_atomically(self.folder / COPY, text)
         provenance.write_atomically(self.folder / "result.json", text)
+        provenance.write_atomically(self.folder / BEGUN, "finished")
+        _remove_checkpoints(self.folder)
         if not _headless():  # an open notebook in JupyterLab keeps nobody waiting
             processes.unlock(self.folder / ".writer.lock")
         return Run(self.folder, record)
@@ -148,7 +152,23 @@ def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -
     folder = root() / given["run_dir"] if given.get("run_dir") else _own_folder(notebook, declared, values)
     processes.lock(folder / ".writer.lock", wait=WRITER_WAIT, what=f"the run folder {folder}")
     remove_marks(folder)
+    _clear(folder, provenance.json_sha256([values, hashes(path), upstream_hashes(upstream)]))
     return Current(notebook, folder, values, upstream, hashes(path))
+
+
+def _clear(folder: Path, identity: str) -> None:
+    """Keep what an interrupted run of the same parameters, code and upstream left; remove any other run's."""
+    mark = folder / BEGUN
+    if mark.is_file() and mark.read_text() != identity:
+        for name in ("artifacts", "predictions"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        _remove_checkpoints(folder)
+    provenance.write_atomically(mark, identity)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint*"):
+        checkpoint.unlink()
 
 
 def recorded(declared: dict[str, Parameter], given: dict[str, Any], *, notebook: str) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def table(profile_dir: Path) -> str:
         timed = tables.timed(network["artifact_sha256"])
         for _, row in timed.iterrows() if len(timed) else [(None, None)]:
             where = "eager, not timed" if row is None else f"{row['runtime']} {row['precision']}"
+            where += " (simulated)" if network["simulated"] else ""
             runs = {network["run"]} | ({row["run"]} if row is not None else set())
             measured = row is None or not pd.isna(row["accuracy"])
             path = () if row is None else (row["runtime"], row["precision"])
@@ -178,6 +179,11 @@ def _legend(tables: Tables) -> str:
         text += (
             f" ms: median for one picture, {threads} thread{'s' if threads > 1 else ''}"
             f"{', ' + str(hardware['cpu']) if 'cpu' in hardware else ''}."
+        )
+    if tables.networks()["simulated"].any():
+        text += (
+            " Simulated: codes of fewer than 8 bits (or a mask); the size is the file's, the time that of "
+            "the int8 or fp32 network it decodes to."
         )
     return text + ("\n\n" + STALE_NOTE if tables.stale else "")
 

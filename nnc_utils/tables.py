@@ -276,7 +276,7 @@ def publish(runs: list[Path], profile: str) -> Path:
         kept["predictions"].add(name)
     provenance = {}
     for run in finished:
-        record = run.record.model_dump(exclude={"compression", "latency", "extra", "run"})
+        record = run.record.model_dump(exclude={"compression", "latency", "run"})
         for entry in record["artifacts"]:
             file, name = run.folder / entry["path"], f"{entry['artifact_sha256'][:16]}.safetensors"
             entry["bytes"] = file.stat().st_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -98,7 +99,7 @@ def fit(
     model: nn.Module,
     data: Data,
     *,
-    epochs: int,
+    epochs: float,
     loss: Loss = cross_entropy,
     learning_rate: float = 0.1,
     batch_size: int = 128,
@@ -121,7 +122,7 @@ def fit(
     model : any module that gives logits (batch, classes); its parameters that require a gradient
         are trained, one-dimensional ones (biases, batch-norm) without weight decay.
     data : the training split is used, the validation split where `validate` asks for it.
-    epochs : passes over the training images.
+    epochs : passes over the training images; the last may be a part of one.
     loss : (model, images, labels) -> scalar. The images are normalized float32 in channels-last
         order on the training device. Randomness from torch's global generator is seeded by epoch.
         A second network in it, such as a teacher, has to be on `default_device()` or `device`.
@@ -162,24 +163,27 @@ def fit(
     device = torch.device(device) if device else default_device()
     home = next(model.parameters()).device
     steps = len(data.train.labels) // batch_size
+    total = round(epochs * steps)
 
     with _threads(threads):
         model.to(device=device, memory_format=torch.channels_last)
         optimizer = _sgd(model, learning_rate, momentum, weight_decay)
-        schedule = OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps, cycle_momentum=False)
+        schedule = OneCycleLR(optimizer, learning_rate, total_steps=total, cycle_momentum=False)
         parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         history = History()
         if checkpoint and Path(checkpoint).exists():
             history = _resume(Path(checkpoint), call, parts)
-        bar = _bar(epochs * steps * batch_size, history.images)
+        bar = _bar(total * batch_size, history.images)
         try:
-            for epoch in range(len(history) + 1, epochs + 1):
-                losses = _Losses(f"epoch {epoch} of {epochs}", steps, 1 if device.type == "cpu" else 50)
+            for epoch in range(len(history) + 1, math.ceil(total / steps) + 1):
+                left = min(steps, total - (epoch - 1) * steps)
+                losses = _Losses(f"epoch {epoch} of {epochs:g}", left, 1 if device.type == "cpu" else 50)
                 rate = schedule.get_last_lr()[0]
                 model.train()
-                started = time.perf_counter()
+                started = said = time.perf_counter()
                 with _seeded(seed, epoch, device):
-                    for images, labels in batches(data, epoch, seed, batch_size, augment, device):
+                    drawn = batches(data, epoch, seed, batch_size, augment, device)
+                    for images, labels in itertools.islice(drawn, left):
                         with _precision(device):
                             value = loss(model, images, labels)
                         losses.add(value.detach(), schedule.get_last_lr()[0])
@@ -188,10 +192,11 @@ def fit(
                         optimizer.step()
                         schedule.step()
                         bar.update(batch_size)
+                        said = _say(bar, losses, said)
                 losses.check_weights(model)
                 seconds = time.perf_counter() - started
                 validation = _validation(model, data) if validate else None
-                history.append(Epoch(epoch, losses.mean, rate, validation, steps * batch_size, seconds))
+                history.append(Epoch(epoch, losses.mean, rate, validation, left * batch_size, seconds))
                 if checkpoint:
                     _save(Path(checkpoint), call, parts, history)
                 _report(bar, history[-1], epochs)
@@ -320,9 +325,18 @@ def _bar(images: int, done: int) -> tqdm:
     return tqdm(total=images, initial=done, unit=" images", disable=hidden)
 
 
-def _report(bar: tqdm, record: Epoch, epochs: int) -> None:
+def _say(bar: tqdm, losses: _Losses, said: float) -> float:
+    """Where no bar is shown, a line a minute; returns when the last one was."""
+    now = time.perf_counter()
+    if not bar.disable or now - said < 60:
+        return said
+    print(f"{losses.where}: step {len(losses.values)} of {losses.steps}", flush=True)
+    return now
+
+
+def _report(bar: tqdm, record: Epoch, epochs: float) -> None:
     validation = "" if record.validation is None else f"validation {record.validation:.2f} %  "
-    line = f"epoch {record.epoch}/{epochs}  loss {record.loss:.3f}  {validation}{record.seconds:.1f} s"
+    line = f"epoch {record.epoch}/{epochs:g}  loss {record.loss:.3f}  {validation}{record.seconds:.1f} s"
     if bar.disable:
         print(line, flush=True)
     else:
@@ -394,7 +408,7 @@ def _resume(path: Path, call: dict[str, object], parts: dict[str, object]) -> Hi
 
 def _check(model: nn.Module, data: Data, call: dict[str, object], threads: int | None) -> None:
     images = len(data.train.labels)
-    whole = {name: call[name] for name in ("epochs", "batch_size", "seed")}
+    whole = {name: call[name] for name in ("batch_size", "seed")}
     whole |= {} if threads is None else {"threads": threads}
     for name, value in whole.items():
         least = 0 if name == "seed" else 1
@@ -405,7 +419,9 @@ def _check(model: nn.Module, data: Data, call: dict[str, object], threads: int |
             f"batch_size is {call['batch_size']}, {data.name} has {images} training images: "
             "not one batch can be filled, lower batch_size"
         )
+    least = call["batch_size"] / images  # one step
     for name, fits, allowed in (
+        ("epochs", lambda value: least <= value < math.inf, f"a number of at least {least:.3g}, one step,"),
         ("learning_rate", lambda value: 0 < value < math.inf, "a number above 0"),
         ("weight_decay", lambda value: 0 <= value < math.inf, "0 or a number above"),
         ("momentum", lambda value: 0 < value < 1, "a number between 0 and 1"),

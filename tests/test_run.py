@@ -224,3 +224,26 @@ def test_rows_that_break_the_protocol_do_not_become_a_result(place):
         current.finish(latency=[{"technique": "magic"}])
     assert not (current.folder / "result.json").exists()
     processes.unlock(current.folder / ".writer.lock")
+
+
+def test_only_an_interrupted_run_of_the_same_is_gone_on_with(place):
+    """A checkpoint or predictions of other parameters, or of a finished run, must not be taken up."""
+    path = place.notebook("first", START.format(name="first", needs=()))
+    folder = place.root / "out"
+    leave = ("checkpoint.pt", "artifacts/a.safetensors", "predictions/b.npy")
+
+    def started(seconds: float, finish: bool = False) -> set[str]:
+        code = f"seconds = {seconds}\nrun_dir = {str(folder)!r}\nfrom nnc_utils import notebook\n"
+        code += "run = notebook.start('first', globals())\nfound = [n for n in LEAVE if (run.folder / n).exists()]\n"
+        code += "[run.path(n).write_text('x') for n in LEAVE if n not in found]\n"
+        code += "finish and (run.path(LEAVE[1]).unlink(), run.finish())\nprint(json.dumps(found))"
+        code = f"import json\nLEAVE = {leave!r}\nfinish = {finish}\n{code}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return set(json.loads(done.stdout.splitlines()[-1]))
+
+    assert path.is_file()
+    assert started(1.0) == set()
+    assert started(1.0) == set(leave)  # interrupted, and the same again
+    assert started(2.0) == set()  # another parameter
+    assert started(2.0, finish=True) == set(leave)
+    assert started(2.0) == set()  # the same, but it was finished

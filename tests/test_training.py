@@ -115,6 +115,13 @@ def test_fit_learns_digits(digits):
     assert evaluation.accuracy(found, digits.validation.labels) == history[-1].validation > 90
 
 
+def test_the_last_epoch_may_be_a_part(few):
+    steps = len(few.train.labels) // 64
+    history = fit(network(), few, epochs=1.5, batch_size=64, device="cpu")
+    assert [epoch.images for epoch in history] == [64 * steps, 64 * (round(1.5 * steps) - steps)]
+    assert history[1].images < history[0].images
+
+
 def test_frozen_parameters_stay_and_the_network_comes_back_as_it_went(few):
     model = network()
     model.conv1.weight.requires_grad_(False)
@@ -421,8 +428,8 @@ def test_weights_that_stop_being_finite_are_noticed_behind_a_finite_loss(few, tm
 @pytest.mark.parametrize(
     "wrong, named",
     [
-        ({"epochs": 0}, "epochs is 0.*at least 1"),
-        ({"epochs": 1.5}, "epochs is 1.5: a whole number"),
+        ({"epochs": 0}, "epochs is 0.*one step"),
+        ({"epochs": float("nan")}, "epochs is nan.*one step"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 151}, "batch_size is 151, digits has 150 training images"),
         ({"seed": -1}, "seed is -1.*at least 0"),

@@ -27,12 +27,13 @@
 
 # %% tags=["parameters"]
 dataset: str = "digits"  # name: digits, fashion_mnist, cifar10, cifar100 or imagefolder:PATH
+size: int = 0  # [0, 1024] pixels the pictures are resized to; 0: as they are (your own: 32)
 depth: int = 18  # {18, 34, 50} layers of the residual network; 50 is the teacher
 stem: str = "small"  # {imagenet, small, small_stride2} the first convolution
 width: float = 1.0  # [0.01, 4] factor on every number of channels
-epochs: int = 4  # [1, 1000] passes over the training pictures
+epochs: float = 4.0  # [0.01, 1000] passes over the training pictures; the last may be a part
 batch_size: int = 32  # [1, 4096] pictures a step
-learning_rate: float = 0.1  # [1e-6, 10] peak of the one-cycle schedule
+learning_rate: float = 0.05  # [1e-6, 10] peak of the one-cycle schedule
 augment: bool = False  # shift and mirror the training pictures; pays when there are many epochs
 seed: int = 1  # [0, 1000000] of the weights, the order and the augmentation
 profile: str = "smoke"  # where the result belongs: smoke, quick, standard or full
@@ -64,7 +65,7 @@ figures.style()
 # ten networks on one test set looks better than any of them is.
 
 # %%
-pictures = data.load(dataset)
+pictures = data.load(dataset, size=size or None)
 counts = {name: len(getattr(pictures, name)) for name in ("train", "validation", "test")}
 print(f"{pictures.name}: {counts}, {pictures.channels} x {pictures.size} x {pictures.size} pixels")
 
@@ -288,6 +289,7 @@ row = results.compression_row(
     model=f"resnet{depth}",
     technique="baseline",
     method="train",
+    control="" if depth == 18 else "teacher",
     train_images=history.images,
     train_seconds=history.seconds,
 )

@@ -42,9 +42,16 @@ folder = results.publish([part.folder for part in run.upstream], profile)
 # The audit recomputes each accuracy, difference and interval from the stored predictions, each speed-up
 # from the medians, and each size from the files. It lists what does not agree.
 
-# %% tags=["nbval-check-output"]
+# %%
 problems = audit.problems(folder)
 print("\n".join(problems) or "nothing to object to")
+
+# %% [markdown]
+# Every table of every profile has the same columns, in the same order.
+
+# %% tags=["nbval-check-output"]
+for name in ("compression", "latency", "summary"):
+    print(f"{name}.csv:", ", ".join(figures.read_table(folder / f"{name}.csv").columns))
 
 # %% [markdown]
 # ## How small, how much worse, how fast?
@@ -55,7 +62,7 @@ figure = figures.headline(folder)
 figure.savefig(folder / "figures" / "headline.png")
 figures.show(
     figure,
-    "Left: test accuracy against how many times smaller the file is. Right: median milliseconds for one picture.",
+    "Left: test accuracy against how many times smaller the file is. Right: median milliseconds a picture.",
 )
 
 # %%
