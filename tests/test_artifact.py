@@ -656,6 +656,16 @@ def mutate(path, count, seed=0):
     return outcome
 
 
+def test_a_resnet18_is_packed_and_read_in_under_two_seconds_of_one_core(tmp_path):
+    model, path = make(bits=8, ranges=True, width=1.0), tmp_path / "resnet18.safetensors"
+    begin = time.process_time()
+    save(model, path)
+    packed = time.process_time()
+    artifact.load(path)
+    assert packed - begin < 2
+    assert time.process_time() - packed < 2
+
+
 def test_1000_mutants_of_a_resnet18(tmp_path):
     """Each is refused or the same network; none crashes, hangs, or takes over 1 GiB."""
     path = tmp_path / "resnet18.safetensors"

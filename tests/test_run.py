@@ -234,7 +234,8 @@ def test_only_an_interrupted_run_of_the_same_is_gone_on_with(place):
 
     def started(seconds: float, finish: bool = False) -> set[str]:
         code = f"seconds = {seconds}\nrun_dir = {str(folder)!r}\nfrom nnc_utils import notebook\n"
-        code += "run = notebook.start('first', globals())\nfound = [n for n in LEAVE if (run.folder / n).exists()]\n"
+        code += "run = notebook.start('first', globals())\n"
+        code += "found = [n for n in LEAVE if (run.folder / n).exists()]\n"
         code += "[run.path(n).write_text('x') for n in LEAVE if n not in found]\n"
         code += "finish and (run.path(LEAVE[1]).unlink(), run.finish())\nprint(json.dumps(found))"
         code = f"import json\nLEAVE = {leave!r}\nfinish = {finish}\n{code}"

@@ -60,7 +60,7 @@ print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
 
 # %%
 small = torch.linspace(-0.9, 1.2, 25).view(5, 5)
-codes = torch.round(small * (2**2 - 1) / small.abs().max())
+codes = torch.round(small * (2**2 - 1) / small.abs().max()) + 0.0  # + 0.0: no "-0"
 scale = small.abs().max() / (2**2 - 1)
 figure, panels = plt.subplots(1, 3, figsize=(10, 3))
 for axes, values, title in zip(
@@ -136,10 +136,14 @@ print(f"ratio {measured / predicted:.2f}")
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3))
-axes.bar(range(len(peaks)), peaks.sort(descending=True).values, width=1.0)
+axes.fill_between(range(len(peaks)), peaks.sort(descending=True).values, step="mid")
 axes.axhline(float(peaks.max()), color="C1")
 axes.annotate(
-    "the one scale of the tensor serves this", (len(peaks) * 0.98, float(peaks.max())), ha="right", va="top"
+    "one scale for the tensor serves this",
+    (len(peaks), float(peaks.max())),
+    (0, -14),
+    ha="right",
+    textcoords="offset points",
 )
 axes.set(
     title=f"Do the channels of {layer} differ?",

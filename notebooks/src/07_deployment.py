@@ -165,7 +165,7 @@ table[columns].round(3)
 for count in threads:
     figures.show(
         figures.latency_bars(table, threads=count),
-        f"Median milliseconds for one picture with {count} threads, by runtime and precision",
+        f"Median milliseconds for one picture with threads={count}, by runtime and precision",
     )
 
 # %% [markdown]
