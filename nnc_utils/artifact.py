@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from nnc_utils import encoding, models
-from nnc_utils.encoding import Dense, Encoding, EncodingError
+from nnc_utils.encoding import Dense, Encoding, EncodingError, Uniform
 from nnc_utils.models import Spec, SpecError
 
 FORMAT = "nnc_utils.artifact/1"
@@ -82,8 +82,8 @@ class Artifact:
 
     @property
     def nonzeros(self) -> int:
-        """Trainable parameters (`models.parameters`) that are not 0."""
-        weights = (e.values if isinstance(e, Dense) else e.codes for e in self.weights.values())
+        """Trainable parameters (`models.parameters`) that are not 0 (weights once decoded)."""
+        weights = map(encoding.decode, self.weights.values())
         rest = (t for name, t in self.tensors.items() if name.endswith((".weight", ".bias")))
         return sum(int(torch.count_nonzero(tensor)) for tensor in (*weights, *rest))
 
@@ -97,15 +97,20 @@ class Artifact:
     def simulated(self) -> bool:
         """Whether no runtime executes the network as stored.
 
-        Executed as stored are float weights with float activations, and 8-bit codes of every layer with
-        8-bit activations. Simulated are masks (runtimes multiply by the zeros), codes of fewer than 8
-        bits (they run as int8) or more (they are requantized), weights quantized without the activations
-        or the reverse (they run as fp32).
+        Executed as stored are float weights with float activations, and symmetric 8-bit codes of every
+        layer with 8-bit activations. Simulated are masks (runtimes multiply by the zeros), codes of fewer
+        than 8 bits (they run as int8) or more, codebooks and affine codes (they are requantized), weights
+        quantized without the activations or the reverse (they run as fp32).
         """
         if any(e.mask is not None for e in self.weights.values()):
             return True
-        widths = {32 if isinstance(e, Dense) else e.bits for e in self.weights.values()}
-        return widths != ({8} if self.ranges else {32})
+
+        def width(e: Encoding) -> int | None:
+            if isinstance(e, Dense):
+                return 32
+            return e.bits if isinstance(e, Uniform) and e.zero_point is None else None
+
+        return {width(e) for e in self.weights.values()} != ({8} if self.ranges else {32})
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -124,8 +129,8 @@ def save(
 
     Parameters
     ----------
-    model : a network of `models.build`. `encoding.ZeroMask` and `encoding.UniformWeight` on its weights
-        and the ranges of its `models.Activation` go into the file.
+    model : a network of `models.build`. The parametrizations on its weights (`encoding.CHAINS`) and the
+        ranges of its `models.Activation` go into the file.
     path : conventionally ``*.safetensors``; replaced if it exists.
     mean, std, classes : see `Artifact`.
     dtype : float32 or float16, for weights that are not quantized.
@@ -137,8 +142,8 @@ def save(
     Raises
     ------
     ArtifactError
-        For weights that are not finite, foreign parametrizations or modules, activation ranges in some
-        places only; the message names the layer.
+        For weights, scales or codebooks that training led astray, foreign parametrizations or modules,
+        activation ranges in some places only; the message names the layer.
     """
     if not isinstance(model, models.ResNet):
         raise ArtifactError(f"cannot save a {type(model).__name__}: a network of models.build is needed")
@@ -524,8 +529,9 @@ def network(artifact: Artifact, *, trainable: bool = False) -> models.ResNet:
 
     Parameters
     ----------
-    trainable : False for plain decoded weights in evaluation mode. True for training mode with masks
-        and quantizers attached again, so that zeros stay zeros and `save` writes codes again.
+    trainable : False for plain decoded weights in evaluation mode. True for training mode with masks,
+        quantizers and codebooks attached again, so that zeros stay zeros and `save` writes codes again.
+        Scales are then fixed, even if they were learned; a codebook's levels are trained.
 
     Returns
     -------

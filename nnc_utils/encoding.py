@@ -1,8 +1,8 @@
-"""How one weight tensor is stored: `Dense` floats or `Uniform` integer codes, behind an optional zero-mask.
+"""How one weight tensor is stored: `Dense`, `Uniform` or `Codebook`, each behind an optional zero-mask.
 
 `pack` turns an encoding into bytes, `unpack` turns bytes back and trusts none of them. On a network an
-encoding lives as torch parametrizations of ``module.weight`` (`ZeroMask`, then `UniformWeight`), which
-training preserves; `encoded` reads them and `attach` puts them there.
+encoding lives as torch parametrizations of ``module.weight`` (`CHAINS`), which training preserves;
+`encoded` reads them and `attach` puts them there.
 
 The integers are entropy-coded by asymmetric numeral systems (Duda et al., 2015) under their own
 frequencies, which are stored beside them. Packed symbols are, little-endian throughout:
@@ -17,6 +17,7 @@ frequencies, which are stored beside them. Packed symbols are, little-endian thr
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Uniform:
-    """Weights ``codes * scale``, codes in ±(2**(bits-1) - 1).
+    """Weights ``(codes - zero_point) * scale``; the codes have the `code_range` of their width.
 
     Parameters
     ----------
@@ -68,6 +69,8 @@ class Uniform:
     axis : None for a scale of the tensor, 0 for scales of the output channels.
     bits : 2 to 16.
     mask : bool in the weight's shape, True = kept; None when no zero is a decision (a code may well be 0).
+    zero_point : None for symmetric codes; for affine ones the code of the weight 0, int16 in the scale's
+        shape, 0 to 2**bits - 1. Affine codes have at most 8 bits and no mask.
     """
 
     codes: Tensor
@@ -75,25 +78,70 @@ class Uniform:
     axis: int | None
     bits: int
     mask: Tensor | None = None
+    zero_point: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
 
-Encoding = Dense | Uniform
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """Weights ``codebook[codes]``, those outside the mask 0 (weight sharing; Han et al., 2016).
+
+    Parameters
+    ----------
+    codes : uint8 in the weight's shape, indices into the codebook; 0 outside the mask.
+    codebook : float32 of shape (levels,), 1 to 256 levels, each above the one before.
+    mask : bool in the weight's shape, True = kept; None when no zero is a decision.
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def bits(self) -> int:
+        """Width of an index that is not entropy-coded."""
+        return max(1, (len(self.codebook) - 1).bit_length())
+
+
+Encoding = Dense | Uniform | Codebook
 
 
 def largest_code(bits: int) -> int:
-    """The codes of a width run from minus this to plus this."""
+    """The symmetric codes of a width run from minus this to plus this."""
     return 2 ** (bits - 1) - 1
+
+
+def code_range(bits: int, *, affine: bool) -> tuple[int, int]:
+    """Smallest and largest code: ±(2**(bits-1) - 1); if affine, so with a zero-point, 0 and 2**bits - 1."""
+    return (0, 2**bits - 1) if affine else (-largest_code(bits), largest_code(bits))
 
 
 def decode(encoding: Encoding) -> Tensor:
     """The weight that an encoding stands for, float32."""
     if isinstance(encoding, Dense):
         return encoding.values.float()
-    return encoding.codes.float() * _column(encoding.scale, encoding.codes.ndim)
+    if isinstance(encoding, Codebook):
+        weight = _look_up(encoding.codebook, encoding.codes)
+        return weight if encoding.mask is None else _masked(weight, encoding.mask)
+    codes, dimensions = encoding.codes.float(), encoding.codes.ndim
+    if encoding.zero_point is not None:
+        codes = codes - _column(encoding.zero_point, dimensions)
+    return codes * _column(encoding.scale, dimensions)
+
+
+def _look_up(codebook: Tensor, codes: Tensor) -> Tensor:
+    return (codebook + 0.0).index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def _masked(weight: Tensor, mask: Tensor) -> Tensor:
+    return weight * mask + 0.0  # -0.0 becomes 0.0, which a file keeps
 
 
 def _column(scale: Tensor, dimensions: int) -> Tensor:
@@ -108,8 +156,8 @@ def pack(encoding: Encoding) -> tuple[dict, dict[str, np.ndarray]]:
 
     Returns
     -------
-    A description for JSON ("kind", "shape", "mask"; "dtype" or "bits" and "axis") and the streams it
-    names (`stream_names`), uint8.
+    A description for JSON ("kind", "shape", "mask"; "dtype", or "bits", "axis" and "affine", or "levels")
+    and the streams it names (`stream_names`), uint8.
 
     Raises
     ------
@@ -117,24 +165,43 @@ def pack(encoding: Encoding) -> tuple[dict, dict[str, np.ndarray]]:
         For codes or values that `unpack` would refuse.
     """
     _check(encoding)
-    description: dict = {"kind": "dense" if isinstance(encoding, Dense) else "uniform"}
-    streams = {}
+    description, streams = _describe(encoding), {}
     mask = None
     if encoding.mask is not None:
         mask = encoding.mask.flatten().numpy()
         streams["mask"] = _pack_symbols(mask.astype(np.uint16), largest=1)
+    values = encoding.values if isinstance(encoding, Dense) else encoding.codes
+    values = values.flatten().numpy()
+    kept = values if mask is None else values[mask]
     if isinstance(encoding, Dense):
-        description["dtype"] = str(encoding.values.dtype).removeprefix("torch.")
-        values = encoding.values.flatten().numpy()
-        streams["values"] = _bytes(values if mask is None else values[mask])
+        streams["values"] = _bytes(kept)
+        return description, streams
+    low, high = _code_range(description)
+    streams["codes"] = _pack_symbols((kept.astype(np.int32) - low).astype(np.uint16), largest=high - low)
+    if isinstance(encoding, Codebook):
+        streams["codebook"] = _bytes(encoding.codebook.numpy())
+        return description, streams
+    streams["scale"] = _bytes(encoding.scale.numpy())
+    if encoding.zero_point is not None:
+        streams["zero_point"] = _bytes(encoding.zero_point.numpy().astype(np.uint8))
+    return description, streams
+
+
+def _describe(encoding: Encoding) -> dict:
+    if isinstance(encoding, Dense):
+        description = {"kind": "dense", "dtype": str(encoding.values.dtype).removeprefix("torch.")}
+    elif isinstance(encoding, Codebook):
+        description = {"kind": "codebook", "levels": encoding.codebook.numel()}
     else:
-        description |= {"bits": encoding.bits, "axis": encoding.axis}
-        codes = encoding.codes.flatten().numpy()
-        kept = codes if mask is None else codes[mask]
-        symbols = (kept.astype(np.int32) + largest_code(encoding.bits)).astype(np.uint16)
-        streams["codes"] = _pack_symbols(symbols, largest=2 * largest_code(encoding.bits))
-        streams["scale"] = _bytes(encoding.scale.numpy())
-    return description | {"shape": list(encoding.shape), "mask": mask is not None}, streams
+        affine = encoding.zero_point is not None
+        description = {"kind": "uniform", "bits": encoding.bits, "axis": encoding.axis, "affine": affine}
+    return description | {"shape": list(encoding.shape), "mask": encoding.mask is not None}
+
+
+def _code_range(description: Mapping) -> tuple[int, int]:
+    if description["kind"] == "codebook":
+        return 0, description["levels"] - 1
+    return code_range(description["bits"], affine=description["affine"])
 
 
 def unpack(description: Mapping, streams: Mapping[str, np.ndarray]) -> Encoding:
@@ -165,31 +232,42 @@ def unpack(description: Mapping, streams: Mapping[str, np.ndarray]) -> Encoding:
         full[mask] = kept
         return torch.from_numpy(full).view(shape)
 
+    def numbers(stream: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.from_numpy(_numbers(streams[stream], math.prod(shape), dtype, stream).reshape(shape))
+
     kept = None if mask is None else torch.from_numpy(mask).view(shape)
     if description["kind"] == "dense":
         dtype = {"float32": "<f4", "float16": "<f2"}[description["dtype"]]
-        encoding: Encoding = Dense(spread(_floats(streams["values"], count, dtype, "values")), kept)
+        encoding: Encoding = Dense(spread(_numbers(streams["values"], count, dtype, "values")), kept)
     else:
-        bits, axis = description["bits"], description["axis"]
-        symbols = _unpack_symbols(streams["codes"], count, largest=2 * largest_code(bits), what="codes")
-        symbols -= np.uint16(largest_code(bits))  # wraps around to the negative codes
-        codes = spread(symbols.view(np.int16))
-        scales = _floats(streams["scale"], 1 if axis is None else shape[0], "<f4", "scale")
-        scale = torch.from_numpy(scales)
-        encoding = Uniform(codes, scale[0] if axis is None else scale, axis, bits, kept)
+        low, high = _code_range(description)
+        symbols = _unpack_symbols(streams["codes"], count, largest=high - low, what="codes")
+        if description["kind"] == "codebook":
+            codebook = numbers("codebook", (description["levels"],), "<f4")
+            encoding = Codebook(spread(symbols.astype(np.uint8)), codebook, kept)
+        else:
+            symbols += np.uint16(low % 2**16)  # wraps around to the negative codes
+            axis = description["axis"]
+            scales = () if axis is None else shape[:1]
+            zero_point = numbers("zero_point", scales, "u1").short() if description["affine"] else None
+            scale = numbers("scale", scales, "<f4")
+            encoding = Uniform(
+                spread(symbols.view(np.int16)), scale, axis, description["bits"], kept, zero_point
+            )
     _check(encoding)
     return encoding
 
 
 def stream_names(description: Mapping) -> tuple[str, ...]:
     """Names of the streams of a description, in the order in which a file keeps their lengths."""
+    names = {"dense": ("values",), "uniform": ("codes", "scale"), "codebook": ("codes", "codebook")}
     mask = ("mask",) if description["mask"] else ()
-    return mask + (("values",) if description["kind"] == "dense" else ("codes", "scale"))
+    return mask + names[description["kind"]] + (("zero_point",) if description.get("affine") else ())
 
 
 def check_description(description: Mapping) -> None:
     """Raise an `EncodingError` unless this is a description that `pack` could have written."""
-    fields = {"dense": {"dtype"}, "uniform": {"bits", "axis"}}
+    fields = {"dense": {"dtype"}, "uniform": {"bits", "axis", "affine"}, "codebook": {"levels"}}
     kind = description.get("kind")
     if not isinstance(kind, str) or kind not in fields:
         raise EncodingError(f"unknown kind of encoding {kind!r}: one of {', '.join(fields)}")
@@ -209,8 +287,24 @@ def check_description(description: Mapping) -> None:
         raise EncodingError(f"mask is {description['mask']!r}: true or false is needed")
     if kind == "dense" and description["dtype"] not in tuple(DTYPES):
         raise EncodingError(f"unknown dtype {description['dtype']!r}: one of {', '.join(DTYPES)}")
+    if kind == "codebook":
+        _check_whole("levels", description["levels"], 1, 256)
     if kind == "uniform":
-        _check_widths(description["bits"], description["axis"])
+        axis, affine = description["axis"], description["affine"]
+        if type(affine) is not bool:
+            raise EncodingError(f"affine is {affine!r}: true or false is needed")
+        _check_whole("bits", description["bits"], 2, 8 if affine else 16)
+        if affine and description["mask"]:
+            raise EncodingError("affine codes take no mask: use symmetric codes, whose 0 is the weight 0")
+        if axis is not None and (type(axis) is not int or axis != 0):
+            raise EncodingError(
+                f"axis is {axis!r}: None (one scale) or 0 (one for each output channel) is needed"
+            )
+
+
+def _check_whole(what: str, number: object, least: int, most: int) -> None:
+    if type(number) is not int or not least <= number <= most:
+        raise EncodingError(f"{what} is {number!r}: a whole number from {least} to {most} is needed")
 
 
 def payload_bits(packed: Encoding | tuple[dict, Mapping[str, np.ndarray]]) -> int:
@@ -219,19 +313,13 @@ def payload_bits(packed: Encoding | tuple[dict, Mapping[str, np.ndarray]]) -> in
     return 8 * sum(stream.size for stream in streams.values())
 
 
-def _check_widths(bits: object, axis: object) -> None:
-    if type(bits) is not int or not 2 <= bits <= 16:
-        raise EncodingError(f"bits is {bits!r}: a whole number from 2 to 16 is needed")
-    if axis is not None and (type(axis) is not int or axis != 0):
-        raise EncodingError(
-            f"axis is {axis!r}: None (one scale) or 0 (one for each output channel) is needed"
-        )
-
-
 def _check(encoding: Encoding) -> None:
+    check_description(_describe(encoding))
     values = encoding.values if isinstance(encoding, Dense) else encoding.codes
-    if not values.numel() or not values.ndim:
-        raise EncodingError(f"a weight of shape {tuple(values.shape)} holds nothing to encode")
+    if isinstance(encoding, Dense):
+        _check_finite(values)
+    else:
+        _check_codes(encoding)
     mask = encoding.mask
     if mask is not None and (mask.dtype != torch.bool or mask.shape != values.shape):
         raise EncodingError(
@@ -240,27 +328,45 @@ def _check(encoding: Encoding) -> None:
         )
     if mask is not None and ((values != 0) & ~mask).any():
         raise EncodingError("weights outside the mask are not 0")
-    if isinstance(encoding, Dense):
-        if values.dtype not in DTYPES.values():
-            raise EncodingError(f"the values are {values.dtype}: float32 or float16 is needed")
-        _check_finite(values)
-        return
-    _check_widths(encoding.bits, encoding.axis)
-    largest = largest_code(encoding.bits)
-    if values.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
-        raise EncodingError(f"the codes are {values.dtype}: signed integers are needed")
-    low, high = (int(bound) for bound in torch.aminmax(values))
-    if low < -largest or high > largest:
+
+
+def _check_codes(encoding: Uniform | Codebook) -> None:
+    low, high = _code_range(_describe(encoding))
+    if isinstance(encoding, Codebook):
+        codebook, dtypes = encoding.codebook, (torch.uint8,)
+        reach = f"{codebook.numel()} levels"
+        _check_kind("codebook", codebook, torch.float32, (codebook.numel(),))
+        if not torch.isfinite(codebook).all() or not (codebook.diff() > 0).all():
+            raise EncodingError("the codebook's levels are not finite, or not each above the one before")
+    else:
+        scale, dtypes = encoding.scale, (torch.int8, torch.int16, torch.int32, torch.int64)
+        reach, scales = f"{encoding.bits} bits", () if encoding.axis is None else encoding.shape[:1]
+        _check_kind("scale", scale, torch.float32, scales)
+        if not (scale > 0).all() or not torch.isfinite(scale * high).all():
+            raise EncodingError(
+                f"a scale is not positive, or so large that weights are infinite ({float(scale.min()):.3g} "
+                f"to {float(scale.max()):.3g}); a learned scale may need a lower learning rate"
+            )
+        if encoding.zero_point is not None:
+            _check_kind("zero-point", encoding.zero_point, torch.int16, scales)
+            _check_reach("zero-points", encoding.zero_point, low, high, reach)
+    if encoding.codes.dtype not in dtypes:
+        needed = "uint8 is" if isinstance(encoding, Codebook) else "signed integers are"
+        raise EncodingError(f"the codes are {encoding.codes.dtype}: {needed} needed")
+    _check_reach("codes", encoding.codes, low, high, reach)
+
+
+def _check_kind(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise EncodingError(
-            f"codes run from {low} to {high}: {encoding.bits} bits reach from {-largest} to {largest}"
+            f"the {what} is {tensor.dtype} of shape {tuple(tensor.shape)}: {dtype} of shape {shape} is needed"
         )
-    scale, shape = encoding.scale, () if encoding.axis is None else (values.shape[0],)
-    if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
-        raise EncodingError(
-            f"the scale is {scale.dtype} of shape {tuple(scale.shape)}: float32 of shape {shape} is needed"
-        )
-    if not (scale > 0).all() or not torch.isfinite(scale * largest).all():
-        raise EncodingError("a scale is not positive, or so large that weights are infinite")
+
+
+def _check_reach(what: str, tensor: Tensor, low: int, high: int, reach: str) -> None:
+    least, most = (int(bound) for bound in torch.aminmax(tensor))
+    if least < low or most > high:
+        raise EncodingError(f"{what} run from {least} to {most}: {reach} reach from {low} to {high}")
 
 
 def _check_finite(values: Tensor) -> None:
@@ -273,7 +379,7 @@ def _bytes(numbers: np.ndarray) -> np.ndarray:
     return np.frombuffer(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes(), np.uint8)
 
 
-def _floats(stream: np.ndarray, count: int, dtype: str, what: str) -> np.ndarray:
+def _numbers(stream: np.ndarray, count: int, dtype: str, what: str) -> np.ndarray:
     if stream.size != count * np.dtype(dtype).itemsize:
         raise EncodingError(f"{what}: {stream.size} bytes given, {count * np.dtype(dtype).itemsize} needed")
     little = np.frombuffer(stream.tobytes(), dtype)
@@ -411,11 +517,11 @@ class ZeroMask(nn.Module):
         self.register_buffer("mask", mask.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _laid_out_as(weight, weight * self.mask + 0.0)  # -0.0 becomes 0.0, which a file keeps
+        return _laid_out_as(weight, _masked(weight, self.mask))
 
 
 class UniformWeight(nn.Module):
-    """Parametrization that rounds weights to ``scale * code``.
+    """Parametrization that rounds weights to ``scale * (code - zero_point)``.
 
     The gradient passes where the weight is within the codes' range and is 0 outside: the clipped
     straight-through estimator (Bengio et al., 2013; Jacob et al., 2018).
@@ -423,35 +529,104 @@ class UniformWeight(nn.Module):
     Parameters
     ----------
     scale : positive float32 of shape () or, one for each output channel, (out,).
-    bits : 2 to 16.
+    bits : 2 to 16, with a zero-point 2 to 8.
+    zero_point : None for symmetric codes, or int16 in the scale's shape, 0 to 2**bits - 1.
+    learn_scale : make the scale a parameter, with the gradient of LSQ (Esser et al., 2020, equation 3 and
+        section 2.2). A weight adds round(w/s) - w/s, or Q where w/s reaches an end Q of the range (counted
+        from the zero-point), all of it times 1 / sqrt(weights for each scale * largest code).
     """
 
-    def __init__(self, scale: Tensor, *, bits: int) -> None:
+    def __init__(
+        self, scale: Tensor, *, bits: int, zero_point: Tensor | None = None, learn_scale: bool = False
+    ) -> None:
         super().__init__()
-        self.register_buffer("scale", scale.detach().clone())
+        scale = scale.detach().clone()
+        if learn_scale:  # its absolute value is the step: one that crosses 0 costs no finished training
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", None if zero_point is None else zero_point.detach().clone())
         self.bits = bits
         self.axis = 0 if scale.ndim else None
+        self.learn_scale = learn_scale
+        self.range = code_range(bits, affine=zero_point is not None)
 
-    def _ratio(self, weight: Tensor) -> Tensor:
-        largest = largest_code(self.bits)
-        return (weight / _column(self.scale, weight.ndim)).clamp(-largest, largest)
+    @property
+    def step(self) -> Tensor:
+        """The scale that weights are rounded with; positive."""
+        return self.scale.abs() if self.learn_scale else self.scale
+
+    def _ratio(self, weight: Tensor, scale: Tensor) -> Tensor:
+        low, high = self.range
+        if self.zero_point is not None:
+            zero_point = _column(self.zero_point, weight.ndim)
+            low, high = low - zero_point, high - zero_point
+        ratio = weight / _column(scale, weight.ndim)
+        clipped = ratio.clamp(low, high)
+        if self.learn_scale:  # to LSQ the ends of the range are outside
+            return torch.where((low < ratio) & (ratio < high), ratio, clipped.detach())
+        return clipped
 
     def codes(self, weight: Tensor) -> Tensor:
         """The whole numbers that a weight rounds to, int16."""
-        return self._ratio(weight.detach()).round().to(torch.int16)
+        codes = self._ratio(weight.detach(), self.step.detach()).round().to(torch.int16)
+        return codes if self.zero_point is None else codes + _column(self.zero_point, weight.ndim)
 
     def forward(self, weight: Tensor) -> Tensor:
-        ratio = self._ratio(weight)
+        scale = self.step
+        if self.learn_scale:
+            share = (weight.numel() / scale.numel() * self.range[1]) ** -0.5
+            scale = scale.detach() + share * (scale - scale.detach())  # adds 0, and scales the gradient
+        ratio = self._ratio(weight, scale)
         # Exact: a float less than 1 away from a whole number reaches it by adding their difference.
         codes = ratio + (ratio.round() - ratio).detach()
-        return _laid_out_as(weight, codes * _column(self.scale, weight.ndim))
+        return _laid_out_as(weight, codes * _column(scale, weight.ndim))
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, axis={self.axis}"
+        affine = self.zero_point is not None
+        return f"bits={self.bits}, axis={self.axis}, affine={affine}, learn_scale={self.learn_scale}"
+
+
+class CodebookWeight(nn.Module):
+    """Parametrization that puts a codebook's levels in the place of weights.
+
+    The levels are trained: the gradient of each is the sum of its weights' (Han et al., 2016, section 3).
+    The weight underneath counts no more and gets no gradient, so a `ZeroMask` has to come after.
+
+    Parameters
+    ----------
+    codes : uint8 in the weight's shape.
+    codebook : float32 of shape (levels,), in any order.
+    """
+
+    def __init__(self, codes: Tensor, codebook: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes.clone())
+        self.codebook = nn.Parameter(codebook.detach().clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        result = _look_up(self.codebook, self.codes)
+        return _laid_out_as(weight, torch.empty_like(weight).copy_(result))
+
+    def extra_repr(self) -> str:
+        return f"levels={len(self.codebook)}"
+
+
+# What `encoded` reads and `attach` writes.
+CHAINS = (
+    [],
+    [ZeroMask],
+    [UniformWeight],
+    [ZeroMask, UniformWeight],
+    [CodebookWeight],
+    [CodebookWeight, ZeroMask],
+)
 
 
 def encoded(module: nn.Module, dtype: torch.dtype = torch.float32) -> Encoding:
     """The encoding of a module's weight, read off its parametrizations.
+
+    A codebook that was trained is sorted, and levels that became equal are merged.
 
     Parameters
     ----------
@@ -461,40 +636,69 @@ def encoded(module: nn.Module, dtype: torch.dtype = torch.float32) -> Encoding:
     Raises
     ------
     EncodingError
-        For a weight that is not finite or not float32, or parametrizations other than `ZeroMask` and
-        `UniformWeight` in this order.
+        For a weight that is not finite or not float32, a scale or codebook that training led astray, or
+        parametrizations that are not one of `CHAINS`.
     """
     attached = parametrize.is_parametrized(module, "weight")
     parametrizations = list(module.parametrizations.weight) if attached else []
-    found = [type(parametrization) for parametrization in parametrizations]
-    if found not in ([], [ZeroMask], [UniformWeight], [ZeroMask, UniformWeight]):
+    kinds = [type(parametrization) for parametrization in parametrizations]
+    if kinds not in CHAINS:
+        allowed = "; ".join(", ".join(kind.__name__ for kind in chain) for chain in CHAINS[1:])
         raise EncodingError(
-            f"weight has the parametrizations {', '.join(kind.__name__ for kind in found)}: a file holds a "
-            "ZeroMask, a UniformWeight, or both in this order; fold others into the weight with "
+            f"weight has the parametrizations {', '.join(kind.__name__ for kind in kinds)}: a file holds, in "
+            f"this order, {allowed}; fold others into the weight with "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
-    weight = module.parametrizations.weight.original if attached else module.weight
-    weight = weight.detach().cpu()
-    if weight.dtype != torch.float32:
-        raise EncodingError(f"the weight is {weight.dtype}: float32 is needed, as by model.float()")
-    weight = weight.contiguous()
-    mask = parametrizations[0].mask.cpu().contiguous() if ZeroMask in found else None
-    _check_finite(weight)
-    weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
-    if UniformWeight not in found:
-        values = weight.to(dtype)
-        if not torch.isfinite(values).all():
-            raise EncodingError(f"weights up to {float(weight.abs().max()):.3g} are infinite as {dtype}")
-        return Dense(values.clone(), mask)
-    uniform = parametrizations[-1]
-    scale = uniform.scale.cpu()
-    codes = UniformWeight(scale, bits=uniform.bits).codes(weight)
-    return Uniform(codes, scale.clone(), uniform.axis, uniform.bits, mask)
+    found = {kind: copy.deepcopy(p).cpu() for kind, p in zip(kinds, parametrizations)}
+    mask = found[ZeroMask].mask.contiguous() if ZeroMask in found else None
+    if CodebookWeight in found:
+        encoding: Encoding = _sorted_codebook(found[CodebookWeight], mask)
+    else:
+        weight = module.parametrizations.weight.original if attached else module.weight
+        weight = weight.detach().cpu()
+        if weight.dtype != torch.float32:
+            raise EncodingError(f"the weight is {weight.dtype}: float32 is needed, as by model.float()")
+        _check_finite(weight)
+        weight = weight.contiguous() if mask is None else weight.contiguous().masked_fill(~mask, 0.0)
+        if UniformWeight in found:
+            uniform = found[UniformWeight]
+            scale, codes = uniform.step.detach(), uniform.codes(weight)
+            encoding = Uniform(codes, scale, uniform.axis, uniform.bits, mask, uniform.zero_point)
+        else:
+            values = weight.to(dtype)
+            if not torch.isfinite(values).all():
+                raise EncodingError(f"weights up to {float(weight.abs().max()):.3g} are infinite as {dtype}")
+            encoding = Dense(values.clone(), mask)
+    _check(encoding)
+    return encoding
+
+
+def _sorted_codebook(weight: CodebookWeight, mask: Tensor | None) -> Codebook:
+    levels, places = torch.unique(weight.codebook.detach(), return_inverse=True)
+    codes = places.to(torch.uint8)[weight.codes.contiguous().int()]
+    return Codebook(codes if mask is None else codes.masked_fill(~mask, 0), levels, mask)
+
+
+def mask_of(module: nn.Module) -> Tensor | None:
+    """The mask of a module's weight, True = kept; None where it has none."""
+    attached = module.parametrizations.weight if parametrize.is_parametrized(module, "weight") else []
+    return next((found.mask for found in attached if isinstance(found, ZeroMask)), None)
+
+
+def fold(module: nn.Module) -> None:
+    """Make a module's weight the plain parameter that its parametrizations compute."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return
+    weight = module.weight.detach()
+    # Not by remove_parametrizations: it takes `weight` from the class, which a deep copy shares.
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.weight = nn.Parameter(weight)
 
 
 @torch.no_grad()
 def attach(module: nn.Module, encoding: Encoding) -> None:
-    """Give a module an encoding's weight and, as parametrizations, its mask and its quantizer.
+    """Give a module an encoding's weight and, as parametrizations (`CHAINS`), its mask and its quantizer.
 
     Parameters
     ----------
@@ -506,16 +710,16 @@ def attach(module: nn.Module, encoding: Encoding) -> None:
     EncodingError
         When the shapes differ.
     """
-    if parametrize.is_parametrized(module, "weight"):
-        parametrize.remove_parametrizations(module, "weight")
+    fold(module)
     if tuple(module.weight.shape) != encoding.shape:
         raise EncodingError(
             f"the encoding has shape {encoding.shape}, the weight {tuple(module.weight.shape)}"
         )
     module.weight.copy_(decode(encoding))
-    device = module.weight.device
-    if encoding.mask is not None:
-        parametrize.register_parametrization(module, "weight", ZeroMask(encoding.mask.to(device)))
+    chain: list[nn.Module] = [] if encoding.mask is None else [ZeroMask(encoding.mask)]
     if isinstance(encoding, Uniform):
-        quantizer = UniformWeight(encoding.scale.to(device), bits=encoding.bits)
-        parametrize.register_parametrization(module, "weight", quantizer)
+        chain.append(UniformWeight(encoding.scale, bits=encoding.bits, zero_point=encoding.zero_point))
+    elif isinstance(encoding, Codebook):
+        chain.insert(0, CodebookWeight(encoding.codes, encoding.codebook))
+    for parametrization in chain:
+        parametrize.register_parametrization(module, "weight", parametrization.to(module.weight.device))

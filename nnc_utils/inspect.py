@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnc_utils import artifact, models
 from nnc_utils.artifact import Artifact, ArtifactError
-from nnc_utils.encoding import Dense, Encoding
+from nnc_utils.encoding import Codebook, Dense, Encoding, decode
 
 COLUMNS = ("layer", "shape", "encoding", "bits/weight", "zeros", "bytes", "share")
 
@@ -49,7 +49,7 @@ def _numbers(values: Sequence[float]) -> str:
 def _rows(found: Artifact) -> list[tuple[str, ...]]:
     rows, rest = [], found.nbytes
     for name, weight in found.weights.items():
-        values = weight.values if isinstance(weight, Dense) else weight.codes
+        values = decode(weight)
         zeros, size = values.numel() - int(values.count_nonzero()), sum(found.streams[name].values())
         rows.append(
             (
@@ -78,8 +78,11 @@ def _share(size: int, found: Artifact) -> tuple[str, str]:
 def _encoding(weight: Encoding) -> str:
     if isinstance(weight, Dense):
         text = str(weight.values.dtype).removeprefix("torch.")
+    elif isinstance(weight, Codebook):
+        text = f"codebook of {len(weight.codebook)}"
     else:
-        text = f"{weight.bits}-bit, scale per {'tensor' if weight.axis is None else 'channel'}"
+        kind = "" if weight.zero_point is None else " affine"
+        text = f"{weight.bits}-bit{kind}, scale per {'tensor' if weight.axis is None else 'channel'}"
     return text + (", mask" if weight.mask is not None else "")
 
 

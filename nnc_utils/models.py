@@ -294,6 +294,17 @@ def activations(model: nn.Module) -> dict[str, Activation]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Activation)}
 
 
+def check_images(model: nn.Module, images: Tensor, *, least: int = 1) -> None:
+    """Raise a ValueError unless these are normalized images, `least` of them or more, for this network."""
+    wanted = (model.spec.channels, model.spec.size, model.spec.size)
+    if len(images) < least or tuple(images.shape[1:]) != wanted:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}: at least {least} of shape {wanted} is needed"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: normalized floats are needed, as by Data.normalize")
+
+
 class PickingConv2d(nn.Conv2d):
     """A 1x1 convolution with a stride that picks its pixels first; the numbers are the same.
 

@@ -11,7 +11,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -317,12 +317,21 @@ def _validation(model: nn.Module, data: Data) -> float:
     return evaluation.accuracy(predictions, data.validation.labels)
 
 
-def _bar(images: int, done: int) -> tqdm:
-    """A bar in a notebook and on a terminal; elsewhere none, and a line an epoch instead."""
+def _hidden() -> bool:
+    """Whether no bar is wanted: neither a notebook nor a terminal, or TQDM_DISABLE is set."""
     notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
     quiet = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    hidden = quiet or not (notebook or sys.stderr.isatty())
-    return tqdm(total=images, initial=done, unit=" images", disable=hidden)
+    return quiet or not (notebook or sys.stderr.isatty())
+
+
+def progress(steps: Iterable, what: str) -> Iterable:
+    """The steps, with a bar where one is wanted."""
+    return tqdm(steps, desc=what, leave=False, disable=_hidden())
+
+
+def _bar(images: int, done: int) -> tqdm:
+    """A bar in a notebook and on a terminal; elsewhere none, and a line an epoch instead."""
+    return tqdm(total=images, initial=done, unit=" images", disable=_hidden())
 
 
 def _say(bar: tqdm, losses: _Losses, said: float) -> float:

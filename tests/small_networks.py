@@ -50,6 +50,27 @@ def quantized(model, *, bits=7, per_channel=True):
     return activations.calibrate(model, images(model.spec, 128))
 
 
+def affine(weight, *, bits, per_channel=True):
+    """The weight in affine codes over its range, 0 included."""
+    rows = weight.detach().flatten(1) if per_channel else weight.detach().flatten()
+    low, high = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
+    largest = 2**bits - 1
+    scale = (high - low) / largest
+    zero_point = (-low / scale).round()
+    codes = (rows / scale[..., None]).round() + zero_point[..., None]
+    codes = codes.clamp(0, largest).view(weight.shape).short()
+    return encoding.Uniform(codes, scale, 0 if per_channel else None, bits, None, zero_point.short())
+
+
+def codebook(weight, *, levels, mask=None):
+    """The weight in evenly spaced levels over its range, the middle one 0."""
+    codes = (weight.detach() / weight.detach().abs().amax() + 1) * (levels - 1) / 2
+    book = torch.linspace(-1, 1, levels) * weight.detach().abs().amax()
+    book[levels // 2] = 0
+    codes = codes.round().to(torch.uint8)
+    return encoding.Codebook(codes if mask is None else codes.masked_fill(~mask, 0), book, mask)
+
+
 def saved(model, path):
     """As an artifact."""
     spec = model.spec

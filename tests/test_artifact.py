@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from small_networks import affine, codebook
 from torch.nn.utils import parametrize, prune
 
 from nnc_utils import artifact, encoding, models
@@ -30,7 +31,18 @@ MUTANTS = 1000
 PREPROCESSING = {"mean": [0.286], "std": [0.353], "classes": [f"class {i}" for i in range(10)]}
 
 
-def make(*, bits=None, per_channel=True, keep=None, ranges=False, width=0.125, **fields):
+def make(
+    *,
+    bits=None,
+    per_channel=True,
+    keep=None,
+    levels=None,
+    zero_points=False,
+    learn_scale=False,
+    ranges=False,
+    width=0.125,
+    **fields,
+):
     """A small ResNet-18 with lively batch-norm, as training would leave it."""
     torch.manual_seed(0)
     fields = {"channels": 1, "size": 28, "classes": 10, "stem": "small_stride2", "width": width} | fields
@@ -47,11 +59,17 @@ def make(*, bits=None, per_channel=True, keep=None, ranges=False, width=0.125, *
     for layer in models.layers(model.spec):
         module = model.get_submodule(layer.name)
         weight = module.weight.detach()
-        if keep is not None:
-            parametrize.register_parametrization(module, "weight", ZeroMask(torch.rand_like(weight) < keep))
-        if bits is not None:
+        mask = None if keep is None else torch.rand_like(weight) < keep
+        if levels is not None:
+            encoding.attach(module, codebook(weight, levels=levels, mask=mask))
+        elif zero_points:
+            encoding.attach(module, affine(weight, bits=bits, per_channel=per_channel))
+        elif mask is not None:
+            parametrize.register_parametrization(module, "weight", ZeroMask(mask))
+        if bits is not None and not zero_points:
             peak = weight.abs().flatten(1).amax(1) if per_channel else weight.abs().amax()
-            quantizer = UniformWeight(peak / (2 ** (bits - 1) - 1), bits=bits)
+            scale = peak / (2 ** (bits - 1) - 1)
+            quantizer = UniformWeight(scale, bits=bits, learn_scale=learn_scale)
             parametrize.register_parametrization(module, "weight", quantizer)
     if ranges:
         for place in models.activations(model).values():
@@ -67,6 +85,11 @@ KINDS = {
     "2-bit": {"bits": 2},
     "12-bit": {"bits": 12},
     "masked": {"keep": 0.1},
+    "codebook": {"levels": 16},
+    "codebook masked": {"levels": 5, "keep": 0.3, "ranges": True},
+    "affine": {"bits": 8, "zero_points": True},
+    "affine per tensor": {"bits": 3, "zero_points": True, "per_channel": False, "ranges": True},
+    "learned scales": {"bits": 4, "keep": 0.3, "learn_scale": True},
 }
 
 
@@ -133,8 +156,23 @@ class TestRoundTrip:
         assert not any(parametrize.is_parametrized(module) for module in plain.modules())
         assert first.nbytes == (tmp_path / "first").stat().st_size
 
-    def test_training_on_keeps_the_mask(self, tmp_path, images):
-        save(make(bits=4, keep=0.3), tmp_path / "file")
+    def test_training_on_learns_levels_and_scales(self, tmp_path, images):
+        for name, kind in (("codebook", "codebook masked"), ("scale", "learned scales")):
+            model = make(**KINDS[kind])
+            before = save(model, tmp_path / "before")
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+            model.train()(images).square().sum().backward()
+            optimizer.step()
+            after = save(model.eval(), tmp_path / "after")
+            with torch.inference_mode():
+                assert torch.equal(artifact.network(after)(images), model(images))
+            for layer in before.weights:
+                old, new = (getattr(a.weights[layer], name) for a in (before, after))
+                assert not torch.equal(old, new), (kind, layer)
+
+    @pytest.mark.parametrize("options", [{"bits": 4}, {"levels": 7}])
+    def test_training_on_keeps_the_mask(self, options, tmp_path, images):
+        save(make(keep=0.3, **options), tmp_path / "file")
         model = artifact.load(tmp_path / "file", trainable=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model(images).square().sum().backward()
@@ -186,8 +224,11 @@ class TestNumbers:
     def test_fp32_bytes(self, spec):
         assert artifact.fp32_bytes(spec) == len(safetensors.torch.save(models.build(spec).state_dict()))
 
-    def test_bits_and_nonzeros(self, tmp_path):
-        model = make(bits=4, keep=0.3)
+    @pytest.mark.parametrize(
+        "options", [{"bits": 4}, {"levels": 9}, {"bits": 4, "zero_points": True, "keep": None}]
+    )
+    def test_bits_and_nonzeros(self, options, tmp_path):
+        model = make(**({"keep": 0.3} | options))
         torch.nn.init.zeros_(model.bn1.bias[:3])
         found = save(model, tmp_path / "file")
         payload = sum(encoding.payload_bits(weight) for weight in found.weights.values())
@@ -195,7 +236,8 @@ class TestNumbers:
         count = sum(p.numel() for p in weights.values() if p.ndim > 1)
         assert found.bits_per_weight == payload / count
         assert found.nonzeros == sum(int((p != 0).sum()) for p in weights.values())
-        assert found.nonzeros < 0.4 * models.parameters(found.spec)
+        most = 0.9 if "zero_points" in options else 0.4
+        assert 0.1 < found.nonzeros / models.parameters(found.spec) < most
 
     def test_header_is_small(self, tmp_path):
         """What is neither payload nor batch-norm: of a 60 kB file about 3 percent."""
@@ -216,6 +258,10 @@ class TestNumbers:
             ({"bits": 8, "ranges": True, "keep": 0.5}, True),
             ({"keep": 0.5}, True),
             ({"ranges": True}, True),
+            ({"levels": 256, "ranges": True}, True),
+            ({"levels": 16}, True),
+            ({"bits": 8, "zero_points": True, "ranges": True}, True),
+            ({"bits": 8, "learn_scale": True, "ranges": True}, False),
         ],
     )
     def test_simulated(self, options, simulated, tmp_path):
@@ -249,6 +295,16 @@ class TestSaving:
             parameter.data[1, 2, 0, 0] = bad
         words = "layer3.1.conv2: 1 of 9216 weights are not finite"
         self.refuse(model, words, tmp_path / "file")
+
+    @pytest.mark.parametrize("bad", [0.0, -0.1, math.nan, math.inf])
+    def test_scales_and_codebooks_that_training_led_astray(self, bad, tmp_path):
+        model = make(bits=8, learn_scale=True)
+        model.layer3[1].conv2.parametrizations.weight[0].scale.data[3] = bad
+        self.refuse(model, "layer3.1.conv2: a scale is not positive, or .* learned", tmp_path / "file")
+        if not math.isfinite(bad):
+            model = make(levels=4)
+            model.layer3[1].conv2.parametrizations.weight[0].codebook.data[3] = bad
+            self.refuse(model, "layer3.1.conv2: the codebook's levels are not finite", tmp_path / "file")
 
     def test_batch_norm(self, tmp_path):
         model = make()
@@ -410,6 +466,7 @@ def forgeries(document, arrays):
         ("bits", (1, 7, 17, *ODD)),
         ("axis", (1, "0", False, [])),
         ("mask", (True, 0, "x")),
+        ("affine", (True, None, 0, "x")),
     ):
         text(("encodings", 0, field), *values)
     text(("encodings", 0, "axis"), None)
@@ -506,6 +563,29 @@ class TestReading:
             assert "checksum" not in str(caught.value), name
             assert len(str(caught.value)) < 1000, name
 
+    def test_forged_codebooks_and_zero_points(self, tmp_path):
+        path = tmp_path / "file"
+        save(make(levels=5), path)
+        document, arrays = parts(path)
+        book = np.frombuffer(arrays["codebook"][:20].tobytes(), "<f4")
+        forged = [put(document, ("encodings", 0, "levels"), levels) for levels in (*ODD, 4, 6, 257)]
+        forged = [(changed, arrays) for changed in forged]
+        for bad in (book[::-1], np.sort(book)[[0, 1, 1, 3, 4]], [*book[:4], np.nan], [-np.inf, *book[1:]]):
+            stream = np.frombuffer(np.array(bad, "<f4").tobytes(), np.uint8)
+            forged.append((document, overwrite(arrays, "codebook", slice(20), stream)))
+        forged.append((document, rename(arrays, "codebook", None)))
+        save(make(bits=4, zero_points=True), path)
+        document, arrays = parts(path)
+        forged.append((document, overwrite(arrays, "zero_point", 7, 16)))
+        forged.append((document, change(arrays, "zero_point", lambda array: array[:-1])))
+        for field, value in (("bits", 9), ("bits", 3), ("mask", True), ("affine", False)):
+            forged.append((put(document, ("encodings", 0, field), value), arrays))
+        for changed, tensors in forged:
+            path.write_bytes(forge(changed, tensors))
+            with pytest.raises(ArtifactError) as caught:
+                artifact.read(path)
+            assert "checksum" not in str(caught.value)
+
     def test_the_wrong_checksum(self, forgeable, tmp_path):
         document, arrays = forgeable
         for sha256 in ("", 1, None, [], "0" * 64, document["sha256"].upper()):
@@ -563,7 +643,7 @@ class TestReading:
         document = {
             "format": artifact.FORMAT,
             "spec": json.loads(spec.to_json()) | {"stages": blocks},
-            "encodings": [{"kind": "uniform", "mask": False, "bits": 4, "axis": None}],
+            "encodings": [{"kind": "uniform", "mask": False, "bits": 4, "axis": None, "affine": False}],
             "weights": [[0, 3, 4]] * 4,
         }
         document |= PREPROCESSING

@@ -8,15 +8,23 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from small_networks import affine, codebook
 from torch.nn.utils import parametrize
 
-from nnc_utils import artifact, inspect, models
+from nnc_utils import artifact, encoding, inspect, models
 from nnc_utils.encoding import UniformWeight, ZeroMask
+
+OTHERS = {
+    "layer2.0.conv1": ("codebook of 9", lambda w: codebook(w, levels=9)),
+    "layer2.0.conv2": ("codebook of 16, mask", lambda w: codebook(w, levels=16, mask=w > 0)),
+    "layer3.0.conv1": ("6-bit affine, scale per channel", lambda w: affine(w, bits=6)),
+    "layer3.0.conv2": ("2-bit affine, scale per tensor", lambda w: affine(w, bits=2, per_channel=False)),
+}
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A thin ResNet-18: 4-bit and 8-bit layers, one masked, floats in the classifier, activation ranges."""
+    """A thin ResNet-18: 4-bit, 8-bit and other layers, floats in the classifier, activation ranges."""
     torch.manual_seed(0)
     model = models.build(models.resnet(18, channels=3, size=16, classes=3, stem="small", width=0.125))
     for layer in models.layers(model.spec):
@@ -25,7 +33,9 @@ def model():
         if layer.name == "layer1.0.conv1":
             mask = torch.rand_like(module.weight) < 0.25
             parametrize.register_parametrization(module, "weight", ZeroMask(mask))
-        if layer.name == "conv1":
+        if layer.name in OTHERS:
+            encoding.attach(module, OTHERS[layer.name][1](module.weight))
+        elif layer.name == "conv1":
             scale = peak.expand(layer.out_channels) / 127
             parametrize.register_parametrization(module, "weight", UniformWeight(scale, bits=8))
         elif layer.kind == "conv":
@@ -75,10 +85,10 @@ def test_each_layer(model, text):
         assert shape == "x".join(map(str, weight.shape))
         assert float(zeros.rstrip("%")) == pytest.approx(100 * float((weight == 0).float().mean()), abs=0.051)
         assert float(bits) == pytest.approx(8 * number(size) / weight.numel(), abs=0.001)
-        expected = {"conv1": "8-bit, scale per channel", "fc": "float32"}.get(
-            layer.name, "4-bit, scale per tensor"
-        )
-        assert kind == expected + (", mask" if layer.name == "layer1.0.conv1" else "")
+        expected = {"conv1": "8-bit, scale per channel", "fc": "float32"}
+        expected |= {"layer1.0.conv1": "4-bit, scale per tensor, mask"}
+        expected |= {name: text for name, (text, _) in OTHERS.items()}
+        assert kind == expected.get(layer.name, "4-bit, scale per tensor")
     assert float(found["fc"][2]) == 32
 
 

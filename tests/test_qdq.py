@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
-from small_networks import ODD, PLAIN, POOLED, images, network, quantized, saved
+from small_networks import ODD, PLAIN, POOLED, affine, codebook, images, network, quantized, saved
 
 from nnc_utils import artifact, encoding, models
 from nnc_utils.runtimes import onnxruntime, qdq
@@ -128,10 +128,22 @@ def test_graph_holds_the_codes_of_the_file(bits, per_channel, tmp_path):
 def test_other_encodings_are_rounded_anew_and_say_so(tmp_path):
     model = quantized(network(PLAIN), bits=12)
     wide = saved(model, tmp_path / "wide.safetensors")
-    dense = {n: encoding.Dense(encoding.decode(w), None) for n, w in wide.weights.items()}
-    for stored in (wide, dataclasses.replace(wide, weights=dense)):
+    values = {n: encoding.decode(w) for n, w in wide.weights.items()}
+    others = (
+        {n: encoding.Dense(v) for n, v in values.items()},
+        {n: affine(v, bits=8) for n, v in values.items()},
+        {n: affine(v, bits=4, per_channel=False) for n, v in values.items()},
+        {n: codebook(v, levels=17) for n, v in values.items()},
+        {n: codebook(v, levels=256, mask=v.abs() > v.abs().median() / 9) for n, v in values.items()},
+    )
+    pictures = images(PLAIN, 32, seed=5)
+    for stored in (wide, *(dataclasses.replace(wide, weights=weights) for weights in others)):
         assert not qdq.stored_codes(stored)
         lowered = qdq.lower(stored)
+        with torch.inference_mode():
+            eager = artifact.network(stored)(pictures)
+        graph = run(qdq.integer_model(lowered), pictures)
+        assert steps_apart(lowered, graph, eager).mean() < 2.5
         for layer in models.layers(PLAIN):
             weight = encoding.decode(stored.weights[layer.name])
             factor = torch.ones(layer.out_channels)

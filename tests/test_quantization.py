@@ -120,7 +120,7 @@ def test_calibration_sees_the_smallest_and_largest_value(model):
 
 
 def test_calibration_refuses_what_it_cannot_use(model):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least 1"):
         activations.calibrate(model, torch.zeros(0, 1, 8, 8))
     with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(1, 8, 8\)"):
         activations.calibrate(model, torch.zeros(2, 3, 8, 8))
@@ -128,3 +128,104 @@ def test_calibration_refuses_what_it_cannot_use(model):
         activations.calibrate(model, torch.full((2, 1, 8, 8), float("nan")))
     with pytest.raises(ValueError, match="two finite bounds"):
         activations.affine_range(1.0, -1.0)
+
+
+# --- Affine codes and clipped ranges ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_affine_codes_equal_torch_fake_quantize(bits, per_channel):
+    weight = torch.rand(6, 5, 3, 3, generator=torch.Generator().manual_seed(bits)) * 3 - 1
+    ours = uniform.quantize(weight, bits=bits, per_channel=per_channel, symmetric=False)
+    scale, zero = ours.scale, ours.zero_point.int()
+    if per_channel:
+        theirs = torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, 0, 2**bits - 1)
+    else:
+        theirs = torch.fake_quantize_per_tensor_affine(weight, float(scale), int(zero), 0, 2**bits - 1)
+    assert torch.allclose(encoding.decode(ours), theirs, rtol=1e-6, atol=1e-7)
+    assert int(ours.codes.min()) == 0 and int(ours.codes.max()) == 2**bits - 1
+
+
+def test_affine_codes_win_where_the_weights_are_not_centred():
+    weight = torch.rand(4, 500, generator=torch.Generator().manual_seed(0)) + 0.5
+    errors = [
+        (encoding.decode(uniform.quantize(weight, bits=4, per_channel=True, symmetric=s)) - weight).square()
+        for s in (True, False)
+    ]
+    # 15 steps over [0, 1.5] against 7: the step is 7/15, its square error (7/15)**2
+    assert float(errors[1].mean() / errors[0].mean()) == pytest.approx((7 / 15) ** 2, rel=0.1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_mse_range_is_the_best_of_a_search_over_all(symmetric):
+    weight = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0))
+    weight[0, 0] = 30.0  # an outlier
+    ours = encoding.decode(
+        uniform.quantize(weight, bits=3, per_channel=True, symmetric=symmetric, clip="mse")
+    )
+    for row, found in zip(weight, ours):
+        low, high = (-row.abs().max(), row.abs().max()) if symmetric else (row.min(), row.max())
+        steps = 6 if symmetric else 7
+        best = math.inf
+        for factor in torch.linspace(1, 0.2, 33):
+            step = factor * (high - low) / steps
+            zero = 0 if symmetric else int(torch.round(-low * factor / step))
+            bounds = (-3, 3) if symmetric else (0, 7)
+            trial = torch.fake_quantize_per_tensor_affine(row, float(step), zero, *bounds)
+            best = min(best, float((trial - row).square().sum()))
+        assert float((found - row).square().sum()) == pytest.approx(best, rel=1e-4)
+
+
+def test_the_percentile_range_leaves_one_weight_in_a_thousand_outside():
+    weight = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))
+    rounded = uniform.quantize(weight, bits=8, per_channel=False, clip="percentile")
+    outside = int((weight.abs() > float(rounded.scale) * 127 * (1 + 1e-6)).sum())
+    assert outside == pytest.approx(100, abs=2)
+    both = uniform.quantize(weight, bits=8, per_channel=False, clip="percentile", symmetric=False)
+    assert int(((encoding.decode(both) - weight).abs() > 2 * float(both.scale)).sum()) <= 100
+
+
+@pytest.mark.parametrize("clip", uniform.CLIPS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_channels_and_single_values_are_exact_under_every_range(clip, symmetric):
+    weight = torch.stack([torch.zeros(9), torch.full((9,), -0.37)])
+    rounded = uniform.quantize(weight, bits=4, per_channel=True, clip=clip, symmetric=symmetric)
+    assert torch.allclose(encoding.decode(rounded), weight, rtol=1e-6)
+
+
+def test_unknown_ranges_and_affine_widths_above_a_byte_are_refused(model):
+    with pytest.raises(ValueError, match="unknown clip 'min': one of max, percentile, mse"):
+        uniform.quantize(torch.ones(2, 2), bits=4, per_channel=True, clip="min")
+    with pytest.raises(ValueError, match="from 2 to 8"):
+        uniform.quantize(torch.ones(2, 2), bits=9, per_channel=True, symmetric=False)
+    with pytest.raises(ValueError, match="unknown clip 'min'"):
+        activations.calibrate(model, torch.zeros(1, 1, 8, 8), clip="min")
+
+
+def test_a_mask_stays_and_the_first_network_still_works(model):
+    layer = model.layer1[0].conv1
+    kept = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", encoding.ZeroMask(kept))
+    first = uniform.quantize_network(model, bits=8, per_channel=True)
+    second = uniform.quantize_network(first, bits=4, per_channel=True)
+    for network in (model, first, second):
+        assert torch.equal(encoding.mask_of(network.layer1[0].conv1), kept)
+        assert not network.layer1[0].conv1.weight[~kept].any()
+    assert encoding.encoded(first.conv1).bits == 8 and encoding.encoded(second.conv1).bits == 4
+
+
+def test_activation_ranges_by_percentile_and_mse_are_narrower_and_no_worse(model):
+    images = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, 0] = 300.0  # an outlier stretches the largest range, whose steps become coarse
+    widths = {}
+    for clip in ("max", "percentile", "mse"):
+        place = activations.calibrate(model, images, clip=clip).quant_input
+        rounded = torch.fake_quantize_per_tensor_affine(images, place.scale, place.zero_point, 0, 255)
+        widths[clip] = (place.scale, float((rounded - images)[1:].square().mean()))
+        if clip == "mse":
+            errors = float((rounded - images).square().mean())
+        elif clip == "max":
+            most = float((rounded - images).square().mean())
+    assert widths["percentile"][0] < 0.1 * widths["max"][0] and widths["percentile"][1] < widths["max"][1]
+    assert errors <= most and widths["mse"][0] <= widths["max"][0]

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nnc_utils import models
+from nnc_utils.quantization.uniform import CLIPS, PERCENTILE, SHRINKS
+
+SAMPLE = 2**16  # values kept of each tensor of a batch, for percentile and mse
 
 
 def affine_range(low: float, high: float) -> tuple[float, int]:
@@ -29,33 +32,33 @@ def affine_range(low: float, high: float) -> tuple[float, int]:
     return scale, min(255, max(0, round(-low / scale)))
 
 
-def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 128) -> nn.Module:
+def calibrate(model: nn.Module, images: Tensor, *, clip: str = "max", batch_size: int = 128) -> nn.Module:
     """A copy of a network that rounds its activations to 8 bits, over the ranges these images show.
 
     Parameters
     ----------
     model : a network of `models.build`; not changed.
     images : normalized float images of the training split, (n, channels, size, size).
+    clip : "max" (from the smallest to the largest value seen), "percentile" (one value in a thousand is
+        outside) or "mse" (the one of 33 ranges with the smallest squared error).
     batch_size : images a forward pass.
 
     Returns
     -------
-    The copy, with a scale and zero-point at every `models.Activation`: the smallest and the largest
-    value seen there.
+    The copy, with a scale and zero-point at every `models.Activation`.
 
     Raises
     ------
     ValueError
         For an empty calibration set, images of another shape, activations that are not finite.
     """
-    wanted = (model.spec.channels, model.spec.size, model.spec.size)
-    if len(images) == 0 or tuple(images.shape[1:]) != wanted:
-        raise ValueError(
-            f"calibration images have shape {tuple(images.shape)}: at least one of shape {wanted} is needed"
-        )
+    models.check_images(model, images)
+    if clip not in CLIPS:
+        raise ValueError(f"unknown clip {clip!r}: one of {', '.join(CLIPS)}")
     calibrated = copy.deepcopy(model).eval()
     places = models.activations(calibrated)
-    seen: dict[str, tuple[float, float]] = {}
+    bounds: dict[str, tuple[float, float]] = {}
+    samples: dict[str, list[Tensor]] = {name: [] for name in places}
 
     def watch(name: str):
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -64,8 +67,11 @@ def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 128) -> nn.
                 raise ValueError(
                     f"{name}: activations are not finite: the network or the images hold NaN or inf"
                 )
-            before = seen.get(name, (low, high))
-            seen[name] = (min(low, before[0]), max(high, before[1]))
+            before = bounds.get(name, (low, high))
+            bounds[name] = (min(low, before[0]), max(high, before[1]))
+            if clip != "max":
+                values = inputs[0].flatten()
+                samples[name].append(values[:: max(1, len(values) // SAMPLE)].clone())
 
         return hook
 
@@ -73,10 +79,29 @@ def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 128) -> nn.
         place.scale = None
     hooks = [place.register_forward_hook(watch(name)) for name, place in places.items()]
     with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            calibrated(images[start : start + batch_size].contiguous(memory_format=torch.channels_last))
+        for batch in images.split(batch_size):
+            calibrated(batch.contiguous(memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
     for name, place in places.items():
-        place.scale, place.zero_point = affine_range(*seen[name])
+        low, high = bounds[name]
+        if clip != "max":
+            low, high = _clipped(torch.cat(samples[name]), low, high, clip)
+        place.scale, place.zero_point = affine_range(low, high)
     return calibrated
+
+
+def _clipped(values: Tensor, low: float, high: float, clip: str) -> tuple[float, float]:
+    if clip == "percentile":
+        outside = int(len(values) * (1 - PERCENTILE))
+        shares = (outside, 0) if low >= 0 else (outside - outside // 2, outside // 2)
+        ordered = values.sort().values
+        return float(ordered[shares[1]]), float(ordered[len(values) - 1 - shares[0]])
+
+    def error(shrink: float) -> float:
+        scale, zero_point = affine_range(shrink * low, shrink * high)
+        rounded = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, 255)
+        return float((rounded - values).square().mean())
+
+    best = min(SHRINKS.tolist(), key=error)
+    return best * low, best * high

@@ -133,15 +133,15 @@ def stored_codes(artifact: Artifact) -> bool:
 
 
 def _embeds(weight: encoding.Encoding) -> bool:
-    return isinstance(weight, encoding.Uniform) and weight.bits <= 8 and weight.axis in (None, 0)
+    return isinstance(weight, encoding.Uniform) and weight.bits <= 8 and weight.zero_point is None
 
 
 def lower(artifact: Artifact) -> IntegerNetwork:
     """An artifact as 8-bit integers.
 
     Folding batch-norm multiplies a channel's scale by γ/√(σ²+ε) and leaves its codes alone but for
-    their sign, so uniform codes of at most 8 bits stay those of the file. Any other encoding is
-    rounded anew, each channel over its largest weight.
+    their sign, so symmetric codes of at most 8 bits stay those of the file. Any other encoding
+    (floats, wider or affine codes, codebooks) is rounded anew, each channel over its largest weight.
 
     Raises
     ------

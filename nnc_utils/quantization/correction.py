@@ -1,0 +1,98 @@
+"""Repairs after rounding that need pictures but no training: batch-norm re-estimation, bias correction."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnc_utils import models
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> nn.Module:
+    """A copy of a network whose batch-norm statistics are those of its own, rounded, activations.
+
+    Rounded weights give other sums than the float weights whose mean and variance batch-norm
+    remembers. They are measured anew, as the average over the batches (Sun et al., 2019, "Hybrid 8-bit
+    floating point training", section 3.3).
+
+    Parameters
+    ----------
+    model : a network of `models.build`, quantized or not; not changed.
+    images : normalized training images, (n, channels, size, size).
+    batch_size : images a forward pass; a smaller last batch is left out unless it is the only one.
+
+    Raises
+    ------
+    ValueError
+        For fewer than 2 images, or images of another shape.
+    """
+    models.check_images(model, images, least=2)
+    corrected = copy.deepcopy(model).train()
+    for norm in (module for module in corrected.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    whole = len(images) // batch_size * batch_size or len(images)
+    for batch in images[:whole].split(batch_size):
+        corrected(batch.contiguous(memory_format=torch.channels_last))
+    for norm, before in zip(corrected.modules(), model.modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = before.momentum
+    return corrected.train(model.training)
+
+
+@torch.no_grad()
+def correct_bias(
+    quantized: nn.Module, original: nn.Module, images: Tensor, *, batch_size: int = 256
+) -> nn.Module:
+    """A copy of a rounded network in which each layer's mean output is that of the float layer again.
+
+    The rounding error ``Ŵ - W`` times the mean input is a shift of each output channel. It is added to
+    what batch-norm subtracts, or taken off the classifier's bias (Nagel et al., 2019, section 4.2).
+
+    Parameters
+    ----------
+    quantized : the rounded network; not changed.
+    original : the same network with float weights.
+    images : normalized training images, (n, channels, size, size).
+    batch_size : images a forward pass.
+
+    Raises
+    ------
+    ValueError
+        For no images, or images of another shape.
+    """
+    models.check_images(original, images)
+    corrected = copy.deepcopy(quantized)
+    shifts: dict[str, Tensor] = {}
+    hooks = []
+    for layer in models.layers(original.spec):
+        error = quantized.get_submodule(layer.name).weight - original.get_submodule(layer.name).weight
+
+        def add_shift(module: nn.Module, inputs: tuple[Tensor], output: Tensor, layer=layer, error=error):
+            if layer.kind == "conv":
+                shift = functional.conv2d(inputs[0], error, None, layer.stride, layer.kernel // 2)
+                shift = shift.mean((2, 3))
+            else:
+                shift = inputs[0] @ error.T
+            shifts[layer.name] = shifts.get(layer.name, 0.0) + shift.sum(0) / len(images)
+
+        hooks.append(original.get_submodule(layer.name).register_forward_hook(add_shift))
+    try:
+        training = original.training
+        original.eval()
+        for batch in images.split(batch_size):
+            original(batch.contiguous(memory_format=torch.channels_last))
+    finally:
+        original.train(training)
+        for hook in hooks:
+            hook.remove()
+    for layer in models.layers(original.spec):
+        if layer.batch_norm:
+            corrected.get_submodule(layer.batch_norm).running_mean += shifts[layer.name]
+        else:
+            corrected.get_submodule(layer.name).bias -= shifts[layer.name]
+    return corrected

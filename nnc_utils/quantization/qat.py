@@ -1,0 +1,49 @@
+"""Quantization-aware training: the network trains with the rounding that its file will have."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nnc_utils import models
+from nnc_utils.encoding import UniformWeight
+from nnc_utils.quantization import activations, uniform
+
+METHODS = ("ste", "lsq")
+
+
+def prepare(model: nn.Module, images: Tensor, *, bits: int, method: str, ends: int = 8) -> nn.Module:
+    """A copy of a network that rounds weights and activations in its forward pass, to be trained on.
+
+    The float weights stay behind the rounding, and gradients pass to them as if there were none (the
+    straight-through estimator, Bengio et al., 2013). Batch-norm is not folded: weights are rounded
+    before it, as in the file, so that a runtime, which folds it into the scales, computes with the very
+    integers that were trained.
+
+    Parameters
+    ----------
+    model : a trained network of `models.build`; not changed. An `encoding.ZeroMask` of it stays.
+    images : normalized training images, from which the ranges of the 8-bit activations are taken.
+        Calibrate once more after training.
+    bits : of the weights, 2 to 16; a scale for each output channel, first the one of least squared error.
+    method : "ste": the scales stay what they are. "lsq": they are trained, too (Esser et al., 2020,
+        "Learned step size quantization").
+    ends : bits of the first convolution and the classifier, which suffer most; their scales stay.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, widths out of range, no images.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
+    layers = models.layers(model.spec)
+    trained = activations.calibrate(model, images)
+    for layer in layers:
+        module = trained.get_submodule(layer.name)
+        inner = layer not in (layers[0], layers[-1])
+        width = bits if inner else ends
+        scale = uniform.quantize(module.weight, bits=width, per_channel=True, clip="mse").scale
+        rounding = UniformWeight(scale, bits=width, learn_scale=inner and method == "lsq")
+        parametrize.register_parametrization(module, "weight", rounding)
+    return trained.train()

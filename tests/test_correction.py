@@ -1,0 +1,75 @@
+"""Repairs after rounding, against statistics that are computed by hand."""
+
+import copy
+
+import pytest
+import torch
+
+from nnc_utils.quantization import correction, uniform
+from tests import small_networks
+
+IMAGES = small_networks.images(small_networks.PLAIN, 64)
+
+
+@pytest.fixture
+def model():
+    return small_networks.network(small_networks.PLAIN)
+
+
+def outputs(network, name, images):
+    seen = []
+    handle = network.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.detach()))
+    with torch.no_grad():
+        network(images)
+    handle.remove()
+    return seen[0]
+
+
+def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
+    rounded = uniform.quantize_network(model, bits=2, per_channel=True)
+    before = copy.deepcopy(rounded.state_dict())
+    fixed = correction.reestimate_batch_norm(rounded, IMAGES, batch_size=64)
+    with torch.no_grad():  # by hand, layer after layer in training mode
+        by_hand = copy.deepcopy(rounded).train()
+        out = outputs(by_hand, "layer2.0.conv2", IMAGES)
+    assert torch.allclose(fixed.layer2[0].bn2.running_mean, out.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(fixed.layer2[0].bn2.running_var, out.var((0, 2, 3)), rtol=1e-4)
+    assert all(torch.equal(a, before[name]) for name, a in rounded.state_dict().items())
+    assert not fixed.training and fixed.bn1.momentum == model.bn1.momentum
+
+
+def test_two_batches_are_averaged(model):
+    fixed = correction.reestimate_batch_norm(model, IMAGES, batch_size=32)
+    halves = [correction.reestimate_batch_norm(model, half, batch_size=32) for half in IMAGES.split(32)]
+    mean = (halves[0].bn1.running_mean + halves[1].bn1.running_mean) / 2
+    assert torch.allclose(fixed.bn1.running_mean, mean, atol=1e-6)
+
+
+def test_bias_correction_restores_the_mean_of_each_output(model):
+    rounded = uniform.quantize_network(model, bits=3, per_channel=True)
+    fixed = correction.correct_bias(rounded, model, IMAGES, batch_size=32)
+    # the first layer has the same input in both, so its mean behind batch-norm must be the float one's
+    with torch.no_grad():
+        wanted, off, got = (
+            network.bn1(network.conv1(IMAGES)).mean((0, 2, 3)) for network in (model, rounded, fixed)
+        )
+    assert torch.allclose(got, wanted, atol=1e-5)
+    assert float((off - wanted).abs().max()) > 1e-3
+    # the classifier alone
+    alone = copy.deepcopy(model)
+    alone.fc.weight.data = rounded.fc.weight.detach().clone()
+    with torch.no_grad():
+        wanted = model(IMAGES).mean(0)
+        got = correction.correct_bias(alone, model, IMAGES)(IMAGES).mean(0)
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_too_few_images_are_refused(model):
+    for repair in (
+        lambda images: correction.reestimate_batch_norm(model, images),
+        lambda images: correction.correct_bias(model, model, images),
+    ):
+        with pytest.raises(ValueError, match="at least"):
+            repair(IMAGES[:0])
+    with pytest.raises(ValueError, match=r"of shape \(1, 8, 8\)"):
+        correction.reestimate_batch_norm(model, torch.zeros(4, 3, 8, 8))

@@ -1,0 +1,199 @@
+"""Second-order rounding against finite differences, exhaustive search and plain rounding."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from nnc_utils import encoding, models
+from nnc_utils.quantization import hessian_rounding, uniform
+from tests import small_networks
+
+IMAGES = small_networks.images(small_networks.PLAIN, 256)
+
+
+@pytest.fixture
+def model():
+    return small_networks.network(small_networks.PLAIN)
+
+
+def curvature(rows, columns, *, seed=0, images=400):
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(images, columns, generator=generator) @ mixed
+    outputs = torch.rand(rows, generator=generator) + 0.5
+    return hessian_rounding.Curvature(inputs.T @ inputs / images, outputs)
+
+
+def loss(weight, rounded, found):
+    error = (encoding.decode(rounded) - weight).flatten(1)
+    return float(0.5 * (found.outputs * ((error @ found.inputs) * error).sum(1)).sum())
+
+
+def test_the_factor_is_one_of_the_damped_moment():
+    found = curvature(3, 20)
+    factor = found.factor(0.1)
+    wanted = found.inputs + torch.diag(0.1 * found.inputs.diagonal())
+    assert torch.allclose(factor @ factor.T, wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(factor, factor.triu())
+
+
+def test_input_moments_are_those_of_the_patches(model):
+    found = hessian_rounding.curvatures(model, IMAGES, rows=10**6)
+    seen = []
+    handle = model.layer3[0].conv1.register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
+    with torch.no_grad():
+        model(IMAGES)
+    handle.remove()
+    [(inputs, outputs)] = seen
+    layer = next(x for x in models.layers(model.spec) if x.name == "layer3.0.conv1")
+    # a convolution is a product with patches: try the moment on random weights
+    weight = torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(0))
+    products = functional.conv2d(inputs, weight, stride=layer.stride, padding=layer.kernel // 2)
+    flat = weight.flatten(1)
+    got = ((flat @ found["layer3.0.conv1"].inputs) * flat).sum(1)
+    assert torch.allclose(got, products.square().mean((0, 2, 3)), rtol=1e-3)
+    assert outputs.shape[1] == len(found["layer3.0.conv1"].outputs)
+
+
+def test_output_curvature_of_the_classifier_is_that_of_the_softmax(model):
+    found = hessian_rounding.curvatures(model, IMAGES.repeat(16, 1, 1, 1))["fc"].outputs
+    with torch.no_grad():
+        p = model(IMAGES).softmax(1)
+    exact = (p * (1 - p)).mean(0)  # the diagonal of diag(p) - p p', which drawn labels have on average
+    assert torch.allclose(found, exact, rtol=0.2, atol=2e-3)
+
+
+def test_the_predicted_loss_is_the_measured_one_for_the_classifier(model):
+    """Half the second difference of the mean cross-entropy, its expectation over the model's own labels."""
+    images = IMAGES
+    found = hessian_rounding.curvatures(model, images.repeat(8, 1, 1, 1))["fc"]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        p = model(images).softmax(1)
+        predicted = measured = 0.0
+        for _ in range(20):
+            change = 0.02 * torch.randn(model.fc.weight.shape, generator=generator)
+            predicted += float(0.5 * (found.outputs * ((change @ found.inputs) * change).sum(1)).sum())
+            other = copy.deepcopy(model)
+            other.fc.weight += change
+            measured += float(functional.kl_div(other(images).log_softmax(1), p, reduction="batchmean"))
+    assert measured / predicted == pytest.approx(1, abs=0.35)  # Kronecker factors are an approximation
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_errors_are_made_up_for_by_later_weights(seed):
+    found = curvature(8, 30, seed=seed)
+    weight = torch.randn(8, 30, generator=torch.Generator().manual_seed(100 + seed))
+    scale = torch.full((8,), 0.1)
+    codes = hessian_rounding._round_columns(
+        weight.T.contiguous(), found.factor(0.0), found.outputs, scale, 0.0, None
+    ).T
+    ours = encoding.Uniform(codes.to(torch.int16), scale, 0, 8)
+    nearest = encoding.Uniform((weight / 0.1).round().to(torch.int16), scale, 0, 8)
+    assert loss(weight, ours, found) < 0.9 * loss(weight, nearest, found)
+
+
+def test_no_choice_of_codes_has_a_much_smaller_cost_in_a_small_case():
+    """Against all codes near the weight: the greedy order costs something, but not much on average."""
+    ratios = []
+    for seed in range(10):
+        found = curvature(1, 5, seed=seed)
+        weight = torch.randn(1, 5, generator=torch.Generator().manual_seed(seed))
+        ours = hessian_rounding.quantize(weight, found, rate=1e-2, damping=0.0)
+        step = float(ours.scale)
+        best = math.inf
+        for offset in itertools.product((-2, -1, 0, 1, 2), repeat=5):
+            codes = (weight / step).round() + torch.tensor([offset])
+            trial = encoding.Uniform(codes.to(torch.int16), ours.scale, 0, 8)
+            best = min(best, loss(weight, trial, found))
+        ratios.append(loss(weight, ours, found) / best)
+    assert min(ratios) >= 1 - 1e-3
+    assert sorted(ratios)[5] < 3
+
+
+def test_a_higher_price_buys_fewer_bits_at_a_higher_loss():
+    found = curvature(64, 72)
+    weight = torch.randn(64, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    bits, losses = [], []
+    for rate in (1e-4, 1e-3, 1e-2, 1e-1):
+        rounded = hessian_rounding.quantize(weight, found, rate=rate)
+        bits.append(encoding.payload_bits(rounded))
+        losses.append(loss(weight, rounded, found))
+    assert bits == sorted(bits, reverse=True) and losses == sorted(losses)
+
+
+def test_the_rate_term_saves_coded_bits_at_the_same_loss():
+    """Against the same compensation without a price, its step chosen to end at the same size."""
+    found = curvature(128, 72, seed=3)
+    weight = torch.randn(128, 72, generator=torch.Generator().manual_seed(0)) * 0.7
+    ours = hessian_rounding.quantize(weight, found, rate=0.3)
+    scale, factor = ours.scale, found.factor(0.05)
+    free = []
+    for wider in torch.linspace(0.8, 3, 45):
+        codes = hessian_rounding._round_columns(
+            weight.T.contiguous(), factor, found.outputs, wider * scale, 0.0, None
+        ).T
+        free.append(encoding.Uniform(codes.to(torch.int16), wider * scale, 0, 8))
+    smaller = [x for x in free if encoding.payload_bits(x) <= encoding.payload_bits(ours)]
+    assert smaller and loss(weight, ours, found) < min(loss(weight, x, found) for x in smaller)
+
+
+def test_a_network_beats_plain_rounding_of_the_same_size(model):
+    found = hessian_rounding.curvatures(model, IMAGES)
+    ours = hessian_rounding.quantize_network(model, found, rate=1e-8)
+
+    def size_and_loss(network):
+        size = total = 0.0
+        for layer in models.layers(model.spec):
+            rounded = encoding.encoded(network.get_submodule(layer.name))
+            size += encoding.payload_bits(rounded)
+            total += loss(model.get_submodule(layer.name).weight.detach(), rounded, found[layer.name])
+        return size, total
+
+    size, total = size_and_loss(ours)
+    plain = [
+        size_and_loss(uniform.quantize_network(model, bits=bits, per_channel=True, clip="mse"))
+        for bits in (2, 3, 4, 5, 6, 8)
+    ]
+    assert total < min(other for s, other in plain if s <= size)
+
+
+def test_masked_weights_stay_zero(model):
+    layer = model.layer2[0].conv1
+    kept = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", encoding.ZeroMask(kept))
+    found = hessian_rounding.curvatures(model, IMAGES)
+    rounded = hessian_rounding.quantize_network(model, found, rate=1e-6)
+    assert not rounded.layer2[0].conv1.weight[~kept].any()
+    assert torch.equal(encoding.encoded(rounded.layer2[0].conv1).mask, kept)
+
+
+def test_zeros_constants_and_dead_inputs_are_no_trouble():
+    found = curvature(4, 12)
+    found.inputs[3] = found.inputs[:, 3] = 0.0  # an input that is never on
+    dead = hessian_rounding.Curvature(found.inputs, torch.zeros(4))
+    for weight in (torch.zeros(4, 12), torch.full((4, 12), 0.3), torch.eye(12)[:4]):
+        for one in (found, dead):
+            rounded = hessian_rounding.quantize(weight, one, rate=1e-6)
+            assert encoding.decode(rounded).isfinite().all()
+            encoding.pack(rounded)
+    exact = hessian_rounding.quantize(torch.zeros(4, 12), found, rate=1e-6)
+    assert not encoding.decode(exact).any()
+
+
+def test_bad_input_is_refused(model):
+    found = curvature(4, 12)
+    weight = torch.zeros(4, 12)
+    for rate in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="positive number of nats"):
+            hessian_rounding.quantize(weight, found, rate=rate)
+    with pytest.raises(ValueError, match="not finite"):
+        hessian_rounding.quantize(torch.full((4, 12), math.nan), found, rate=1e-6)
+    with pytest.raises(ValueError, match="both have to be of one layer"):
+        hessian_rounding.quantize(torch.zeros(4, 13), found, rate=1e-6)
+    with pytest.raises(ValueError, match="at least 1"):
+        hessian_rounding.curvatures(model, IMAGES[:0])

@@ -1,0 +1,89 @@
+"""Quantization-aware training: what is trained is what is exported."""
+
+import onnx
+import pytest
+import torch
+
+from nnc_utils import artifact, data, encoding, models, training
+from nnc_utils.quantization import activations, qat
+from nnc_utils.runtimes import qdq
+
+DIGITS = data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    spec = models.resnet(18, channels=1, size=8, classes=10, stem="small_stride2", width=0.125)
+    network = models.build(spec)
+    training.fit(network, DIGITS, epochs=2, batch_size=64, augment=False)
+    return network
+
+
+@pytest.fixture(scope="module")
+def images():
+    return DIGITS.normalize(DIGITS.train.images[:128])
+
+
+@pytest.mark.parametrize("method", qat.METHODS)
+def test_the_exported_integers_are_those_that_were_trained(model, images, method, tmp_path):
+    network = qat.prepare(model, images, bits=4, method=method)
+    before = {
+        n: network.get_submodule(n).parametrizations.weight[0].scale.clone() for n in ("layer1.0.conv1", "fc")
+    }
+    training.fit(network, DIGITS, epochs=1, batch_size=64, learning_rate=0.01, augment=False)
+    after = {name: network.get_submodule(name).parametrizations.weight[0].scale for name in before}
+    assert torch.equal(before["layer1.0.conv1"], after["layer1.0.conv1"]) == (method == "ste")
+    assert torch.equal(before["fc"], after["fc"])  # of 8 bits: it stays
+    network = activations.calibrate(network, images)
+    rounded = {
+        layer.name: network.get_submodule(layer.name).parametrizations.weight
+        for layer in models.layers(model.spec)
+    }
+    trained = {name: chain[0].codes(chain.original) for name, chain in rounded.items()}
+    options = {"mean": DIGITS.mean, "std": DIGITS.std, "classes": DIGITS.classes}
+    saved = artifact.save(network, tmp_path / "qat.safetensors", **options)
+    graph = qdq.onnx_model(saved, "int8").graph
+    stored = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
+    for name, codes in trained.items():
+        assert torch.equal(saved.weights[name].codes, codes)
+        assert torch.equal(stored[f"{name}.weight.codes"].abs().int(), codes.abs().int())
+        assert saved.weights[name].bits == (8 if name in ("conv1", "fc") else 4)
+    # and the reloaded network computes what the trained one did
+    with torch.inference_mode():
+        assert torch.equal(artifact.load(tmp_path / "qat.safetensors")(images), network(images))
+
+
+def test_training_with_the_rounding_beats_rounding(model, images):
+    """At 2 bits, on the training images' own loss: this is what the method is for."""
+
+    def loss(network):
+        with torch.inference_mode():
+            return float(training.cross_entropy(network.eval(), images, DIGITS.train.labels[:128]))
+
+    rounded = loss(qat.prepare(model, images, bits=2, method="lsq"))
+    for method in qat.METHODS:
+        network = qat.prepare(model, images, bits=2, method=method)
+        training.fit(network, DIGITS, epochs=3, batch_size=64, learning_rate=0.02, augment=False)
+        assert loss(network) < 0.5 * rounded
+
+
+def test_the_float_weights_are_behind_the_rounding_and_masks_stay(model, images):
+    import copy
+
+    masked = copy.deepcopy(model)
+    kept = torch.rand(masked.fc.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    torch.nn.utils.parametrize.register_parametrization(masked.fc, "weight", encoding.ZeroMask(kept))
+    network = qat.prepare(masked, images, bits=3, method="ste")
+    assert torch.equal(network.conv1.parametrizations.weight.original, model.conv1.weight)
+    assert torch.equal(encoding.encoded(network.fc).mask, kept)
+    assert torch.equal(model.conv1.weight, masked.conv1.weight)
+
+
+def test_bad_input_is_refused(model, images):
+    with pytest.raises(ValueError, match="unknown method 'pact': one of ste, lsq"):
+        qat.prepare(model, images, bits=4, method="pact")
+    with pytest.raises(ValueError, match="from 2 to 16"):
+        qat.prepare(model, images, bits=1, method="ste")
+    with pytest.raises(ValueError, match="at least 1"):
+        qat.prepare(model, images[:0], bits=4, method="ste")
