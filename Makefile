@@ -15,6 +15,9 @@ MADE        := results/runs results/smoke .snakemake .pytest_cache .ruff_cache b
 
 benchmark: python profile ## measure everything and print the table; a stopped run goes on where it was
 	@$(SETUP) --peers
+ifneq ($(filter medium standard full,$(PROFILE)),)
+	@$(SETUP) --nncodec
+endif
 ifneq ($(PROFILE),smoke)
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist
 endif
@@ -40,7 +43,7 @@ clean: ## remove caches, run folders and smoke results; .venv, data and the comm
 	@for path in $(MADE); do \
 		if [ -e "$$path" ]; then echo "removing $$path ($$(du -sh "$$path" | cut -f1))"; rm -rf "$$path"; fi; \
 	done
-	@find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 \
+	@find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 \
 		| xargs -0 rm -rf
 	@echo "removed Python's and Jupyter's caches; kept .venv, data and the tables in results/"
 
@@ -51,7 +54,7 @@ constraints: python ## renew constraints.txt: the newest versions that go togeth
 	@$(VENV_PYTHON) workflow/freeze.py
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|quick|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale]"
+	@echo "make TARGET [PROFILE=smoke|quick|medium|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale]"
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
 
 python:
@@ -60,5 +63,5 @@ python:
 		exit 1; }
 
 profile:
-	@case '$(PROFILE)' in smoke|quick|standard|full) ;; *) \
-		echo "unknown PROFILE '$(PROFILE)': one of smoke, quick, standard, full" >&2; exit 1 ;; esac
+	@case '$(PROFILE)' in smoke|quick|medium|standard|full) ;; *) \
+		echo "unknown PROFILE '$(PROFILE)': one of smoke, quick, medium, standard, full" >&2; exit 1 ;; esac

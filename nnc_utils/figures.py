@@ -6,19 +6,30 @@ import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-MARKERS = "osD^vP*"
+MARKERS = "osD^vP*X<>hdp8"
 NAMES = {
     "eager": "eager PyTorch",
     "onnxruntime": "ONNX Runtime",
     "train": "ResNet, fp32",
     "uniform_per_tensor": "per tensor",
     "uniform_per_channel": "per channel",
+    "kmeans": "k-means",
+    "hessian_kmeans": "k-means, Hessian",
+    "hessian_rounding": "second order",
+    "qat_ste": "trained, STE",
+    "qat_lsq": "trained, LSQ",
+    "dense_finetuned": "dense, trained on",
+    "ort_static": "ONNX Runtime static",
+    "nncf_ptq": "NNCF",
+    "torchao_pt2e": "torchao PT2E",
+    "nncodec": "NNCodec",
 }
 
 
@@ -111,8 +122,11 @@ def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: in
 
 def headline(profile_dir: Path) -> Figure:
     """Smaller, worse, faster? The tables of one profile in one picture."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+    latency = read_table(profile_dir / "latency.csv")
+    figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(13 if len(latency) else 8, 4.5))
+    left, *rest = np.atleast_1d(panels)
     size_against_accuracy(read_table(profile_dir / "compression.csv"), left)
-    latency_bars(read_table(profile_dir / "latency.csv"), right)
+    for right in rest:
+        latency_bars(latency, right)
     figure.tight_layout()
     return figure

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +22,7 @@ from nnc_utils.rows import (
     compression_row,
     differences,
     evidence,
+    labels_of,
     latency_rows,
     read_predictions,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "Run",
     "SummaryRow",
     "committed_profile",
+    "comparisons",
     "compression_row",
     "latency_rows",
     "publish",
@@ -44,6 +47,14 @@ __all__ = [
 ]
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
+ALL_PROFILES = ("full", "standard", "medium", "quick")
+# ours, theirs: compared at the same setting; with a codec, our largest file that is no larger
+RIVALS = (
+    ("hessian_kmeans", "kmeans"),
+    ("mixed_precision", "uniform_per_channel"),
+    ("qat_lsq", "qat_ste"),
+    ("hessian_rounding", "nncodec"),
+)
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
@@ -297,6 +308,64 @@ def _provenance(tables: Tables) -> str:
     return markdown(lines) + f"\n\nVersions: {versions}.\n\nMachine: {hardware}."
 
 
+def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
+    """Paired differences between methods (`RIVALS`) on the test images, from the stored predictions.
+
+    Parameters
+    ----------
+    compression : rows of compression.csv of one data set.
+    predictions : folder of their evidence.
+    dataset : name; its labels are read from the folder, or loaded.
+
+    Returns
+    -------
+    A row for each pair: both points, their bytes, the difference in percentage points with its 95 %
+    interval, and the verdict: "beats" (interval above 0), "not below" (upper end at least 0) or "below".
+    """
+    stored = predictions / labels_name(dataset)
+    labels = read_predictions(stored) if stored.is_file() else labels_of(dataset)
+    lines = []
+    for ours, theirs in RIVALS:
+        own = compression[compression["method"] == ours].sort_values("artifact_bytes")
+        for _, other in compression[compression["method"] == theirs].iterrows():
+            if theirs == "nncodec":
+                found = own[own["artifact_bytes"] <= other["artifact_bytes"]]
+            else:
+                found = own[own["point"].map(_setting) == _setting(other["point"])]
+            found = found[found["seed"] == other["seed"]]
+            if not len(found):
+                continue
+            mine = found.iloc[-1]
+            classes = [read_predictions(predictions / evidence(r["artifact_sha256"])) for r in (mine, other)]
+            delta = differences(compressed=classes[:1], reference=classes[1:], labels=labels)
+            above, reaches = delta["delta_ci_low"] > 0, delta["delta_ci_high"] >= 0
+            lines.append(
+                {
+                    "ours": f"{ours} {mine['point']}",
+                    "bytes": mine["artifact_bytes"],
+                    "theirs": f"{theirs} {other['point']}",
+                    "their bytes": other["artifact_bytes"],
+                    "points": _delta(delta),
+                    "verdict": "beats" if above else "not below" if reaches else "below",
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _setting(point: str) -> str:
+    """ "budget=3bit bn", the bytes of 3 bits everywhere, as "bits=3 bn"."""
+    return point.replace("bit ", " ").removesuffix("bit").replace("budget=", "bits=")
+
+
+def _side_by_side(tables: Tables) -> str:
+    found = [
+        comparisons(rows, tables.folder / "predictions", dataset=dataset)
+        for dataset, rows in tables.compression.groupby("dataset")
+    ]
+    lines = pd.concat(found).astype(str).to_dict("records") if any(map(len, found)) else []
+    return markdown(lines)
+
+
 def report(profile_dir: Path) -> str:
     """Write ``report.md`` of a profile from its tables, and return its text."""
     tables = Tables(profile_dir)
@@ -311,6 +380,8 @@ def report(profile_dir: Path) -> str:
             _ranking(tables, "closed"),
             "## Open division: retrained, or another architecture",
             _ranking(tables, "open"),
+            "## Side by side: paired differences",
+            _side_by_side(tables),
             "## Time",
             _latency(tables),
             "## Not measured",
@@ -323,9 +394,9 @@ def report(profile_dir: Path) -> str:
     return text
 
 
-def committed_profile(folder: Path | None = None) -> Path | None:
+def committed_profile(folder: Path | None = None, profiles: Iterable[str] = PROFILES) -> Path | None:
     """The tables of the best profile that has some, in this clone or another; None without any."""
-    for profile in PROFILES:
+    for profile in profiles:
         profile_dir = (folder or root()) / "results" / profile
         if (profile_dir / "compression.csv").is_file():
             return profile_dir
@@ -375,7 +446,7 @@ def main() -> None:
     parser.add_argument("command", choices=["report"])
     parser.add_argument("--profile", help="default: every profile that has tables")
     options = parser.parse_args()
-    names = [options.profile] if options.profile else [*PROFILES, "smoke"]
+    names = [options.profile] if options.profile else [*ALL_PROFILES, "smoke"]
     found = [root() / "results" / name for name in names]
     found = [folder for folder in found if (folder / "compression.csv").is_file()]
     if not found:

@@ -14,6 +14,7 @@ FLOORS = [
     {"training"},  # evaluates each epoch
     {"quantization", "pruning", "distillation", "search"},  # a folder each; none knows another
     {"runtimes"},
+    {"peers"},  # lower as the runtimes do, and run in theirs
     # the fifth floor has steps: from processes and hashes over rows and tables to what runs notebooks
     {"processes", "provenance"},
     {"parameters", "rows"},

@@ -1,8 +1,10 @@
 import dataclasses
+import hashlib
 import os
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import psutil
@@ -10,7 +12,7 @@ import pytest
 import torch
 from small_networks import PLAIN, quantized, saved
 
-from nnc_utils import artifact, data, measure, models, rows, runtimes
+from nnc_utils import artifact, data, measure, models, peers, rows, runtimes
 from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes.children import ChildError
 
@@ -59,6 +61,42 @@ def test_score_is_the_reloaded_artifacts_accuracy(files, tmp_path, capfd):
     again = list(measure._score([str(paths[0])], "digits", tmp_path, "test"))
     assert again[0]["correct"] == (digits.test.labels == 0).sum()
     assert measure.score([], dataset="digits", folder=tmp_path) == []
+
+
+def test_a_peers_file_is_scored_like_an_artifact(files, tmp_path):
+    """xz of the codes decodes to the artifact: same predictions, and a row that its file decides."""
+    source, about = files / "int8.safetensors", {"dataset": "digits", "folder": tmp_path / "predictions"}
+    path = peers.make("xz", source, None, tmp_path)
+    [own] = measure.score([source], **about)
+    [found] = measure.score([path], peer="xz", source=source, **about)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found["sha256"] == sha256 and found["predictions"].endswith(f"{sha256[:16]}.npy")
+    np.testing.assert_array_equal(np.load(found["predictions"]), np.load(own["predictions"]))
+    assert found["artifact_bytes"] == path.stat().st_size and found["simulated"] is True
+    weights = sum(np.prod(layer.weight_shape) for layer in models.layers(PLAIN))
+    assert found["bits_per_weight"] == 8 * path.stat().st_size / weights
+    assert all(found[name] == own[name] for name in ("params", "macs", "nonzeros", "correct", "total"))
+    run = types.SimpleNamespace(profile="smoke", name="r", seed=1)
+    about = {"run": run, "dataset": "digits", "model": "m", "technique": "peer", "method": "xz"}
+    row = rows.compression_row(found, reference=own, **about)
+    assert row.size_ratio == round(artifact.fp32_bytes(PLAIN) / path.stat().st_size, 4)
+    assert (row.accuracy_delta, row.simulated, row.artifact_sha256) == (0, 1, sha256)
+
+
+def test_a_peers_runtime_predicts_itself(files, tmp_path):
+    source, digits = files / "base.safetensors", data.load("digits")
+    pictures = digits.normalize(digits.train.images[:128]).numpy()
+    path = peers.make("ort_static", source, pictures, tmp_path)
+    about = {"dataset": "digits", "folder": tmp_path, "split": "validation"}
+    [score] = measure.score([path], peer="ort_static", source=source, **about)
+    images = digits.normalize(digits.validation.images).numpy()
+    expected = peers.load("ort_static", path, source).predict(images).argmax(1)
+    np.testing.assert_array_equal(np.load(score["predictions"]), expected)
+    assert score["simulated"] is False and score["params"] == models.parameters(PLAIN) > score["nonzeros"]
+    with pytest.raises(ValueError, match="peer 'xz' and source '': both are needed, or none"):
+        measure.score([path], peer="xz", **about)
+    with pytest.raises(ChildError, match="not an int8 network|InvalidProtobuf|INVALID_PROTOBUF"):
+        measure.score([source], peer="ort_static", source=source, **about)
 
 
 def test_validation_does_not_pass_for_test(files, tmp_path):

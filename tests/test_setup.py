@@ -184,7 +184,7 @@ def test_make_says_in_one_line_what_is_wrong():
     done = make("test", "PYTHON=no-such-python")
     assert done.returncode and "no 'no-such-python' here" in done.stderr and "Traceback" not in done.stderr
     done = make("benchmark", "PROFILE=fast")
-    assert done.returncode and "one of smoke, quick, standard, full" in done.stderr
+    assert done.returncode and "one of smoke, quick, medium, standard, full" in done.stderr
 
 
 def test_make_help_lists_every_target():
@@ -203,7 +203,8 @@ def test_make_help_lists_every_target():
 def test_make_hands_its_variables_on(arguments, expected, absent):
     planned = make("--dry-run", "benchmark", *arguments).stdout
     assert "setup_env.py --peers" in planned
-    planned = planned[planned.index("setup_env.py") :]
+    assert ("setup_env.py --nncodec" in planned) == ("PROFILE=full" in arguments), "it takes its time"
+    planned = planned[planned.index("setup_env.py --peers") :]
     assert expected in planned and absent not in planned
 
 
@@ -261,6 +262,8 @@ def clone(fresh, tmp_path, monkeypatch):
 
     monkeypatch.setattr(setup_env, "_quiet", quiet)
     monkeypatch.setattr(setup_env, "install", made.install)
+    monkeypatch.setattr(setup_env, "_pip", lambda venv, log, *wanted: made.install(" ".join(wanted)))
+    monkeypatch.setattr(setup_env, "NNCODEC_VENV", tmp_path / ".venv-nncodec")
     monkeypatch.setattr(setup_env, "ROOT", tmp_path)
     monkeypatch.setattr(setup_env, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(setup_env, "STAMP", tmp_path / ".venv" / "setup.json")
@@ -290,10 +293,11 @@ def test_a_peer_that_cannot_be_installed_is_reported_and_the_rest_goes_on(clone,
     assert setup_env.main(["--peers"]) == 0
     assert clone.asked == [".[dev,peers]", ".[dev]", *EXTRAS["peers"]]
     assert "not installed: nncf (no nncf)" in capsys.readouterr().out
-    assert setup_env.main(["--peers"]) == 0 and len(clone.asked) == 8
+    tried = len(clone.asked)
+    assert setup_env.main(["--peers"]) == 0 and len(clone.asked) == tried
     assert "not installed: nncf" in capsys.readouterr().out, "said again, not tried again"
     clone.refused.clear()
-    assert setup_env.main(["--peers", "--again"]) == 0 and clone.asked[8:] == [".[dev,peers]"]
+    assert setup_env.main(["--peers", "--again"]) == 0 and clone.asked[tried:] == [".[dev,peers]"]
     assert "not installed" not in capsys.readouterr().out
 
 
@@ -364,6 +368,34 @@ def test_too_little_disk_an_old_python_and_no_venv_module_are_one_line_each(clon
             r"set-up: Python 3\.1[04] cannot be used: .* is needed; .*\n", capsys.readouterr().err
         )
     assert not setup_env.VENV.exists() and not clone.asked
+
+
+def test_nncodec_gets_an_environment_of_its_own(clone, capsys, monkeypatch):
+    monkeypatch.setattr(setup_env.sys, "version_info", (3, 11, 2))
+    clone.refused.append("nncodec")
+    assert setup_env.main(["--nncodec"]) == setup_env.main(["--nncodec"]) == 0
+    *tools, codec = setup_env.NNCODEC
+    once = [f"--no-deps {' '.join(tools)}", f"--no-deps --no-build-isolation {codec}"]
+    assert clone.asked == once and all("==" in package for package in setup_env.NNCODEC)
+    said = capsys.readouterr().out
+    assert said.count("not installed: nncodec (no nncodec); `setup_env.py --nncodec --again`") == 2
+    clone.refused.clear()
+    assert setup_env.main(["--nncodec", "--again"]) == setup_env.main(["--nncodec", "--again"]) == 0
+    assert clone.asked == 2 * once and "not installed" not in capsys.readouterr().out
+    assert (clone.folder / ".venv-nncodec" / ".gitignore").read_text() == "*\n"
+    assert not setup_env.VENV.exists()
+
+
+def test_what_nncodec_needs_is_said(clone, capsys, monkeypatch):
+    monkeypatch.setattr(setup_env.shutil, "which", lambda name: None)
+    monkeypatch.setattr(setup_env.sys, "version_info", (3, 11, 2))
+    assert setup_env.main(["--nncodec"]) == 0
+    assert (
+        os.name == "nt" or "no C++ compiler; Debian, Ubuntu: apt-get install g++" in capsys.readouterr().out
+    )
+    monkeypatch.setattr(setup_env.sys, "version_info", (3, 13, 1))
+    assert setup_env.main(["--nncodec", "--again"]) == 0 and not clone.asked
+    assert "its NumPy needs Python 3.11 or 3.12" in capsys.readouterr().out
 
 
 def test_pips_error_is_what_is_told(tmp_path, monkeypatch):

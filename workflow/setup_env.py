@@ -1,6 +1,7 @@
 """Make .venv with the exact versions of constraints.txt; a second call sees that all is there.
 
 Runs with the system's Python and its standard library only: `python3 workflow/setup_env.py [--peers]`.
+`--nncodec` makes, instead, the environment of that peer, which wants an older NumPy and compiles itself.
 Written so that an older Python can still read it and say that it is too old.
 """
 
@@ -13,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -20,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 STAMP = VENV / "setup.json"
 LOG = VENV / "setup.log"
+NNCODEC_VENV = Path(os.environ.get("NNCODEC_VENV") or ROOT / ".venv-nncodec").absolute()
+# what it needs to code arrays, not all that its metadata ask for (torch, pandas, opencv)
+NNCODEC = ("numpy==1.26.4", "setuptools==84.2.1", "wheel==0.48.0", "pybind11==3.1.0", "nncodec==2.1.3")
 OLDEST, NEWEST = (3, 11), (3, 13)
 # bytes that an installation takes at its fullest; 6 GB stay on Linux
 NEEDED = 9 * 10**9
@@ -68,24 +73,33 @@ def fingerprint():
     return digest.hexdigest()
 
 
-def read_stamp():
+def read_stamp(venv=None):
     """The mark of a finished set-up, or {} where there is none or its interpreter has gone."""
+    venv = venv or VENV
     try:
-        stamp = json.loads(STAMP.read_text())
+        stamp = json.loads((venv / STAMP.name).read_text())
     except (OSError, ValueError):
         return {}
-    return stamp if isinstance(stamp, dict) and python_in(VENV).exists() else {}
+    return stamp if isinstance(stamp, dict) and python_in(venv).exists() else {}
 
 
-def make_venv():
+def write_stamp(venv, stamp):
+    """Mark a set-up as finished, at once or not at all."""
+    partial = venv / "setup.partial"
+    partial.write_text(json.dumps(stamp, indent=1))
+    os.replace(str(partial), str(venv / STAMP.name))
+
+
+def make_venv(venv=None):
     """A virtual environment that works, kept if it is there already, made anew if it is broken or moved."""
-    python, config = python_in(VENV), VENV / "pyvenv.cfg"
+    venv = venv or VENV
+    python, config = python_in(venv), venv / "pyvenv.cfg"
     # what pip and venv write names the folder: a copied or moved one runs what is in the old place
-    here = config.exists() and config.read_text(errors="replace").rstrip().endswith(f" {VENV}")
+    here = config.exists() and config.read_text(errors="replace").rstrip().endswith(f" {venv}")
     intact = here and python.exists() and _quiet([str(python), "-m", "pip", "--version"])
-    if not intact and not _quiet([sys.executable, "-m", "venv", "--clear", str(VENV)]):
-        raise SetupError(f"{sys.executable} -m venv {VENV} failed: run it yourself to see why")
-    for packages in VENV.glob("Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages"):
+    if not intact and not _quiet([sys.executable, "-m", "venv", "--clear", str(venv)]):
+        raise SetupError(f"{sys.executable} -m venv {venv} failed: run it yourself to see why")
+    for packages in venv.glob("Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages"):
         _drop_half_made(packages)
 
 
@@ -108,12 +122,16 @@ def _quiet(command):
 
 def install(*wanted):
     """pip install with the constraints; what pip says goes to the log. Returns its first error or ''."""
-    command = [str(python_in(VENV)), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
+    return _pip(VENV, LOG, "-c", str(ROOT / "constraints.txt"), *wanted)
+
+
+def _pip(venv, log_file, *wanted):
+    command = [str(python_in(venv)), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", "--root-user-action", "ignore", "--no-warn-script-location"]
     # modules are compiled when they are first imported: most never are
-    command += ["--no-compile", "-c", str(ROOT / "constraints.txt")]
+    command += ["--no-compile"]
     error = ""
-    with LOG.open("a") as log:
+    with log_file.open("a") as log:
         log.write(f"\n$ pip install {' '.join(wanted)}\n")
         with subprocess.Popen(
             command + list(wanted),
@@ -204,21 +222,57 @@ def set_up(peers=False, again=False):
         if STAMP.exists():
             STAMP.unlink()
         stamp = {"peers": peers, "missing": install_all(peers), "fingerprint": fingerprint()}
-        partial = STAMP.with_suffix(".partial")
-        partial.write_text(json.dumps(stamp, indent=1))
-        os.replace(str(partial), str(STAMP))
+        write_stamp(VENV, stamp)
         print(f"set up in {time.time() - started:.0f} seconds", flush=True)
     return stamp
+
+
+def install_nncodec():
+    """Compile and install NNCodec in its environment; '' or why that cannot be."""
+    if sys.version_info[:2] > (3, 12):
+        return "its NumPy needs Python 3.11 or 3.12"
+    if os.name != "nt" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "no C++ compiler; Debian, Ubuntu: apt-get install g++"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        package = "python{}.{}-dev".format(*sys.version_info)
+        return f"no headers of {sys.executable}; Debian, Ubuntu: apt-get install {package}"
+    log = NNCODEC_VENV / LOG.name
+    return _pip(NNCODEC_VENV, log, "--no-deps", *NNCODEC[:-1]) or _pip(
+        NNCODEC_VENV, log, "--no-deps", "--no-build-isolation", NNCODEC[-1]
+    )
+
+
+def set_up_nncodec(again=False):
+    """Do what is missing in the environment of NNCodec; returns its stamp."""
+
+    def is_done(stamp):
+        return stamp.get("wanted") == list(NNCODEC) and not (again and stamp["failed"])
+
+    if not is_done(read_stamp(NNCODEC_VENV)):
+        with alone():
+            if not is_done(read_stamp(NNCODEC_VENV)):
+                started = time.time()
+                print(f"setting up {NNCODEC_VENV}: a minute or two, it is compiled", flush=True)
+                make_venv(NNCODEC_VENV)
+                (NNCODEC_VENV / ".gitignore").write_text("*\n")
+                write_stamp(NNCODEC_VENV, {"wanted": list(NNCODEC), "failed": install_nncodec()})
+                print(f"set up in {time.time() - started:.0f} seconds", flush=True)
+    return read_stamp(NNCODEC_VENV)
 
 
 def main(arguments=None):
     """Set up .venv; every failure is one line and exit code 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true", help="also the other runtimes and libraries")
+    parser.add_argument("--nncodec", action="store_true", help="only the environment of the peer NNCodec")
     parser.add_argument("--again", action="store_true", help="try again to install peers that failed")
     options = parser.parse_args(arguments)
     try:
-        stamp = set_up(peers=options.peers, again=options.again)
+        if options.nncodec:
+            failed = set_up_nncodec(again=options.again)["failed"]
+            stamp = {"missing": {"nncodec": failed} if failed else {}}
+        else:
+            stamp = set_up(peers=options.peers, again=options.again)
     except (SetupError, OSError) as error:
         print(f"set-up: {error}", file=sys.stderr)
         return 1
@@ -226,7 +280,8 @@ def main(arguments=None):
         print("\nset-up interrupted; the next call goes on from here", file=sys.stderr)
         return 130
     for name, why in stamp["missing"].items():
-        print(f"not installed: {name} ({why}); `setup_env.py --peers --again` tries again")
+        option = "--nncodec" if options.nncodec else "--peers"
+        print(f"not installed: {name} ({why}); `setup_env.py {option} --again` tries again")
     return 0
 
 

@@ -40,7 +40,7 @@ def calibrate(model: nn.Module, images: Tensor, *, clip: str = "max", batch_size
     model : a network of `models.build`; not changed.
     images : normalized float images of the training split, (n, channels, size, size).
     clip : "max" (from the smallest to the largest value seen), "percentile" (one value in a thousand is
-        outside) or "mse" (the one of 33 ranges with the smallest squared error).
+        outside) or "mse" (the one of 17 ranges with the smallest squared error).
     batch_size : images a forward pass.
 
     Returns

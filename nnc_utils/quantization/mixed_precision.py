@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -81,16 +84,31 @@ def _solve(
 ) -> dict[str, int]:
     layers = list(dict.fromkeys(layer for layer, _ in options))
     one_each = np.array([[layer == name for name, _ in options] for layer in layers], float)
-    found = milp(
-        objective,
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([cost], ub=budget)],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silence():
+        found = milp(
+            objective,
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([cost], ub=budget)],
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         raise RuntimeError(f"the solver found no allocation: {found.message}")
     return {layer: bits for (layer, bits), taken in zip(options, found.x) if taken > 0.5}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what HiGHS prints for its authors, past Python, from the notebook."""
+    sys.stdout.flush()
+    stdout, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nothing)
 
 
 def _check(cost: Table, harm: Table) -> None:

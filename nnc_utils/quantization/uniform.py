@@ -13,7 +13,7 @@ from nnc_utils.quantization.networks import for_each_layer, quantized
 
 CLIPS = ("max", "percentile", "mse")
 PERCENTILE = 0.999  # of the weights lie in the range that clip="percentile" takes
-SHRINKS = torch.linspace(1.0, 0.2, 33)  # of the largest range, tried by clip="mse"
+SHRINKS = torch.linspace(1.0, 0.2, 17)  # of the largest range, tried by clip="mse"
 
 
 def quantize(
@@ -29,7 +29,7 @@ def quantize(
     symmetric : codes in ±(2**(bits-1) - 1). Otherwise affine: codes in 0..2**bits - 1 and a
         zero-point, over a range that need not be centred on 0 (Jacob et al., 2018, section 2.1).
     clip : how the range is chosen; what is outside gets the last code. "max": nothing is outside.
-        "percentile": one weight in a thousand is. "mse": the one of 33 ranges, from the largest to a
+        "percentile": one weight in a thousand is. "mse": the one of 17 ranges, from the largest to a
         fifth of it, with the smallest squared error.
 
     Returns

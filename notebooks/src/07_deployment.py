@@ -23,7 +23,11 @@
 # practitioner would otherwise use.
 
 # %% tags=["parameters"]
-points: list = ["per_tensor:8", "per_channel:8", "per_channel:7"]  # of 02_quantization, beside what it claims
+points: list = [
+    "uniform_per_tensor:bits=8",
+    "uniform_per_channel:bits=8",
+    "uniform_per_channel:bits=7",
+]  # of 02_quantization, beside what it claims
 batches: list = [1, 64]  # [1, 4096] pictures at once
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
 rounds: int = 5  # [1, 1000] visits to each pair of runtime and network
@@ -48,19 +52,17 @@ run = start("07_deployment", globals(), needs=("01_baseline", "02_quantization")
 figures.style()
 baseline, quantized = run.upstream
 reference = baseline.baseline
-made = {
-    f"{row.method.removeprefix('uniform_')}:{row.point.removeprefix('bits=')}": row
-    for row in quantized.compression
-}
+made = {f"{row.method}:{row.point}": row for row in quantized.compression if row.technique == "quantization"}
 if unknown := set(points) - set(made):
     raise ValueError(
         f"no artifact of {quantized.run} is called {', '.join(unknown)}: it has {', '.join(made)}"
     )
-networks = [row for name, row in made.items() if name in points or row.headline]
-files = {
-    row.artifact_sha256: quantized.artifact(f"{row.method}_{row.point.removeprefix('bits=')}")
-    for row in networks
-}
+files, networks = {}, []
+for name, row in made.items():
+    file = quantized.folder / quantized.record.extra["files"][name]
+    if name in points or row.headline and artifact.read(file).ranges:  # codebooks have no int8 form
+        networks.append(row)
+        files[row.artifact_sha256] = file
 fp32 = artifact.read(baseline.artifact("fp32"))
 int8 = artifact.read(files[networks[0].artifact_sha256])
 spec = fp32.spec

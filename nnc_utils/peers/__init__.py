@@ -1,0 +1,128 @@
+"""Production counterparts: what others make of the same checkpoint and the same calibration images.
+
+A module each behind one small interface, imported by name when it is needed. The integer runtimes
+(`RUNTIMES`) run what they wrote; the codecs (`CODECS`) decode to a network, which runs in eager.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from nnc_utils.models import ResNet
+
+RUNTIMES = ("ort_static", "nncf_ptq", "torchao_pt2e")
+CODECS = ("nncodec", "gzip", "xz", "zstd")
+NAMES = RUNTIMES + CODECS
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A peer's network: `predict` as that of `runtimes.Session`, `zeros` its layers' weights that are 0."""
+
+    predict: Callable[[np.ndarray], np.ndarray]
+    zeros: int
+
+
+class Peer(Protocol):
+    """What each module of this package offers, and `missing(name)` where importing it does not tell all."""
+
+    def make(self, source: Path, images: np.ndarray, folder: Path, **settings: Any) -> Path:
+        """Compress an artifact into a file of the folder; images (n, C, H, W) are normalized, of train."""
+
+    def load(self, path: Path, source: Path, threads: int) -> Loaded:
+        """The network of what `make` wrote of `source`."""
+
+
+def peer(name: str) -> ModuleType:
+    """The module of a peer.
+
+    Raises
+    ------
+    ValueError
+        For a name that is none of `NAMES`.
+    ImportError
+        When its library is missing or broken.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown peer {name!r}: one of {', '.join(NAMES)}")
+    return importlib.import_module(f"nnc_utils.peers.{'plain' if name in ('gzip', 'xz', 'zstd') else name}")
+
+
+def available(name: str) -> str:
+    """Empty when a peer can be used, otherwise why not, e.g. "not installed"."""
+    try:
+        module = peer(name)
+    except ModuleNotFoundError as error:
+        return "not installed" if not (error.name or "").startswith("nnc_utils") else f"broken: {error}"
+    except (ImportError, OSError) as error:
+        return f"installed but broken: {error}"
+    return module.missing(name) if hasattr(module, "missing") else ""
+
+
+def make(name: str, source: str | Path, images: np.ndarray, folder: str | Path, **settings: Any) -> Path:
+    """Let a peer compress an artifact.
+
+    Parameters
+    ----------
+    name : one of `NAMES`.
+    source : the artifact: fp32, or for gzip, xz and zstd the one whose codes are to be compressed.
+    images : normalized calibration images of train, float32 (n, C, H, W); codecs ignore them.
+    folder : for the file.
+    settings : the peer's own, see its `make`.
+
+    Returns
+    -------
+    The file; OpenVINO's weights lie beside it (`files`).
+    """
+    if name in ("gzip", "xz", "zstd"):
+        settings["compressor"] = name
+    return peer(name).make(Path(source), images, Path(folder), **settings)
+
+
+def load(name: str, path: str | Path, source: str | Path, *, threads: int = 1) -> Loaded:
+    """The network in a file that `make` wrote of the artifact `source`."""
+    return peer(name).load(Path(path), Path(source), threads)
+
+
+def files(path: str | Path) -> list[Path]:
+    """All that a peer's network needs: its file, and OpenVINO's weights."""
+    path = Path(path)
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def measured(path: str | Path) -> tuple[str, int]:
+    """SHA-256 and length in bytes of a peer's files."""
+    contents = [file.read_bytes() for file in files(path)]
+    return hashlib.sha256(b"".join(contents)).hexdigest(), sum(map(len, contents))
+
+
+def in_eager(network: ResNet, threads: int) -> Loaded:
+    """A decoded network."""
+    import torch
+
+    from nnc_utils import models
+    from nnc_utils.runtimes.eager import EagerSession
+
+    weights = (network.get_submodule(layer.name).weight for layer in models.layers(network.spec))
+    zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)
+    module = network.eval().to(memory_format=torch.channels_last)
+    return Loaded(EagerSession(module, 0, threads).predict, zeros)
+
+
+def vnni() -> bool:
+    """Whether this processor adds four products of 8 bits without saturating in 16."""
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    return found["architecture"] != "x86_64" or any(
+        found.get(flag) for flag in ("avx512_vnni", "avx_vnni", "amx_int8")
+    )

@@ -1,0 +1,176 @@
+"""NNCodec, the implementation of ISO/IEC 15938-17 by its authors, in a virtual environment of its own.
+
+It wants an older NumPy than this package: `workflow/setup_env.py --nncodec` makes its environment,
+whose interpreter runs `nncodec_child.py` for each call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nnc_utils import artifact as artifacts
+from nnc_utils import encoding, models, peers
+from nnc_utils.models import Spec
+
+# What NNCodec's own `encode` takes by default.
+DEFAULTS = {"use_dq": True, "param_opt": True, "row_skipping": True, "nonweight_qp": -75}
+# The smallest at equal divergence from the fp32 logits, of what needs neither training nor data:
+# `opt_qp` takes coarser steps for layers with more weights.
+BEST = DEFAULTS | {"nonweight_qp": -50, "opt_qp": True}
+# Rate-distortion optimization shrinks the weights: worse, unless batch-norm is re-estimated afterwards;
+# then it can be smaller than BEST where compression is strong. Both together are worse than either.
+RDO = BEST | {"opt_qp": False, "lambda_scale": 1.0}
+BATCH_NORM_EPSILON = 1e-5  # of nn.BatchNorm2d
+
+
+def venv() -> Path:
+    """Its environment; the environment variable NNCODEC_VENV names another folder."""
+    return Path(os.environ.get("NNCODEC_VENV") or Path(__file__).parents[2] / ".venv-nncodec")
+
+
+def _python() -> Path:
+    return venv() / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def missing(name: str) -> str:
+    """Whether its environment has been set up."""
+    try:
+        failed = json.loads((venv() / "setup.json").read_text())["failed"]
+    except (OSError, ValueError, KeyError):
+        failed = "" if not _python().exists() else "its set-up was interrupted"
+        return f"not installed{failed and f' ({failed})'}: run workflow/setup_env.py --nncodec"
+    return f"not installed ({failed}): run workflow/setup_env.py --nncodec --again" if failed else ""
+
+
+def encode(
+    state: Mapping[str, np.ndarray], target: Path, *, qp: int, settings: Mapping | None = None
+) -> Path:
+    """Write arrays as a bit stream.
+
+    Parameters
+    ----------
+    state : name -> float32 of one dimension or more; those of two or more are quantized with `qp`.
+    target : the file.
+    qp : quantization parameter; 4 more double the step. With `opt_qp` layers get coarser ones.
+    settings : of NNCodec's `compress`, such as `DEFAULTS` or `RDO`; None for `BEST`.
+
+    Raises
+    ------
+    RuntimeError
+        With NNCodec's own words.
+    """
+    settings = {"qp": int(qp), **(BEST if settings is None else settings)}
+    for name, array in state.items():
+        if array.dtype != np.float32 or not array.ndim:
+            raise ValueError(
+                f"{name} is {array.dtype} {array.shape}: float32 of 1 or more dimensions is needed"
+            )
+    with tempfile.TemporaryDirectory() as scratch:
+        arrays, wanted = Path(scratch) / "state.npz", Path(scratch) / "settings.json"
+        np.savez(arrays, **state)
+        wanted.write_text(json.dumps(settings))
+        _run("encode", arrays, wanted, target)
+    return target
+
+
+def decode(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in a bit stream, float32; needs nothing else."""
+    with tempfile.TemporaryDirectory() as scratch:
+        arrays = Path(scratch) / "state.npz"
+        _run("decode", path, arrays)
+        return dict(np.load(arrays, allow_pickle=False))
+
+
+def _run(*words: str | Path) -> None:
+    if missing("nncodec"):
+        raise ImportError(f"nncodec is {missing('nncodec')}")
+    # -I: otherwise this folder's nncodec.py would be found before the package
+    command = [_python(), "-I", Path(__file__).with_name("nncodec_child.py"), *words]
+    done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise RuntimeError(f"NNCodec could not {words[0]}; it said last:\n{said}")
+
+
+# --- Networks -----------------------------------------------------------------------------------
+
+
+def make(
+    source: Path,
+    images: np.ndarray | None,
+    folder: Path,
+    *,
+    qp: int,
+    settings: Mapping | None = None,
+    batch_norm: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Encode an artifact's float weights and batch-norm; the images do not matter.
+
+    Parameters
+    ----------
+    qp, settings : see `encode`.
+    batch_norm : tensors of the state_dict (`Artifact.tensors`) to put in place of the artifact's, such as
+        running_mean and running_var re-estimated with the decoded weights. Those do not depend on
+        batch-norm: encoded again they decode to the same.
+    """
+    artifact = artifacts.read(source)
+    foreign = sorted(set(batch_norm or {}) - set(artifact.tensors))
+    if foreign:
+        raise ValueError(f"{foreign[0]} is no tensor of batch-norm: one of {', '.join(artifact.tensors)}")
+    state = {f"{name}.weight": encoding.decode(weight) for name, weight in artifact.weights.items()}
+    state |= fold(artifact.spec, artifact.tensors | dict(batch_norm or {}))
+    odd = [f".{key}={value}" for key, value in (settings or {}).items() if BEST.get(key) != value]
+    name = f"{artifact.sha256[:16]}.qp{qp}{''.join(odd)}{'.batch_norm' if batch_norm else ''}.nnc"
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    return encode(arrays, folder / name, qp=qp, settings=settings)
+
+
+def load(path: Path, source: Path, threads: int) -> peers.Loaded:
+    """The decoded network."""
+    return peers.in_eager(network(path, artifacts.read(source).spec), threads)
+
+
+def network(path: Path, spec: Spec) -> models.ResNet:
+    """The network in a file, in evaluation mode."""
+    model = models.build(spec)
+    found = {name: torch.from_numpy(array) for name, array in decode(path).items()}
+    model.load_state_dict(model.state_dict() | found | _constants(spec))
+    return model.eval()
+
+
+def fold(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Batch-norm as one factor and one summand a channel, as the standard's batch-norm folding has it.
+
+    Returns
+    -------
+    The tensors without running_mean and running_var, which are then constants (`_constants`).
+    """
+    folded = dict(tensors)
+    for layer in models.layers(spec):
+        if layer.batch_norm:
+            weight, bias, mean, variance = (
+                f"{layer.batch_norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")
+            )
+            spread = (folded.pop(variance).double() + BATCH_NORM_EPSILON).sqrt()
+            factor = folded[weight].double() / spread
+            folded[bias] = (folded[bias].double() - folded.pop(mean).double() * factor).float()
+            folded[weight] = factor.float()
+    return folded
+
+
+def _constants(spec: Spec) -> dict[str, torch.Tensor]:
+    constants = {}
+    for layer in models.layers(spec):
+        if layer.batch_norm:
+            constants[f"{layer.batch_norm}.running_mean"] = torch.zeros(layer.out_channels)
+            variance = torch.full((layer.out_channels,), 1 - BATCH_NORM_EPSILON)
+            constants[f"{layer.batch_norm}.running_var"] = variance
+    return constants
