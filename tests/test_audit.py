@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from nnc_utils import audit, provenance
-from nnc_utils.results import PROFILES
+from nnc_utils.results import ALL_PROFILES
 
 RESULTS = provenance.PACKAGE.parent / "results"
-COMMITTED = [RESULTS / name for name in PROFILES if (RESULTS / name / "compression.csv").is_file()]
+COMMITTED = [RESULTS / name for name in ALL_PROFILES if (RESULTS / name / "compression.csv").is_file()]
 
 
 @pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)

@@ -59,13 +59,15 @@ def test_your_own_pictures_through_training_and_quantization(pictures, tmp_path)
         "02_quantization",
         tmp_path / "quantized",
         upstream=[str(tmp_path / "baseline")],
-        points=["per_channel:8", "per_tensor:4"],
+        points=["uniform_per_channel:bits=8", "uniform_per_tensor:bits=4", "hessian_rounding:rate=1e-6 bn"],
         calibration_images=32,
+        repair_images=32,
     )
     rows = quantized["compression"]
     assert [(r["method"], r["point"]) for r in rows] == [
         ("uniform_per_channel", "bits=8"),
         ("uniform_per_tensor", "bits=4"),
+        ("hessian_rounding", "rate=1e-6 bn"),
     ]
     assert all(r["reference_sha256"] == row["artifact_sha256"] for r in rows)
     assert rows[1]["size_ratio"] > rows[0]["size_ratio"] > 2

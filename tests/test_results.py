@@ -307,3 +307,41 @@ def test_make_report_writes_figure_report_and_readme(published):
     assert (published / "figures/headline.png").read_bytes().startswith(b"\x89PNG")
     assert "headline.png" in (published / "report.md").read_text()
     assert "results/quick/figures/headline.png" in (root / "README.md").read_text()
+
+
+def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
+    labels = np.arange(1000) % 10
+    np.save(tmp_path / tables.labels_name("digits"), labels.astype(np.uint8))
+
+    def row(method, point, size, wrong):
+        sha256 = f"{len(made):064x}"[::-1]
+        predictions = labels.copy()
+        predictions[:wrong] = (predictions[:wrong] + 1) % 10
+        np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
+        made.append({"method": method, "point": point, "artifact_bytes": size, "artifact_sha256": sha256})
+        made[-1]["seed"] = 1
+
+    made = []
+    row("kmeans", "bits=2", 100, 300)
+    row("hessian_kmeans", "bits=2", 101, 200)
+    row("hessian_kmeans", "bits=3", 150, 100)  # no counterpart
+    row("uniform_per_channel", "bits=3 bn", 150, 100)
+    row("uniform_per_channel", "bits=3", 150, 100)  # another setting
+    row("mixed_precision", "budget=3bit bn", 149, 100)
+    row("uniform_per_channel", "bits=2 bn", 100, 300)
+    row("mixed_precision", "budget=2.5bit bn", 125, 200)
+    row("nncodec", "qp=-30", 120, 50)
+    row("hessian_rounding", "rate=1e-9", 90, 400)
+    row("hessian_rounding", "rate=1e-10", 119, 60)
+    row("hessian_rounding", "rate=1e-11", 121, 0)  # larger than NNCodec's
+    found = results.comparisons(pd.DataFrame(made), tmp_path, dataset="digits")
+    assert found[["ours", "theirs", "verdict"]].values.tolist() == [
+        ["hessian_kmeans bits=2", "kmeans bits=2", "beats"],
+        ["mixed_precision budget=3bit bn", "uniform_per_channel bits=3 bn", "not below"],
+        ["mixed_precision budget=2.5bit bn", "uniform_per_channel bits=2 bn", "beats"],
+        ["hessian_rounding rate=1e-10", "nncodec qp=-30", "below"],
+    ]
+    assert found["points"][0].startswith("+10.00 [")
+    # by hand: d is 1 for 100 of 1000 pictures
+    half = 1.96 * np.sqrt(0.1 * 0.9 * 1000 / 999) / np.sqrt(1000) * 100
+    assert found["points"][0] == f"+10.00 [{10 - half:+.2f}, {10 + half:+.2f}]"

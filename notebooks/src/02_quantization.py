@@ -533,8 +533,9 @@ def rounded(method: str, setting: dict[str, str]) -> torch.nn.Module:
         cost, harm = tables()
         bits = by_hand
         if "budget" in setting:
-            everywhere = int(setting["budget"].removesuffix("bit"))
-            budget = sum(c[everywhere] for c in cost.values()) - 500  # several widths take more header
+            width = float(setting["budget"].removesuffix("bit"))  # 2.5: halfway from 2 to 3 bits everywhere
+            everywhere = [sum(c[bits] for c in cost.values()) for bits in (2, 3, 4)]
+            budget = np.interp(width, (2, 3, 4), everywhere) - 500  # several widths take more header
             bits = mixed_precision.allocate(cost, harm, budget=budget)
         return uniform.quantize_network(model, bits=bits, per_channel=True, clip="mse")
     bits = int(setting["bits"])
