@@ -373,8 +373,8 @@ figures.show(
 )
 
 # %% [markdown]
-# **What would fool you.** A few pictures make a noisy measurement: it may even be negative. And layers are
-# not independent: what one breaks, batch-norm behind another may hide.
+# **What would fool you.** Both are estimates: with few pictures and probes either is noisy, even negative. And
+# layers are not independent: what one breaks, batch-norm behind another may hide.
 #
 # ### The best widths under a byte budget
 #
