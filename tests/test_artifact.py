@@ -296,7 +296,7 @@ class TestSaving:
         words = "layer3.1.conv2: 1 of 9216 weights are not finite"
         self.refuse(model, words, tmp_path / "file")
 
-    @pytest.mark.parametrize("bad", [0.0, -0.1, math.nan, math.inf])
+    @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
     def test_scales_and_codebooks_that_training_led_astray(self, bad, tmp_path):
         model = make(bits=8, learn_scale=True)
         model.layer3[1].conv2.parametrizations.weight[0].scale.data[3] = bad
