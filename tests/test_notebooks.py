@@ -7,6 +7,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -70,3 +71,40 @@ class TestNotebook:
             assert isinstance(statement, ast.AnnAssign), line
             ast.literal_eval(statement.value)
             assert re.search(r"  # \S", line), line
+
+
+def check_points(points, peers=()):
+    """Run the cell of 02_quantization that reads its operating points."""
+    from nnc_utils import peers as counterparts
+
+    notebook = nbformat.read(ROOT / "notebooks" / "02_quantization.ipynb", as_version=4)
+    sources = [cell.source for cell in cells(notebook, "code")]
+    [first] = [place for place, source in enumerate(sources) if "def parsed(" in source]
+    namespace = {"points": list(points), "peers": list(peers), "counterparts": counterparts}
+    for source in sources[first : first + 2]:
+        exec(source, namespace)
+
+
+@pytest.mark.parametrize("profile", ["quick", "medium", "standard", "full"])
+def test_every_profile_names_known_operating_points(profile):
+    path = ROOT / "workflow" / "profiles" / f"{profile}.yaml"
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))["parameters"]["02_quantization"]
+    check_points(given["points"], given["peers"])
+
+
+@pytest.mark.parametrize(
+    ("points", "peers", "message"),
+    [
+        (["hessian_rounding:bits=3"], [], "unknown point 'hessian_rounding:bits=3'"),
+        (["kmeans"], [], "unknown point 'kmeans'"),
+        (["kmeans:bits=3 bnn"], [], "unknown point"),
+        (["per_channel:8"], [], "uniform_per_channel:bits"),
+        (["xz:bits=7"], [], "belong into points"),
+        ([], ["kmeans:bits=3"], "belong into points"),
+        ([], ["xz:bits=7"], "add it to points"),
+        ([], ["ort_static"], "U8S8 or S8S8"),
+    ],
+)
+def test_operating_points_that_make_no_sense_are_refused(points, peers, message):
+    with pytest.raises(ValueError, match=message):
+        check_points(points, peers)

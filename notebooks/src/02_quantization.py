@@ -69,6 +69,41 @@ order = torch.randperm(len(pictures.train.labels), generator=torch.Generator().m
 calibration = pictures.normalize(pictures.train.images[order[:calibration_images]])
 print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
 
+# %%
+BITS = ("uniform_per_tensor", "uniform_per_channel", "kmeans", "hessian_kmeans", "qat_ste", "qat_lsq")
+SETTINGS = dict.fromkeys(BITS, ("bits",)) | {
+    "hessian_rounding": ("rate",),
+    "mixed_precision": ("budget", "rule"),
+}
+SETTINGS |= dict.fromkeys(("gzip", "xz", "zstd"), ("bits",)) | {"nncodec": ("qp",)}
+SETTINGS |= {"ort_static": ("U8S8", "S8S8"), "nncf_ptq": ("",), "torchao_pt2e": ("",)}
+
+
+def parsed(point: str) -> tuple[str, str, dict[str, str]]:
+    """ "kmeans:bits=3 bn" -> "kmeans", "bits=3 bn", {"bits": "3", "bn": ""}."""
+    method, _, setting = point.partition(":")
+    values = dict(part.partition("=")[::2] for part in setting.split())
+    allowed = SETTINGS.get(method, ())
+    if (
+        not set(values) - {"bn", "rdo"} <= set(allowed)
+        or len(set(values) & set(allowed)) + ("" in allowed) != 1
+    ):
+        known = ", ".join(f"{name}:{' or '.join(keys)}" for name, keys in SETTINGS.items())
+        raise ValueError(
+            f"unknown point {point!r}: one of {known}, with = and a value, as in 'kmeans:bits=3 bn'"
+        )
+    return method, setting, values
+
+
+# %%
+for point in (*points, *peers):  # before any work
+    if (parsed(point)[0] in counterparts.NAMES) != (point in peers):
+        raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
+    if parsed(point)[0] in ("gzip", "xz", "zstd") and f"uniform_per_channel:{parsed(point)[1]}" not in points:
+        raise ValueError(
+            f"{point!r} compresses the codes of uniform_per_channel:{parsed(point)[1]}: add it to points"
+        )
+
 # %% [markdown]
 # ## 1 · What do the weights look like?
 #
@@ -496,28 +531,10 @@ for value in (0.3, 1.2, 9.0):
 # runtime can use them; codebooks cannot, and keep float activations.
 
 # %%
-METHODS = ("uniform_per_tensor", "uniform_per_channel", "kmeans", "hessian_kmeans")
-METHODS += ("hessian_rounding", "mixed_precision", "qat_ste", "qat_lsq")
-
-
-def parsed(point: str) -> tuple[str, str, dict[str, str]]:
-    """ "kmeans:bits=3 bn" -> "kmeans", "bits=3 bn", {"bits": "3", "bn": ""}."""
-    method, _, setting = point.partition(":")
-    return method, setting, dict(part.partition("=")[::2] for part in setting.split())
-
-
 @functools.cache
 def fisher() -> dict[str, torch.Tensor]:
     """Of every weight, on the calibration pictures."""
     return sensitivity.fisher_diagonal(model, calibration, seed=seed)
-
-
-for point in points:
-    if parsed(point)[0] not in METHODS:
-        raise ValueError(f"unknown method in {point!r}: one of {', '.join(METHODS)}, as in kmeans:bits=3")
-for point in peers:
-    if parsed(point)[0] not in counterparts.NAMES:
-        raise ValueError(f"unknown peer in {point!r}: one of {', '.join(counterparts.NAMES)}")
 
 
 # %%
