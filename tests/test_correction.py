@@ -26,21 +26,35 @@ def outputs(network, name, images):
 
 
 def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
+    model.train()
+    for norm in (x for x in model.modules() if isinstance(x, torch.nn.BatchNorm2d)):
+        norm.momentum = 1.0
+    model(IMAGES)  # now the float network's statistics are those of these pictures
+    model.eval()
     rounded = uniform.quantize_network(model, bits=2, per_channel=True)
     before = copy.deepcopy(rounded.state_dict())
-    fixed = correction.reestimate_batch_norm(rounded, IMAGES, batch_size=64)
+    fixed = correction.reestimate_batch_norm(rounded, model, IMAGES, batch_size=64)
     with torch.no_grad():  # by hand, layer after layer in training mode
         by_hand = copy.deepcopy(rounded).train()
         out = outputs(by_hand, "layer2.0.conv2", IMAGES)
-    assert torch.allclose(fixed.layer2[0].bn2.running_mean, out.mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(fixed.layer2[0].bn2.running_var, out.var((0, 2, 3)), rtol=1e-4)
+    assert torch.allclose(fixed.layer2[0].bn2.running_mean, out.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(fixed.layer2[0].bn2.running_var, out.var((0, 2, 3)), rtol=1e-3)
     assert all(torch.equal(a, before[name]) for name, a in rounded.state_dict().items())
     assert not fixed.training and fixed.bn1.momentum == model.bn1.momentum
 
 
+def test_few_pictures_move_nothing_that_rounding_did_not_move(model):
+    fixed = correction.reestimate_batch_norm(copy.deepcopy(model), model, IMAGES[:8])
+    for name, statistic in model.state_dict().items():
+        assert torch.allclose(fixed.state_dict()[name], statistic, rtol=1e-5), name
+
+
 def test_two_batches_are_averaged(model):
-    fixed = correction.reestimate_batch_norm(model, IMAGES, batch_size=32)
-    halves = [correction.reestimate_batch_norm(model, half, batch_size=32) for half in IMAGES.split(32)]
+    rounded = uniform.quantize_network(model, bits=3, per_channel=True)
+    fixed = correction.reestimate_batch_norm(rounded, model, IMAGES, batch_size=32)
+    halves = [
+        correction.reestimate_batch_norm(rounded, model, half, batch_size=32) for half in IMAGES.split(32)
+    ]
     mean = (halves[0].bn1.running_mean + halves[1].bn1.running_mean) / 2
     assert torch.allclose(fixed.bn1.running_mean, mean, atol=1e-6)
 
@@ -66,10 +80,10 @@ def test_bias_correction_restores_the_mean_of_each_output(model):
 
 def test_too_few_images_are_refused(model):
     for repair in (
-        lambda images: correction.reestimate_batch_norm(model, images),
+        lambda images: correction.reestimate_batch_norm(model, model, images),
         lambda images: correction.correct_bias(model, model, images),
     ):
         with pytest.raises(ValueError, match="at least"):
             repair(IMAGES[:0])
     with pytest.raises(ValueError, match=r"of shape \(1, 8, 8\)"):
-        correction.reestimate_batch_norm(model, torch.zeros(4, 3, 8, 8))
+        correction.reestimate_batch_norm(model, model, torch.zeros(4, 3, 8, 8))

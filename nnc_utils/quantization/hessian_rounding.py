@@ -2,10 +2,12 @@
 
 What a changed weight does to the loss depends on the others. Per layer the loss is taken as
 
-    1/2 * sum over output channels c of  outputs[c] * d[c] @ H @ d[c],      d = rounded - weight
+    1/2 * trace(G @ D @ H @ D.T),      D = rounded - weight, (out, n)
 
-with H the second moment of the layer's inputs and outputs[c] that of the loss's gradient at output c: the
+with H the second moment of the layer's inputs and G that of the loss's gradient at its outputs: the
 Kronecker-factored Fisher information (Martens and Grosse, 2015; convolutions: Grosse and Martens, 2016).
+Errors are made up for along both: within a row by the columns that follow, as in OBQ and GPTQ (Frantar et
+al., 2022), and within a column by the blocks of rows that follow.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import copy
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,7 +31,9 @@ BITS = 8
 # Seven bits of the eight: more would let the 16-bit sums of processors without VNNI saturate, and an
 # entropy coder takes nothing for codes that do not occur.
 LARGEST = encoding.largest_code(7)
-BLOCK = 128  # columns between two updates of all later ones; a matter of time only
+COLUMNS = 128  # columns between two updates of all later ones; a matter of time only
+ROWS = 64  # rows that are rounded at a time, without making up for each other
+STEP = 2**0.5  # found on validation pictures, between 0.8 and 2, at a ratio of 30
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Curvature:
     Parameters
     ----------
     inputs : (n, n), mean of ``x @ x.T`` over images and pixels, x what one output pixel sees.
-    outputs : (out,), sum over the pixels of the mean squared gradient of the loss.
+    outputs : (out, out), mean over images of the sum over pixels of ``g @ g.T``, g the loss's gradient.
     """
 
     inputs: Tensor
@@ -47,14 +52,44 @@ class Curvature:
     def loss(self, error: Tensor) -> float:
         """The loss, in nats an image, that an error of the layer's weight adds."""
         rows = error.flatten(1)
-        return float(0.5 * (self.outputs * ((rows @ self.inputs) * rows).sum(1)).sum())
+        return float(0.5 * ((self.outputs @ (rows @ self.inputs)) * rows).sum())
 
-    def factor(self, damping: float) -> Tensor:
-        """Upper triangular R with ``R @ R.T`` = inputs, its diagonal raised by the damping's share."""
-        raised = self.inputs.diagonal() * damping
-        floor = 1e-6 * self.inputs.diagonal().mean() + 1e-30
-        lower = torch.linalg.cholesky((self.inputs + torch.diag(raised + floor)).flip(0, 1))
-        return lower.flip(0, 1)
+
+def upper_factor(moment: Tensor, damping: float) -> Tensor:
+    """Upper triangular R with ``R @ R.T`` = moment, its diagonal raised by the damping times its mean.
+
+    So directions that no image showed still cost something: where inputs outnumber the images, errors
+    without a price would grow there.
+    """
+    raised = moment.flip(0, 1)
+    raised.diagonal().add_(damping * moment.diagonal().mean() + 1e-30)
+    return torch.linalg.cholesky(raised).flip(0, 1)
+
+
+def _watched(model: nn.Module, images: Tensor, see, *, batch_size: int, seed: int, task: str) -> None:
+    """Call ``see(layer, inputs, gradient)`` for each layer and batch: what it gets, and the gradient there.
+
+    The gradient is that of ``v @ logits`` with v, random signs times a root of ``diag(p) - p @ p.T``: the
+    second moment that the loss's gradient has over labels drawn from the network's own p (Martens, 2020,
+    section 9), without the rare draws that a confident network's would hang on.
+    """
+    models.check_images(model, images)
+    network = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer in models.layers(model.spec):
+
+        def hook(module: nn.Module, given: tuple[Tensor], output: Tensor, layer: Layer = layer) -> None:
+            inputs = given[0].detach()
+            output.register_hook(lambda gradient: see(layer, inputs, gradient))
+
+        network.get_submodule(layer.name).register_forward_hook(hook)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in progress(images.split(batch_size), task):
+        logits = network(batch.contiguous(memory_format=torch.channels_last).requires_grad_())
+        if not logits.isfinite().all():
+            raise ValueError("logits are not finite: the network or the images hold NaN or inf")
+        p = logits.detach().softmax(1)
+        drawn = p.sqrt() * (torch.randint(2, p.shape, generator=generator) * 2 - 1)
+        logits.backward(drawn - p * drawn.sum(1, keepdim=True))
 
 
 def curvatures(
@@ -69,7 +104,7 @@ def curvatures(
     rows : output pixels from which the inputs' moment is estimated: early layers have them from a few
         images. It should be above in * kernel * kernel of every layer.
     batch_size : images a pass.
-    seed : of the labels, which are drawn from the network's own predictions (see `sensitivity`).
+    seed : of the signs that the gradients are drawn with.
 
     Returns
     -------
@@ -80,46 +115,62 @@ def curvatures(
     ValueError
         For no images, images of another shape, activations that are not finite.
     """
-    models.check_images(model, images)
-    network = copy.deepcopy(model).eval().requires_grad_(False)
     layers = models.layers(model.spec)
     seen = dict.fromkeys((layer.name for layer in layers), 0)
     inputs = {x.name: torch.zeros(x.in_channels * x.kernel**2, x.in_channels * x.kernel**2) for x in layers}
-    outputs = {x.name: torch.zeros(x.out_channels) for x in layers}
+    outputs = {x.name: torch.zeros(x.out_channels, x.out_channels) for x in layers}
 
-    def watch(layer: Layer):
-        def hook(module: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
-            pixels = layer.size_out**2
-            taken = given[0].detach()[: max(0, math.ceil(rows / pixels) - seen[layer.name])]
-            if len(taken):
+    def see(layer: Layer, given: Tensor, gradient: Tensor) -> None:
+        taken = given[: max(0, math.ceil(rows / layer.size_out**2) - seen[layer.name])]
+        if len(taken):
+            if layer.kind == "conv":
+                taken = functional.unfold(taken, layer.kernel, 1, layer.kernel // 2, layer.stride)
+                patches = taken.transpose(1, 2).flatten(0, 1)
+            else:
                 patches = taken
-                if layer.kind == "conv":
-                    patches = functional.unfold(taken, layer.kernel, 1, layer.kernel // 2, layer.stride)
-                    patches = patches.transpose(1, 2).flatten(0, 1)
-                inputs[layer.name].addmm_(patches.T, patches)
-                seen[layer.name] += len(taken)
+            inputs[layer.name].addmm_(patches.T, patches)
+            seen[layer.name] += len(taken)
+        if gradient.ndim == 4:
+            gradient = gradient.permute(0, 2, 3, 1).flatten(0, 2)
+        outputs[layer.name].addmm_(gradient.T, gradient)
 
-            def add(gradient: Tensor) -> None:
-                squares = gradient.square()
-                outputs[layer.name] += squares.sum(0) if squares.ndim == 2 else squares.sum((0, 2, 3))
-
-            output.register_hook(add)
-
-        return hook
-
-    for layer in layers:
-        network.get_submodule(layer.name).register_forward_hook(watch(layer))
-    generator = torch.Generator().manual_seed(seed)
-    for batch in progress(images.split(batch_size), "curvature"):
-        logits = network(batch.contiguous(memory_format=torch.channels_last).requires_grad_())
-        if not logits.isfinite().all():
-            raise ValueError("logits are not finite: the network or the images hold NaN or inf")
-        drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator).flatten()
-        functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    _watched(model, images, see, batch_size=batch_size, seed=seed, task="curvature")
     return {
         x.name: Curvature(inputs[x.name] / (seen[x.name] * x.size_out**2), outputs[x.name] / len(images))
         for x in layers
     }
+
+
+def loss_of_errors(
+    model: nn.Module, errors: dict[str, Tensor], images: Tensor, *, batch_size: int = 128, seed: int = 0
+) -> dict[str, float]:
+    """The loss, in nats an image, that an error of each layer's weight alone adds, to second order.
+
+    Half the mean square of the loss's directional derivative, ``d @ F @ d / 2`` with the Fisher information
+    F itself: outputs and pixels whose errors move together add up, which Kronecker factors leave out.
+
+    Parameters
+    ----------
+    model : a network of `models.build`; not changed.
+    errors : layer -> rounded - weight, in the weight's shape; of some layers or of all.
+    images : normalized training images, (n, channels, size, size).
+    batch_size : images a pass.
+    seed : of the signs that the gradients are drawn with.
+    """
+    squares = dict.fromkeys(errors, 0.0)
+
+    def see(layer: Layer, given: Tensor, gradient: Tensor) -> None:
+        if layer.name not in errors:
+            return
+        error = errors[layer.name]
+        if layer.kind == "conv":
+            change = functional.conv2d(given, error, None, layer.stride, layer.kernel // 2)
+        else:
+            change = given @ error.T
+        squares[layer.name] += float((gradient * change).flatten(1).sum(1).square().sum())
+
+    _watched(model, images, see, batch_size=batch_size, seed=seed, task="loss of errors")
+    return {name: 0.5 * total / len(images) for name, total in squares.items()}
 
 
 def quantize(
@@ -127,7 +178,7 @@ def quantize(
     curvature: Curvature,
     *,
     rate: float,
-    damping: float = 0.05,
+    damping: tuple[float, float] = (0.05, 0.3),
     mask: Tensor | None = None,
 ) -> Uniform:
     """Round a weight so that loss and coded bits together are smallest: ``loss + rate * bits``.
@@ -137,7 +188,7 @@ def quantize(
     weight : (out, in) or (out, in, kernel, kernel).
     curvature : of this layer.
     rate : the loss, in nats an image, that one saved bit may cost; sets the steps, too.
-    damping : share by which H's diagonal is raised; more trusts the calibration images less.
+    damping : of H and of G (see `upper_factor`); more trusts the images less.
     mask : bool in the weight's shape, True = kept; the other weights are 0 and stay it.
 
     Returns
@@ -151,12 +202,16 @@ def quantize(
 
     Notes
     -----
-    Column after column is rounded; what the errors so far do to a column's sum is added to its target
-    first, which is the error compensation of Frantar et al., 2022 (GPTQ) and 2022 (OBQ), written with the
-    Cholesky factor of H itself instead of its inverse's. A column may take the nearest code, the next
-    one towards 0, or 0, each at its price in bits: entropy-constrained quantization (Chou et al., 1989)
-    with the counts of the columns before. The step is the one whose error costs as much as the bit it
-    saves: ``loss = h * step**2 / 24`` a weight falls by a factor of 4 for each bit.
+    With ``H = R @ R.T`` and ``G = S @ S.T``, both upper triangular, the loss is half the square of
+    ``S.T @ D @ R``. Its entry at a row and a column holds only errors of rows and columns up to there,
+    so that each weight in turn can bring its own entry near 0. With rows alone that is the error
+    compensation of GPTQ, written with the factor of H instead of its inverse's; with both, the two-sided
+    one of Tseng et al., 2025 ("Model-preserving adaptive rounding"), here for blocks of rows.
+
+    A weight may take the nearest code, the next one towards 0, or 0, each at its price in bits:
+    entropy-constrained quantization (Chou et al., 1989) with the counts so far. The step is STEP times
+    the one whose error costs as much as the bit it saves: ``loss = h * step**2 / 24`` a weight falls by
+    a factor of 4 for each bit.
     """
     if not 0 < rate < math.inf:
         raise ValueError(f"rate is {rate!r}: a positive number of nats a bit is needed, such as 1e-9")
@@ -168,49 +223,79 @@ def quantize(
             f"the weight has shape {tuple(weight.shape)}, the curvature is of "
             f"({len(curvature.outputs)}, {len(curvature.inputs)}): both have to be of one layer"
         )
-    factor = curvature.factor(damping)
-    outputs = curvature.outputs.clamp(min=1e-3 * float(curvature.outputs.mean()) + 1e-30)
-    typical = torch.exp(2 * factor.diagonal().log().mean())
-    scale = (12 * rate / (math.log(4) * outputs * typical)).sqrt()
+    along, across = (
+        upper_factor(moment, share) for moment, share in zip((curvature.inputs, curvature.outputs), damping)
+    )
+    blocks = [slice(start, start + ROWS) for start in range(0, len(rows), ROWS)]
+    # What a row's error costs when later blocks make up for it, those of its own block do not.
+    outputs = torch.cat([across[block, block].square().sum(1) for block in blocks])
+    outputs = outputs.clamp(min=1e-3 * float(outputs.mean()) + 1e-30)
+    typical = torch.exp(2 * along.diagonal().log().mean())
+    scale = STEP * (12 * rate / (math.log(4) * outputs * typical)).sqrt()
     scale = torch.maximum(scale, rows.abs().amax(1) / LARGEST)
-    kept = None if mask is None else mask.flatten(1).T.float()
-    codes = _round_columns(rows.T.contiguous(), factor, outputs, scale, rate, kept).T
+    counts = _count((rows / scale[:, None]).round().clamp(-LARGEST, LARGEST).numpy())
+    counts = counts * (rows.numel() / 8 / counts.sum()) + 1e-3  # a guess, soon outweighed
+    kept = torch.ones_like(rows) if mask is None else mask.flatten(1).float()
+    codes, felt = torch.zeros_like(rows), torch.zeros_like(rows)
+    for block in blocks:
+        own, before = across[block, block], slice(0, block.start)
+        wanted = torch.linalg.solve_triangular(
+            own.T.contiguous(), -across[before, block].T @ felt[before], upper=False
+        )
+        columns = [x[block].T.contiguous().numpy() for x in (rows, kept)]
+        columns.append(wanted.T.contiguous().numpy())
+        found = _round_columns(
+            *columns, along.numpy(), outputs[block].numpy(), scale[block].numpy(), rate, counts
+        )
+        codes[block] = torch.from_numpy(found).T
+        felt[block] = (rows[block] - codes[block] * scale[block, None]) @ along
     return Uniform(codes.reshape(weight.shape).to(torch.int16), scale, axis=0, bits=BITS, mask=mask)
 
 
 def _round_columns(
-    columns: Tensor, factor: Tensor, outputs: Tensor, scale: Tensor, rate: float, kept: Tensor | None
-) -> Tensor:
-    """The codes, (n, out) like the columns."""
-    codes, errors = torch.zeros_like(columns), torch.zeros_like(columns)
-    counts = _count((columns / scale).round().clamp(-LARGEST, LARGEST))
-    counts = counts * (columns.numel() / 8 / counts.sum()) + 1e-3  # a guess, soon outweighed
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
-        carried = factor[:start, start:stop].T @ errors[:start]
-        price = rate * -(counts / counts.sum()).log2()
-        for j in range(start, stop):
-            own = factor[j, j]
-            shift = (carried[j - start] + factor[start:j, j] @ errors[start:j]) / own
-            target = (columns[j] + shift) / scale
-            curve = 0.5 * outputs * (own * scale).square()
-            nearest = target.round().clamp(-LARGEST, LARGEST)
-            best, least = nearest, curve * (target - nearest).square() + price[(nearest + LARGEST).long()]
-            for trial in (nearest - nearest.sign(), torch.zeros_like(nearest)):
-                cost = curve * (target - trial).square() + price[(trial + LARGEST).long()]
-                best, least = torch.where(cost < least, trial, best), torch.minimum(cost, least)
-            codes[j] = best if kept is None else best * kept[j]
+    columns: np.ndarray,
+    kept: np.ndarray,
+    wanted: np.ndarray,
+    factor: np.ndarray,
+    outputs: np.ndarray,
+    scale: np.ndarray,
+    rate: float,
+    counts: np.ndarray,
+) -> np.ndarray:
+    """The codes of some rows, (n, rows) as are the weights, what is kept, and ``errors.T @ R`` wanted.
+
+    By numpy, whose small operations take a fraction of torch's time. Adds to the counts in place.
+    """
+    codes, errors = np.zeros_like(columns), np.zeros_like(columns)
+    trials = np.zeros((3, columns.shape[1]), columns.dtype)
+    curve, rows = 0.5 * outputs * scale**2, np.arange(columns.shape[1])
+    for start in range(0, len(columns), COLUMNS):
+        block = slice(start, start + COLUMNS)
+        carried = factor[:start, block].T @ errors[:start] - wanted[block]
+        local = np.ascontiguousarray(factor[block, block].T)
+        price = rate * -np.log2(counts / counts.sum())
+        for i, j in enumerate(range(start, start + len(local))):
+            own = local[i, i]
+            target = (columns[j] + (carried[i] + local[i, :i] @ errors[start:j]) / own) / scale
+            trials[0] = np.minimum(np.maximum(np.rint(target), -LARGEST), LARGEST)
+            trials[1] = trials[0] - np.sign(trials[0])
+            cost = own**2 * curve * (target - trials) ** 2 + price[trials.astype(int) + LARGEST]
+            codes[j] = kept[j] * trials[cost.argmin(0), rows]
             errors[j] = columns[j] - scale * codes[j]
-        counts += _count(codes[start:stop])
+        counts += _count(codes[block])
     return codes
 
 
-def _count(codes: Tensor) -> Tensor:
-    return torch.bincount((codes + LARGEST).long().flatten(), minlength=2 * LARGEST + 1).float()
+def _count(codes: np.ndarray) -> np.ndarray:
+    return np.bincount(codes.astype(int).ravel() + LARGEST, minlength=2 * LARGEST + 1).astype(np.float32)
 
 
 def quantize_network(
-    model: nn.Module, curvature: dict[str, Curvature], *, rate: float, damping: float = 0.05
+    model: nn.Module,
+    curvature: dict[str, Curvature],
+    *,
+    rate: float,
+    damping: tuple[float, float] = (0.05, 0.3),
 ) -> nn.Module:
     """A copy of a network with every layer rounded by `quantize`, at the same price of a bit in all.
 

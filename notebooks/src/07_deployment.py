@@ -23,7 +23,7 @@
 # practitioner would otherwise use.
 
 # %% tags=["parameters"]
-points: list = ["uniform_per_channel:bits=7", "hessian_rounding:rate=1e-12 bn"]  # of 02_quantization
+points: list = ["uniform_per_channel:bits=7", "hessian_rounding:rate=1e-10 bn"]  # of 02_quantization
 batches: list = [1, 64]  # [1, 4096] pictures at once
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
 rounds: int = 5  # [1, 1000] visits to each pair of runtime and network
