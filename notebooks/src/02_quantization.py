@@ -94,11 +94,6 @@ def parsed(point: str) -> tuple[str, str, dict[str, str]]:
         raise ValueError(
             f"unknown point {point!r}: one of {known}, with = and a value, as in 'kmeans:bits=3 bn'"
         )
-    for key in {"bits", "rate", "qp", "budget"} & set(values):
-        try:
-            float(values[key].removesuffix("bit"))
-        except ValueError:
-            raise ValueError(f"{point!r}: {key} is {values[key]!r}, a number is needed") from None
     return method, setting, values
 
 
@@ -106,6 +101,11 @@ def parsed(point: str) -> tuple[str, str, dict[str, str]]:
 for point in (*points, *peers):  # before any work
     if (parsed(point)[0] in counterparts.NAMES) != (point in peers):
         raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
+    for key, value in parsed(point)[2].items():
+        try:
+            float("0" if key in ("bn", "rdo", "rule", "U8S8", "S8S8", "") else value.removesuffix("bit"))
+        except ValueError:
+            raise ValueError(f"{point!r}: {key} is {value!r}, a number is needed") from None
     if parsed(point)[0] in ("gzip", "xz", "zstd") and f"uniform_per_channel:{parsed(point)[1]}" not in points:
         raise ValueError(
             f"{point!r} compresses the codes of uniform_per_channel:{parsed(point)[1]}: add it to points"
@@ -416,6 +416,7 @@ def nearest(name: str, bits: int) -> encoding.Uniform:
     return uniform.quantize(weights[name], bits=bits, per_channel=True, clip="mse")
 
 
+# %%
 probe_labels = pictures.train.labels[order[:calibration_images]][: len(probe)]
 trace = sensitivity.hessian_trace(model, probe[:32], probe_labels[:32], probes=2, seed=seed)
 three_bits = {name: nearest(name, 3) for name in weights}
