@@ -52,6 +52,23 @@ def test_prepare_refuses_int8_that_runs_in_floats(stored, monkeypatch):
         runtimes.prepare("onnxruntime", stored, "int8", 1)
 
 
+def test_wide_codes_do_not_saturate_a_sum(tmp_path):
+    """Products of one sign, each near 255 * 127: two of them are beyond 16 bits."""
+    bright = torch.full((4, PLAIN.channels, PLAIN.size, PLAIN.size), 2.0)
+    logits = {}
+    for bits in (8, 7):
+        model = network(PLAIN)
+        with torch.no_grad():
+            for layer in (model.conv1, model.layer1[0].conv1):
+                layer.weight.fill_(0.5)
+        file = saved(quantized(model, bits=bits), tmp_path / f"{bits}.safetensors")
+        with torch.inference_mode():
+            eager = artifact.network(file)(bright).numpy()
+        error = runtimes.prepare("onnxruntime", file, "int8", 1).predict(bright.numpy()) - eager
+        logits[bits] = np.abs(error).max() / np.abs(eager).max()
+    assert logits[7] < 0.05 and logits[8] < 0.05
+
+
 @pytest.mark.parametrize("name", runtimes.NAMES)
 def test_identity_gives_its_input_back(name):
     pictures = images(ODD, 3).numpy()

@@ -801,7 +801,8 @@ for operator, count in sorted(session.integer_operators.items()):
 
 # %% [markdown]
 # And every file with activation ranges: does the runtime, with the codes of the file, say what the file
-# says in eager? (On processors without VNNI, 8-bit codes saturate 16-bit sums; codes up to ±63 do not.)
+# says in eager? (On processors without VNNI, 8-bit codes would saturate 16-bit sums. ONNX Runtime then has a
+# slower exact kernel; codes up to ±63 need none.)
 
 # %%
 lines = []

@@ -199,8 +199,9 @@ answers[["runtime", "precision", "method", "point", "accuracy", "agreement", "st
 
 # %% [markdown]
 # **What would fool you.** Agreement below 100 % is no rounding noise alone. On processors without VNNI the
-# fast kernel adds two products in 16 bits, and 255·127 + 255·127 does not fit: the sum *saturates*. Codes
-# of 7 bits cannot overflow it, whatever the picture. Predict the largest sum for each width:
+# fast kernel adds two products in 16 bits, and 255·127 + 255·127 does not fit: the sum *saturates*. ONNX
+# Runtime has a slower, exact kernel for such codes, which this suite asks for. Codes of 7 bits cannot
+# overflow, whatever the picture, and keep the fast one. Predict the largest sum for each width:
 
 # %% tags=["nbval-check-output"]
 for bits in (8, 7):
