@@ -33,7 +33,7 @@ def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
     model.eval()
     rounded = uniform.quantize_network(model, bits=2, per_channel=True)
     before = copy.deepcopy(rounded.state_dict())
-    fixed = correction.reestimate_batch_norm(rounded, model, IMAGES, batch_size=64)
+    fixed = correction.reestimate_batch_norm(rounded, IMAGES, original=model, batch_size=64)
     with torch.no_grad():  # by hand, layer after layer in training mode
         by_hand = copy.deepcopy(rounded).train()
         out = outputs(by_hand, "layer2.0.conv2", IMAGES)
@@ -44,16 +44,16 @@ def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
 
 
 def test_few_pictures_move_nothing_that_rounding_did_not_move(model):
-    fixed = correction.reestimate_batch_norm(copy.deepcopy(model), model, IMAGES[:8])
+    fixed = correction.reestimate_batch_norm(copy.deepcopy(model), IMAGES[:8], original=model)
     for name, statistic in model.state_dict().items():
         assert torch.allclose(fixed.state_dict()[name], statistic, rtol=1e-5), name
 
 
 def test_two_batches_are_averaged(model):
     rounded = uniform.quantize_network(model, bits=3, per_channel=True)
-    fixed = correction.reestimate_batch_norm(rounded, model, IMAGES, batch_size=32)
+    fixed = correction.reestimate_batch_norm(rounded, IMAGES, original=model, batch_size=32)
     halves = [
-        correction.reestimate_batch_norm(rounded, model, half, batch_size=32) for half in IMAGES.split(32)
+        correction.reestimate_batch_norm(rounded, half, original=model, batch_size=32) for half in IMAGES.split(32)
     ]
     mean = (halves[0].bn1.running_mean + halves[1].bn1.running_mean) / 2
     assert torch.allclose(fixed.bn1.running_mean, mean, atol=1e-6)
@@ -61,7 +61,7 @@ def test_two_batches_are_averaged(model):
 
 def test_bias_correction_restores_the_mean_of_each_output(model):
     rounded = uniform.quantize_network(model, bits=3, per_channel=True)
-    fixed = correction.correct_bias(rounded, model, IMAGES, batch_size=32)
+    fixed = correction.correct_bias(rounded, IMAGES, original=model, batch_size=32)
     # the first layer has the same input in both, so its mean behind batch-norm must be the float one's
     with torch.no_grad():
         wanted, off, got = (
@@ -74,16 +74,16 @@ def test_bias_correction_restores_the_mean_of_each_output(model):
     alone.fc.weight.data = rounded.fc.weight.detach().clone()
     with torch.no_grad():
         wanted = model(IMAGES).mean(0)
-        got = correction.correct_bias(alone, model, IMAGES)(IMAGES).mean(0)
+        got = correction.correct_bias(alone, IMAGES, original=model)(IMAGES).mean(0)
     assert torch.allclose(got, wanted, atol=1e-4)
 
 
 def test_too_few_images_are_refused(model):
     for repair in (
-        lambda images: correction.reestimate_batch_norm(model, model, images),
-        lambda images: correction.correct_bias(model, model, images),
+        lambda images: correction.reestimate_batch_norm(model, images, original=model),
+        lambda images: correction.correct_bias(model, images, original=model),
     ):
         with pytest.raises(ValueError, match="at least"):
             repair(IMAGES[:0])
     with pytest.raises(ValueError, match=r"of shape \(1, 8, 8\)"):
-        correction.reestimate_batch_norm(model, model, torch.zeros(4, 3, 8, 8))
+        correction.reestimate_batch_norm(model, torch.zeros(4, 3, 8, 8), original=model)

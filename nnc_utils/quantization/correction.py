@@ -13,20 +13,20 @@ from nnc_utils import models
 
 @torch.no_grad()
 def reestimate_batch_norm(
-    quantized: nn.Module, original: nn.Module, images: Tensor, *, batch_size: int = 256
+    quantized: nn.Module, images: Tensor, *, original: nn.Module, batch_size: int = 256
 ) -> nn.Module:
-    """A copy of a rounded network whose batch-norm statistics are those of its own activations.
+    """A copy of a rounded network whose batch-norm statistics moved as its own activations did.
 
     Rounded weights give other sums than the float weights whose mean and variance batch-norm
-    remembers (Sun et al., 2019, "Hybrid 8-bit floating point training", section 3.3). Both networks see
+    remembers (Sun et al., 2019, "Hybrid 8-bit floating point (HFP8) training and inference"). Both networks see
     the same batches: what rounding moved, the difference of the means and of the variances (the ratio of
     those that fell), is known from few images, and a network that was not rounded keeps its statistics.
 
     Parameters
     ----------
     quantized : the rounded network; not changed.
-    original : the same network with float weights.
     images : normalized training images, (n, channels, size, size).
+    original : the same network with float weights; not changed.
     batch_size : images a forward pass; a smaller last batch is left out unless it is the only one.
 
     Raises
@@ -61,18 +61,19 @@ def _batch_norms(model: nn.Module, images: Tensor, batch_size: int) -> list[nn.B
 
 @torch.no_grad()
 def correct_bias(
-    quantized: nn.Module, original: nn.Module, images: Tensor, *, batch_size: int = 256
+    quantized: nn.Module, images: Tensor, *, original: nn.Module, batch_size: int = 256
 ) -> nn.Module:
-    """A copy of a rounded network in which each layer's mean output is that of the float layer again.
+    """A copy of a rounded network in which rounding moves no layer's mean output, inputs being equal.
 
-    The rounding error ``Ŵ - W`` times the mean input is a shift of each output channel. It is added to
-    what batch-norm subtracts, or taken off the classifier's bias (Nagel et al., 2019, section 4.2).
+    The rounding error ``Ŵ - W`` times the mean input of the float network is a shift of each output channel.
+    It is added to what batch-norm subtracts, or taken off the classifier's bias (Nagel et al., 2019, section
+    4.2). Behind the first layers the rounded network's inputs are others, and what they move is left out.
 
     Parameters
     ----------
     quantized : the rounded network; not changed.
-    original : the same network with float weights.
     images : normalized training images, (n, channels, size, size).
+    original : the same network with float weights.
     batch_size : images a forward pass.
 
     Raises
