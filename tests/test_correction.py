@@ -43,6 +43,20 @@ def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
     assert not fixed.training and fixed.bn1.momentum == model.bn1.momentum
 
 
+def test_variances_that_grow_are_added_to_and_those_that_fall_shrink_in_proportion(model):
+    """By hand, behind the first layer, with statistics that are those of neither network."""
+    generator = torch.Generator().manual_seed(0)
+    model.bn1.running_var.copy_(torch.rand(model.bn1.running_var.shape, generator=generator) + 0.1)
+    rounded = uniform.quantize_network(model, bits=2, per_channel=True)
+    with torch.no_grad():
+        old, new = (network.conv1(IMAGES).var((0, 2, 3)) for network in (model, rounded))
+    fixed = correction.reestimate_batch_norm(rounded, IMAGES, original=model)
+    grew = new > old
+    assert grew.any() and not grew.all()
+    wanted = torch.where(grew, model.bn1.running_var + new - old, model.bn1.running_var * new / old)
+    assert torch.allclose(fixed.bn1.running_var, wanted, rtol=1e-3)
+
+
 def test_few_pictures_move_nothing_that_rounding_did_not_move(model):
     fixed = correction.reestimate_batch_norm(copy.deepcopy(model), IMAGES[:8], original=model)
     for name, statistic in model.state_dict().items():
@@ -53,7 +67,8 @@ def test_two_batches_are_averaged(model):
     rounded = uniform.quantize_network(model, bits=3, per_channel=True)
     fixed = correction.reestimate_batch_norm(rounded, IMAGES, original=model, batch_size=32)
     halves = [
-        correction.reestimate_batch_norm(rounded, half, original=model, batch_size=32) for half in IMAGES.split(32)
+        correction.reestimate_batch_norm(rounded, half, original=model, batch_size=32)
+        for half in IMAGES.split(32)
     ]
     mean = (halves[0].bn1.running_mean + halves[1].bn1.running_mean) / 2
     assert torch.allclose(fixed.bn1.running_mean, mean, atol=1e-6)

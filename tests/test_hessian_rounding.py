@@ -89,6 +89,24 @@ def test_output_curvature_of_the_classifier_is_that_of_the_softmax(model):
     assert torch.allclose(found, exact, rtol=0.2, atol=4e-3)
 
 
+def test_output_curvature_of_a_convolution_is_that_of_every_label_in_turn(model):
+    """The Fisher information by its definition: each class's gradient, times its probability."""
+    found = hessian_rounding.curvatures(model, IMAGES.repeat(16, 1, 1, 1))["layer2.0.conv1"].outputs
+    seen = []
+    handle = model.layer2[0].conv1.register_forward_hook(lambda m, i, o: seen.append(o))
+    logits = model(IMAGES.clone().requires_grad_())
+    handle.remove()
+    exact = torch.zeros_like(found)
+    for label in range(logits.shape[1]):
+        (gradient,) = torch.autograd.grad(
+            functional.log_softmax(logits, 1)[:, label].sum(), seen, retain_graph=True
+        )
+        p = logits.softmax(1)[:, label].detach()
+        exact += torch.einsum("i,icyx,idyx->cd", p, gradient, gradient) / len(IMAGES)
+    assert float(found.trace() / exact.trace()) == pytest.approx(1, abs=0.1)
+    assert torch.linalg.matrix_norm(found - exact) < 0.2 * torch.linalg.matrix_norm(exact)
+
+
 def test_the_predicted_loss_is_the_measured_one_for_the_classifier(model):
     """Half the second difference of the mean cross-entropy, its expectation over the model's own labels."""
     images = IMAGES
@@ -142,6 +160,46 @@ def test_errors_are_made_up_for_by_later_rows(seed, monkeypatch):
     ours = hessian_rounding.quantize(weight, found, rate=1e-3, damping=(0.0, 0.0))
     alone = one_by_one(weight, found, ours.scale, rate=1e-3)
     assert loss(weight, ours, found) < 0.85 * loss(weight, alone, found)
+
+
+def test_codes_are_those_of_one_weight_after_the_other(monkeypatch):
+    """Without a price, against the definition in double precision: no blocks of columns, a mask, odd ends."""
+    monkeypatch.setattr(hessian_rounding, "ROWS", 5)
+    monkeypatch.setattr(hessian_rounding, "COLUMNS", 7)
+    generator = torch.Generator().manual_seed(0)
+    found, weight = curvature(13, 24), torch.randn(13, 24, generator=generator)
+    kept = torch.rand(13, 24, generator=generator) > 0.2
+    weight *= kept
+    ours = hessian_rounding.quantize(weight, found, rate=1e-9, damping=(0.05, 0.05), mask=kept)
+    w, scale = weight.double(), ours.scale.double()
+    moments = (found.inputs.double(), found.outputs.double())
+    r, s = (hessian_rounding.upper_factor(moment, 0.05) for moment in moments)
+    error = torch.zeros_like(w)
+    for row in range(13):
+        first = row // 5 * 5
+        block = slice(first, min(first + 5, 13))
+        felt = -torch.linalg.inv(s[block, block].T) @ s[:first, block].T @ error[:first] @ r
+        for column in range(24):
+            pushed = error[row, :column] @ r[:column, column] - felt[row - first, column]
+            code = ((w[row, column] + pushed / r[column, column]) / scale[row]).round().clamp(-63, 63)
+            assert int(ours.codes[row, column]) == int(code * kept[row, column]), (row, column)
+            error[row, column] = w[row, column] - scale[row] * code * kept[row, column]
+
+
+def test_steps_follow_what_later_rows_cannot_make_up_for(monkeypatch):
+    """A row's curvature is that of its block when all later rows are free: a Schur complement."""
+    monkeypatch.setattr(hessian_rounding, "ROWS", 4)
+    found = curvature(10, 24)
+    weight = 1e-3 * torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
+    rate = 10.0
+    scale = hessian_rounding.quantize(weight, found, rate=rate, damping=(0.0, 0.0)).scale
+    g = found.outputs.double()
+    for first in (0, 4, 8):
+        own, later = slice(first, min(first + 4, 10)), slice(min(first + 4, 10), 10)
+        free = g[own, own] - g[own, later] @ torch.linalg.inv(g[later, later]) @ g[later, own]
+        typical = torch.logdet(found.inputs.double()).div(24).exp()
+        wanted = (24 * rate / (math.log(4) * free.diagonal() * typical)).sqrt()
+        assert torch.allclose(scale[own].double(), wanted, rtol=1e-3)
 
 
 def test_no_choice_of_codes_has_a_much_smaller_cost_in_a_small_case():
@@ -236,5 +294,8 @@ def test_bad_input_is_refused(model):
         hessian_rounding.quantize(torch.full((4, 12), math.nan), found, rate=1e-6)
     with pytest.raises(ValueError, match="both have to be of one layer"):
         hessian_rounding.quantize(torch.zeros(4, 13), found, rate=1e-6)
+    with pytest.raises(ValueError, match="more damping"):
+        few = curvature(4, 12, images=3)
+        hessian_rounding.quantize(weight, few, rate=1e-6, damping=(-0.1, 0.3))
     with pytest.raises(ValueError, match="at least 1"):
         hessian_rounding.curvatures(model, IMAGES[:0])
