@@ -79,6 +79,7 @@ SETTINGS = dict.fromkeys(BITS, ("bits",)) | {
     "mixed_precision": ("budget", "rule"),
 }
 SETTINGS |= dict.fromkeys(("gzip", "xz", "zstd"), ("bits",)) | {"nncodec": ("qp",)}
+FLAGS = {"bn", "float", "one_sided", "rdo"}
 SETTINGS |= {"ort_static": ("U8S8", "S8S8"), "nncf_ptq": ("",), "torchao_pt2e": ("",)}
 
 
@@ -87,10 +88,7 @@ def parsed(point: str) -> tuple[str, str, dict[str, str]]:
     method, _, setting = point.partition(":")
     values = dict(part.partition("=")[::2] for part in setting.split())
     allowed = SETTINGS.get(method, ())
-    if (
-        not set(values) - {"bn", "rdo", "one_sided"} <= set(allowed)
-        or len(set(values) & set(allowed)) + ("" in allowed) != 1
-    ):
+    if not set(values) - FLAGS <= set(allowed) or len(set(values) & set(allowed)) + ("" in allowed) != 1:
         known = ", ".join(f"{name}:{' or '.join(keys)}" for name, keys in SETTINGS.items())
         raise ValueError(
             f"unknown point {point!r}: one of {known}, with = and a value, as in 'kmeans:bits=3 bn'"
@@ -104,11 +102,7 @@ for point in (*points, *peers):  # before any work
         raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
     for key, value in parsed(point)[2].items():
         try:
-            float(
-                "0"
-                if key in ("bn", "rdo", "one_sided", "rule", "U8S8", "S8S8", "")
-                else value.removesuffix("bit")
-            )
+            float(value.removesuffix("bit") if key in ("bits", "rate", "qp", "budget") else 0)
         except ValueError:
             raise ValueError(f"{point!r}: {key} is {value!r}, a number is needed") from None
     if parsed(point)[0] in ("gzip", "xz", "zstd") and f"uniform_per_channel:{parsed(point)[1]}" not in points:
@@ -580,7 +574,7 @@ for value in (0.3, 1.2, 9.0):
 #
 # A point is a method and its setting, such as `hessian_rounding:rate=1e-9 bn`; `bn` stands for
 # batch-norm re-estimated. Weights that embed in 8-bit codes get activation ranges as well, so that an int8
-# runtime can use them; codebooks cannot, and keep float activations.
+# runtime can use them; codebooks cannot, and keep float activations, as does every point with `float`.
 
 # %%
 @functools.cache
@@ -621,7 +615,8 @@ def finished(method: str, setting: dict[str, str]) -> torch.nn.Module:
     network = rounded(method, setting)
     if "bn" in setting:
         network = correction.reestimate_batch_norm(network, repair, original=model)
-    return network if "kmeans" in method else activations.calibrate(network, calibration)
+    floats = "kmeans" in method or "float" in setting
+    return network if floats else activations.calibrate(network, calibration)
 
 
 # %% [markdown]
