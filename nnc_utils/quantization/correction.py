@@ -18,8 +18,8 @@ def reestimate_batch_norm(
     """A copy of a rounded network whose batch-norm statistics moved as its own activations did.
 
     Rounded weights give other sums than the float weights whose mean and variance batch-norm
-    remembers (Sun et al., 2019, "Hybrid 8-bit floating point (HFP8) training and inference"). Both networks see
-    the same batches: what rounding moved, the difference of the means and of the variances (the ratio of
+    remembers (Sun et al., 2019, "Hybrid 8-bit floating point (HFP8) training and inference"). Both networks
+    see the same batches: what rounding moved, the difference of the means and of the variances (the ratio of
     those that fell), is known from few images, and a network that was not rounded keeps its statistics.
 
     Parameters

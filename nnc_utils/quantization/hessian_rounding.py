@@ -66,7 +66,7 @@ def upper_factor(moment: Tensor, damping: float) -> Tensor:
     raised.diagonal().add_(damping * moment.diagonal().mean() + 1e-30)
     lower, failed = torch.linalg.cholesky_ex(raised)
     if damping < 0 or failed:
-        raise ValueError(f"no factor with damping {damping}: give more images, or more damping (such as 0.05)")
+        raise ValueError(f"no factor with damping {damping}: give more images or more damping, as 0.05")
     return lower.flip(0, 1)
 
 
