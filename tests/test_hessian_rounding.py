@@ -294,8 +294,10 @@ def test_bad_input_is_refused(model):
         hessian_rounding.quantize(torch.full((4, 12), math.nan), found, rate=1e-6)
     with pytest.raises(ValueError, match="both have to be of one layer"):
         hessian_rounding.quantize(torch.zeros(4, 13), found, rate=1e-6)
-    with pytest.raises(ValueError, match="more damping"):
-        few = curvature(4, 12, images=3)
-        hessian_rounding.quantize(weight, few, rate=1e-6, damping=(-0.1, 0.3))
+    for bad in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="0 or more is needed"):
+            hessian_rounding.quantize(weight, found, rate=1e-6, damping=(bad, 0.3))
+    with pytest.raises(ValueError, match="more damping"):  # two directions, one of them below 0
+        hessian_rounding.upper_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.0)
     with pytest.raises(ValueError, match="at least 1"):
         hessian_rounding.curvatures(model, IMAGES[:0])
