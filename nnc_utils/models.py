@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ STEMS = {"imagenet": (7, 2, True), "small": (3, 1, False), "small_stride2": (3, 
 # name -> (convolutions in a block, the one that carries the stride)
 BLOCKS = {"basic": (2, 0), "bottleneck": (3, 1)}
 CONNECTIONS = ("identity", "projection", "none")
+BATCH_NORM_EPSILON = 1e-5  # of nn.BatchNorm2d
 RESNETS = {18: ("basic", (2, 2, 2, 2)), 34: ("basic", (3, 4, 6, 3)), 50: ("bottleneck", (3, 4, 6, 3))}
 
 
@@ -263,6 +265,20 @@ def parameters(spec: Spec) -> int:
 def macs(spec: Spec) -> int:
     """Multiplications of convolutions and linear layers for one picture, before quantizing."""
     return sum(layer.macs for layer in layers(spec))
+
+
+def fold_batch_norm(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Batch-norm in evaluation as a factor and a summand of each channel, float64.
+
+    Parameters
+    ----------
+    tensors : holds its weight, bias, running_mean and running_var, as a state_dict does.
+    name : of the batch-norm, such as "bn1".
+    """
+    parts = ("weight", "bias", "running_mean", "running_var")
+    gamma, beta, mean, variance = (tensors[f"{name}.{part}"].double() for part in parts)
+    factor = gamma / (variance + BATCH_NORM_EPSILON).sqrt()
+    return factor, beta - mean * factor
 
 
 # --- Building a module --------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def one_by_one(weight, found, scale, *, rate=0.0, damping=(0.0, 0.0)):
         columns,
         np.ones_like(columns),
         np.zeros_like(columns),
-        along.numpy(),
+        along,
         found.outputs.diagonal().numpy(),
         scale.numpy(),
         rate,

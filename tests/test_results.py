@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from nnc_utils import provenance, results, rows, tables
+from nnc_utils import evaluation, provenance, results, rows, tables
 
 # the measurement protocol's tables, copied by hand
 COMPRESSION = """profile, run, dataset, model, technique, method, point, seed, division, control, headline,
@@ -309,17 +309,21 @@ def test_make_report_writes_figure_report_and_readme(published):
     assert "results/quick/figures/headline.png" in (root / "README.md").read_text()
 
 
+def test_no_loss_is_the_same_wherever_it_is_said():
+    assert rows.NO_LOSS == -evaluation.NO_LOSS_MARGIN
+
+
 def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
     labels = np.arange(1000) % 10
     np.save(tmp_path / tables.labels_name("digits"), labels.astype(np.uint8))
 
-    def row(method, point, size, wrong):
+    def row(method, point, size, wrong, control=""):
         sha256 = f"{len(made):064x}"[::-1]
         predictions = labels.copy()
         predictions[:wrong] = (predictions[:wrong] + 1) % 10
         np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
         made.append({"method": method, "point": point, "artifact_bytes": size, "artifact_sha256": sha256})
-        made[-1]["seed"] = 1
+        made[-1] |= {"seed": 1, "control": control or np.nan}
 
     made = []
     row("kmeans", "bits=2", 100, 300)
@@ -329,17 +333,20 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
     row("uniform_per_channel", "bits=3", 150, 100)  # another setting
     row("mixed_precision", "budget=3bit bn", 149, 100)
     row("uniform_per_channel", "bits=2 bn", 100, 300)
-    row("mixed_precision", "budget=2.5bit bn", 125, 200)
+    row("mixed_precision", "budget=2bit bn", 99, 200)
+    row("mixed_precision", "rule=hand", 400, 10, "hand_rule")  # has no budget
     row("nncodec", "qp=-30", 120, 50)
     row("hessian_rounding", "rate=1e-9", 90, 400)
     row("hessian_rounding", "rate=1e-10", 119, 60)
     row("hessian_rounding", "rate=1e-11", 121, 0)  # larger than NNCodec's
+    row("hessian_rounding", "rate=1e-10 one_sided", 120, 80, "one_sided")  # not ours to compare with NNCodec
     found = results.comparisons(pd.DataFrame(made), tmp_path, dataset="digits")
     assert found[["ours", "theirs", "verdict"]].values.tolist() == [
         ["hessian_kmeans bits=2", "kmeans bits=2", "beats"],
         ["mixed_precision budget=3bit bn", "uniform_per_channel bits=3 bn", "not below"],
-        ["mixed_precision budget=2.5bit bn", "uniform_per_channel bits=2 bn", "beats"],
+        ["mixed_precision budget=2bit bn", "uniform_per_channel bits=2 bn", "beats"],
         ["hessian_rounding rate=1e-10", "nncodec qp=-30", "below"],
+        ["hessian_rounding rate=1e-10", "hessian_rounding rate=1e-10 one_sided", "beats"],
     ]
     assert found["points"][0].startswith("+10.00 [")
     # by hand: d is 1 for 100 of 1000 pictures

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from nnc_utils import runtimes
+
 if TYPE_CHECKING:
     from nnc_utils.models import ResNet
 
@@ -59,13 +61,9 @@ def peer(name: str) -> ModuleType:
 
 def available(name: str) -> str:
     """Empty when a peer can be used, otherwise why not, e.g. "not installed"."""
-    try:
-        module = peer(name)
-    except ModuleNotFoundError as error:
-        return "not installed" if not (error.name or "").startswith("nnc_utils") else f"broken: {error}"
-    except (ImportError, OSError) as error:
-        return f"installed but broken: {error}"
-    return module.missing(name) if hasattr(module, "missing") else ""
+    if why := runtimes.why_not(lambda: peer(name)):
+        return why
+    return peer(name).missing(name) if hasattr(peer(name), "missing") else ""
 
 
 def make(name: str, source: str | Path, images: np.ndarray, folder: str | Path, **settings: Any) -> Path:

@@ -28,7 +28,6 @@ BEST = DEFAULTS | {"nonweight_qp": -50, "opt_qp": True}
 # Rate-distortion optimization shrinks the weights: worse, unless batch-norm is re-estimated afterwards;
 # then it can be smaller than BEST where compression is strong. Both together are worse than either.
 RDO = BEST | {"opt_qp": False, "lambda_scale": 1.0}
-BATCH_NORM_EPSILON = 1e-5  # of nn.BatchNorm2d
 
 
 def venv() -> Path:
@@ -156,13 +155,10 @@ def fold(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     folded = dict(tensors)
     for layer in models.layers(spec):
         if layer.batch_norm:
-            weight, bias, mean, variance = (
-                f"{layer.batch_norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")
-            )
-            spread = (folded.pop(variance).double() + BATCH_NORM_EPSILON).sqrt()
-            factor = folded[weight].double() / spread
-            folded[bias] = (folded[bias].double() - folded.pop(mean).double() * factor).float()
-            folded[weight] = factor.float()
+            factor, bias = models.fold_batch_norm(folded, layer.batch_norm)
+            for part in ("running_mean", "running_var"):
+                del folded[f"{layer.batch_norm}.{part}"]
+            folded |= {f"{layer.batch_norm}.weight": factor.float(), f"{layer.batch_norm}.bias": bias.float()}
     return folded
 
 
@@ -171,6 +167,6 @@ def _constants(spec: Spec) -> dict[str, torch.Tensor]:
     for layer in models.layers(spec):
         if layer.batch_norm:
             constants[f"{layer.batch_norm}.running_mean"] = torch.zeros(layer.out_channels)
-            variance = torch.full((layer.out_channels,), 1 - BATCH_NORM_EPSILON)
+            variance = torch.full((layer.out_channels,), 1 - models.BATCH_NORM_EPSILON)
             constants[f"{layer.batch_norm}.running_var"] = variance
     return constants

@@ -21,7 +21,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from nnc_utils import artifact as artifacts
 from nnc_utils import peers
 from nnc_utils.runtimes import qdq
-from nnc_utils.runtimes.onnxruntime import _options, count_operators
+from nnc_utils.runtimes.onnxruntime import count_operators, session_options
 
 SCHEMES = {"U8S8": quantization.QuantType.QUInt8, "S8S8": quantization.QuantType.QInt8}
 
@@ -79,7 +79,7 @@ def load(path: Path, source: Path, threads: int) -> peers.Loaded:
     """A session, refused if it computes a layer in floats."""
     spec = artifacts.read(source).spec
     with tempfile.TemporaryDirectory() as scratch:
-        options = _options(threads)
+        options = session_options(threads)
         # on x86 most layers with S8 activations would otherwise run in floats
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         options.optimized_model_filepath = str(Path(scratch) / "executed.onnx")

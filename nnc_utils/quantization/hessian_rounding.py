@@ -251,9 +251,7 @@ def quantize(
         )
         columns = [x[block].T.contiguous().numpy() for x in (rows, kept)]
         columns.append(wanted.T.contiguous().numpy())
-        found = _round_columns(
-            *columns, along.numpy(), outputs[block].numpy(), scale[block].numpy(), rate, counts
-        )
+        found = _round_columns(*columns, along, outputs[block].numpy(), scale[block].numpy(), rate, counts)
         codes[block] = torch.from_numpy(found).T
         felt[block] = (rows[block] - codes[block] * scale[block, None]) @ along
     return Uniform(codes.reshape(weight.shape).to(torch.int16), scale, axis=0, bits=BITS, mask=mask)
@@ -263,7 +261,7 @@ def _round_columns(
     columns: np.ndarray,
     kept: np.ndarray,
     wanted: np.ndarray,
-    factor: np.ndarray,
+    factor: Tensor,
     outputs: np.ndarray,
     scale: np.ndarray,
     rate: float,
@@ -271,24 +269,34 @@ def _round_columns(
 ) -> np.ndarray:
     """The codes of some rows, (n, rows) as are the weights, what is kept, and ``errors.T @ R`` wanted.
 
-    By numpy, whose small operations take a fraction of torch's time. Adds to the counts in place.
+    In units of each row's scale, and by numpy, whose small operations take a fraction of torch's time.
+    Adds to the counts in place.
     """
+    columns, wanted = columns / scale, wanted / scale
     codes, errors = np.zeros_like(columns), np.zeros_like(columns)
-    trials = np.zeros((3, columns.shape[1]), columns.dtype)
-    curve, rows = 0.5 * outputs * scale**2, np.arange(columns.shape[1])
+    trials, rows = np.zeros((3, columns.shape[1]), columns.dtype), np.arange(columns.shape[1])
     for start in range(0, len(columns), COLUMNS):
         block = slice(start, start + COLUMNS)
-        carried = factor[:start, block].T @ errors[:start] - wanted[block]
-        local = np.ascontiguousarray(factor[block, block].T)
+        local = factor[block, block].T.contiguous().numpy()
+        own = local.diagonal()[:, None]
+        # by torch: numpy's threads would keep torch's waiting, and the other way round
+        carried = (factor[:start, block].T @ torch.from_numpy(errors[:start])).numpy()
+        targets = columns[block] + (carried - wanted[block]) / own
+        local = local / own
+        curve = 0.5 * outputs * (scale * own) ** 2
         price = rate * -np.log2(counts / counts.sum())
+        price = np.roll(price, -LARGEST)  # so that a code below 0 is an index from the end
         for i, j in enumerate(range(start, start + len(local))):
-            own = local[i, i]
-            target = (columns[j] + (carried[i] + local[i, :i] @ errors[start:j]) / own) / scale
-            trials[0] = np.minimum(np.maximum(np.rint(target), -LARGEST), LARGEST)
-            trials[1] = trials[0] - np.sign(trials[0])
-            cost = own**2 * curve * (target - trials) ** 2 + price[trials.astype(int) + LARGEST]
-            codes[j] = kept[j] * trials[cost.argmin(0), rows]
-            errors[j] = columns[j] - scale * codes[j]
+            target = targets[i] + np.dot(local[i, :i], errors[start:j])
+            np.rint(target, trials[0])
+            np.maximum(trials[0], -LARGEST, trials[0])
+            np.minimum(trials[0], LARGEST, trials[0])
+            np.subtract(trials[0], np.sign(trials[0]), trials[1])
+            cost = np.square(target - trials)
+            cost *= curve[i]
+            cost += price[trials.astype(np.intp)]
+            np.multiply(kept[j], trials[cost.argmin(0), rows], codes[j])
+            np.subtract(columns[j], codes[j], errors[j])
         counts += _count(codes[block])
     return codes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
@@ -72,8 +73,13 @@ def adapter(name: str) -> ModuleType:
 
 def available(name: str) -> str:
     """Empty when a runtime can be used, otherwise why not, e.g. "not installed"."""
+    return why_not(lambda: adapter(name))
+
+
+def why_not(load: Callable[[], ModuleType]) -> str:
+    """Empty when loading a module of this package works, otherwise which library it lacks or broke."""
     try:
-        adapter(name)
+        load()
     except ModuleNotFoundError as error:
         return "not installed" if not (error.name or "").startswith("nnc_utils") else f"broken: {error}"
     except (ImportError, OSError) as error:

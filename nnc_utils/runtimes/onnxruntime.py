@@ -33,12 +33,18 @@ INTEGER = {
 FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Sum", "GlobalAveragePool", "Relu")
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int) -> ort.SessionOptions:
+    """Options of a session with so many threads."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # a graph optimized for this machine is wanted, no warning needed
+    return options
+
+
+def _exact(threads: int) -> ort.SessionOptions:
+    options = session_options(threads)
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
@@ -47,9 +53,7 @@ class OnnxRuntimeSession:
 
     def __init__(self, model: Path | bytes, threads: int) -> None:
         self._model = model if isinstance(model, bytes) else str(model)
-        self._session = ort.InferenceSession(
-            self._model, _options(threads), providers=["CPUExecutionProvider"]
-        )
+        self._session = ort.InferenceSession(self._model, _exact(threads), providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
         self.runtime_bytes = len(model) if isinstance(model, bytes) else model.stat().st_size
 
@@ -68,7 +72,7 @@ class OnnxRuntimeSession:
         import onnx
 
         with tempfile.TemporaryDirectory() as folder:
-            options = _options(1)
+            options = _exact(1)
             options.optimized_model_filepath = os.path.join(folder, "executed.onnx")
             ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
             executed = onnx.load(options.optimized_model_filepath)

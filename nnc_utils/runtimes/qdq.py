@@ -20,7 +20,6 @@ from nnc_utils.models import Layer, Spec
 from nnc_utils.runtimes import IR_VERSION, OPSET
 
 PRECISIONS = ("fp32", "int8")
-BATCH_NORM_EPSILON = 1e-5  # of nn.BatchNorm2d
 # A bias above this could carry the 32-bit sum over its end; products alone stay far below.
 BIAS_LIMIT = 2**30
 # Where a channel's scale vanishes, its product with an input's scale must still be a normal float.
@@ -188,10 +187,7 @@ def _fold(artifact: Artifact, layer: Layer) -> tuple[Tensor, Tensor]:
         bias = tensors[f"{layer.name}.bias"].double()
         factor = torch.ones_like(bias)
     else:
-        names = ("weight", "bias", "running_mean", "running_var")
-        gamma, beta, mean, variance = (tensors[f"{norm}.{name}"].double() for name in names)
-        factor = gamma / (variance + BATCH_NORM_EPSILON).sqrt()
-        bias = beta - mean * factor
+        factor, bias = models.fold_batch_norm(tensors, norm)
     if not (factor.isfinite().all() and bias.isfinite().all()):
         raise LoweringError(f"{norm or layer.name} holds numbers that are not finite (NaN or infinite)")
     return factor, bias

@@ -25,8 +25,8 @@
 points: list = ["uniform_per_channel:bits=7", "hessian_rounding:rate=1e-10 bn", "qat_lsq:bits=4"]  # files
 peers: list = []  # production counterparts, such as ort_static:U8S8, nncodec:qp=-28, xz:bits=7
 calibration_images: int = 256  # [1, 100000] training pictures that set ranges and curvature
-repair_images: int = 256  # [2, 100000] training pictures for batch-norm re-estimation
-train_epochs: float = 0.3  # [0.001, 1000] of quantization-aware training, and of the dense control
+repair_images: int = 128  # [2, 100000] training pictures for batch-norm re-estimation
+train_epochs: float = 0.15  # [0.001, 1000] of quantization-aware training, and of the dense control
 learning_rate: float = 0.02  # [0.00001, 1] peak of that training
 upstream: list = []  # run folder of 01_baseline; empty: the small network of its defaults
 seed: int = 1  # [0, 1000000] which calibration pictures, and the order of training
@@ -80,6 +80,7 @@ SETTINGS = dict.fromkeys(BITS, ("bits",)) | {
 }
 SETTINGS |= dict.fromkeys(("gzip", "xz", "zstd"), ("bits",)) | {"nncodec": ("qp",)}
 FLAGS = {"bn", "float", "one_sided", "rdo"}
+WIDTHS = (2, 3, 4, 8)  # among which mixed precision chooses
 SETTINGS |= {"ort_static": ("U8S8", "S8S8"), "nncf_ptq": ("",), "torchao_pt2e": ("",)}
 
 
@@ -102,9 +103,11 @@ for point in (*points, *peers):  # before any work
         raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
     for key, value in parsed(point)[2].items():
         try:
-            float(value.removesuffix("bit") if key in ("bits", "rate", "qp", "budget") else 0)
+            float(value if key in ("bits", "rate", "qp") else 0)
         except ValueError:
             raise ValueError(f"{point!r}: {key} is {value!r}, a number is needed") from None
+        if key == "budget" and value not in (allowed := [f"{bits}bit" for bits in WIDTHS[1:]]):
+            raise ValueError(f"{point!r}: the budget is one of {', '.join(allowed)}")
     if parsed(point)[0] in ("gzip", "xz", "zstd") and f"uniform_per_channel:{parsed(point)[1]}" not in points:
         raise ValueError(
             f"{point!r} compresses the codes of uniform_per_channel:{parsed(point)[1]}: add it to points"
@@ -420,7 +423,7 @@ def nearest(name: str, bits: int) -> encoding.Uniform:
 
 # %%
 probe_labels = pictures.train.labels[order[:calibration_images]][: len(probe)]
-trace = sensitivity.hessian_trace(model, probe[:32], probe_labels[:32], probes=2, seed=seed)
+trace = sensitivity.hessian_trace(model, probe[:16], probe_labels[:16], probes=2, seed=seed)
 three_bits = {name: nearest(name, 3) for name in weights}
 added = sensitivity.loss_increase(
     model, {n: {3: encoding.decode(q)} for n, q in three_bits.items()}, probe[:64], probe_labels[:64]
@@ -462,7 +465,7 @@ def tables() -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
     """Bytes and predicted loss of each layer at each width."""
     cost, harm = {}, {}
     for name, weight in weights.items():
-        found = {bits: nearest(name, bits) for bits in (2, 3, 4, 8)}
+        found = {bits: nearest(name, bits) for bits in WIDTHS}
         cost[name] = {b: encoding.payload_bits(q) / 8 for b, q in found.items()}
         harm[name] = {b: curvature()[name].loss(encoding.decode(q) - weight) for b, q in found.items()}
     return cost, harm
@@ -584,6 +587,9 @@ def fisher() -> dict[str, torch.Tensor]:
 
 
 # %%
+HEADER = 500  # bytes that the names of several widths may add to a file, taken off the budget
+
+
 def rounded(method: str, setting: dict[str, str]) -> torch.nn.Module:
     """A network with rounded weights, by a method that does not train."""
     if method == "hessian_rounding":
@@ -595,9 +601,8 @@ def rounded(method: str, setting: dict[str, str]) -> torch.nn.Module:
         cost, harm = tables()
         bits = by_hand
         if "budget" in setting:
-            width = float(setting["budget"].removesuffix("bit"))  # 2.5: halfway from 2 to 3 bits everywhere
-            everywhere = [sum(c[bits] for c in cost.values()) for bits in (2, 3, 4)]
-            budget = np.interp(width, (2, 3, 4), everywhere) - 500  # several widths take more header
+            width = int(setting["budget"].removesuffix("bit"))  # the bytes of so many bits everywhere
+            budget = sum(c[width] for c in cost.values()) - HEADER
             bits = mixed_precision.allocate(cost, harm, budget=budget)
         return quantized(model, lambda name, layer: nearest(name, bits[name]))
     bits = int(setting["bits"])
