@@ -288,15 +288,15 @@ def _round_columns(
         price = np.roll(price, -LARGEST)  # so that a code below 0 is an index from the end
         for i, j in enumerate(range(start, start + len(local))):
             target = targets[i] + np.dot(local[i, :i], errors[start:j])
-            np.rint(target, trials[0])
-            np.maximum(trials[0], -LARGEST, trials[0])
-            np.minimum(trials[0], LARGEST, trials[0])
-            np.subtract(trials[0], np.sign(trials[0]), trials[1])
+            np.rint(target, out=trials[0])
+            np.maximum(trials[0], -LARGEST, out=trials[0])
+            np.minimum(trials[0], LARGEST, out=trials[0])
+            np.subtract(trials[0], np.sign(trials[0]), out=trials[1])
             cost = np.square(target - trials)
             cost *= curve[i]
             cost += price[trials.astype(np.intp)]
-            np.multiply(kept[j], trials[cost.argmin(0), rows], codes[j])
-            np.subtract(columns[j], codes[j], errors[j])
+            np.multiply(kept[j], trials[cost.argmin(0), rows], out=codes[j])
+            np.subtract(columns[j], codes[j], out=errors[j])
         counts += _count(codes[block])
     return codes
 
