@@ -89,7 +89,7 @@ def check_points(points, peers=()):
 def test_every_profile_names_known_operating_points(profile):
     path = ROOT / "workflow" / "profiles" / f"{profile}.yaml"
     given = yaml.safe_load(path.read_text(encoding="utf-8"))["parameters"]["02_quantization"]
-    check_points(given["points"], given["peers"])
+    check_points(given["points"], given.get("peers", []))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,8 @@ def test_every_profile_names_known_operating_points(profile):
     [
         (["hessian_rounding:bits=3"], [], "unknown point 'hessian_rounding:bits=3'"),
         (["kmeans"], [], "unknown point 'kmeans'"),
+        (["mixed_precision:budget=2bit"], [], "the budget is one of 3bit, 4bit, 8bit"),
+        (["mixed_precision:budget=2.5bit bn"], [], "the budget is one of 3bit, 4bit, 8bit"),
         (["kmeans:bits=3 bnn"], [], "unknown point"),
         (["per_channel:8"], [], "uniform_per_channel:bits"),
         (["xz:bits=7"], [], "belong into points"),
