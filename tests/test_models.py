@@ -371,3 +371,18 @@ def test_weights_by_a_name_or_file_that_is_not_there(tmp_path):
         load_pretrained(build(resnet(18, width=1 / 16)), tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="ResNet-18, -34 and -50"):
         load_pretrained(build(one_block()), "imagenet")
+
+
+def test_folded_batch_norm_is_the_module_in_evaluation():
+    torch.manual_seed(0)
+    model = models.build(models.resnet(18, channels=1, size=8, classes=10, stem="small_stride2", width=0.125))
+    model.train()(torch.randn(16, 1, 8, 8))
+    with torch.no_grad():
+        model.bn1.weight.uniform_(-1, 1)
+        model.bn1.bias.normal_()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {norm.eps for norm in norms} == {models.BATCH_NORM_EPSILON}
+    factor, summand = models.fold_batch_norm(model.state_dict(), "bn1")
+    inputs = torch.randn(4, len(factor), 5, 5)
+    folded = inputs * factor.view(-1, 1, 1) + summand.view(-1, 1, 1)
+    torch.testing.assert_close(folded.float(), model.eval().bn1(inputs))
