@@ -355,7 +355,7 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
 
 def _setting(point: str) -> str:
     """ "budget=3bit bn" as "bits=3 bn": one width for all layers, whose bytes are the budget."""
-    return re.sub(r"budget=(\d+)bit", r"bits=\1", point)
+    return re.sub(r"budget=(\d+)(bit|level)", r"\2s=\1", point)
 
 
 def _side_by_side(tables: Tables) -> str:

@@ -58,6 +58,22 @@ def test_bits_out_of_range_are_named(bits):
         uniform.quantize(torch.ones(2, 2), bits=bits, per_channel=True)
 
 
+@pytest.mark.parametrize("levels", [3, 5, 7])
+def test_fewer_levels_than_the_width_has(levels):
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(levels))
+    ours = uniform.quantize(weight, bits=3, levels=levels, per_channel=True)
+    top = levels // 2
+    theirs = torch.fake_quantize_per_channel_affine(weight, ours.scale, torch.zeros(6).int(), 0, -top, top)
+    assert torch.equal(encoding.decode(ours), theirs)
+    assert len(ours.codes.unique()) == levels
+
+
+@pytest.mark.parametrize("levels, symmetric", [(4, True), (1, True), (9, True), (5, False)])
+def test_levels_that_a_width_does_not_have_are_named(levels, symmetric):
+    with pytest.raises(ValueError, match="odd number from 3 to 7"):
+        uniform.quantize(torch.ones(2, 2), bits=3, levels=levels, per_channel=True, symmetric=symmetric)
+
+
 def test_weights_that_are_not_finite_name_their_layer(model):
     with torch.no_grad():
         model.layer2[0].conv1.weight[0, 0, 0, 0] = float("nan")

@@ -332,8 +332,8 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
     row("uniform_per_channel", "bits=3 bn", 150, 100)
     row("uniform_per_channel", "bits=3", 150, 100)  # another setting
     row("mixed_precision", "budget=3bit bn", 149, 100)
-    row("uniform_per_channel", "bits=2 bn", 100, 300)
-    row("mixed_precision", "budget=2bit bn", 99, 200)
+    row("uniform_per_channel", "levels=5 bn", 100, 300)
+    row("mixed_precision", "budget=5level bn", 99, 200)
     row("mixed_precision", "rule=hand", 400, 10, "hand_rule")  # has no budget
     row("nncodec", "qp=-30", 120, 50)
     row("hessian_rounding", "rate=1e-9", 90, 400)
@@ -344,7 +344,7 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
     assert found[["ours", "theirs", "verdict"]].values.tolist() == [
         ["hessian_kmeans bits=2", "kmeans bits=2", "beats"],
         ["mixed_precision budget=3bit bn", "uniform_per_channel bits=3 bn", "not below"],
-        ["mixed_precision budget=2bit bn", "uniform_per_channel bits=2 bn", "beats"],
+        ["mixed_precision budget=5level bn", "uniform_per_channel levels=5 bn", "beats"],
         ["hessian_rounding rate=1e-10", "nncodec qp=-30", "below"],
         ["hessian_rounding rate=1e-10", "hessian_rounding rate=1e-10 one_sided", "beats"],
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import nncf
@@ -20,9 +19,9 @@ from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from nnc_utils import artifact as artifacts
 from nnc_utils import peers
 from nnc_utils.runtimes import qdq
+from nnc_utils.runtimes.openvino import count_operators
 
 PRESETS = {"performance": nncf.QuantizationPreset.PERFORMANCE, "mixed": nncf.QuantizationPreset.MIXED}
-INTEGER = ("u8", "i8")
 
 
 def make(
@@ -76,24 +75,8 @@ def _is_codes(node: openvino.Node) -> bool:
     return constant and len(node.shape) > 1
 
 
-def integer_operators(compiled: openvino.CompiledModel) -> dict[str, int]:
-    """Kinds of layers that the compiled model computes in integers, and those in floats."""
-    counts: Counter[str] = Counter()
-    for node in compiled.get_runtime_model().get_ops():
-        about = node.get_rt_info()
-        kind = {"Convolution": "conv", "FullyConnected": "linear"}.get(_text(about["layerType"]))
-        if kind:
-            integer = _text(about["runtimePrecision"]) in INTEGER
-            counts[kind if integer else f"float {kind}"] += 1
-    return dict(counts)
-
-
-def _text(value: object) -> str:
-    return str(getattr(value, "astype", lambda kind: value)(str))
-
-
 def _check(artifact: artifacts.Artifact, compiled: openvino.CompiledModel) -> None:
-    counts = integer_operators(compiled)
+    counts = count_operators(compiled)
     kinds = [step.kind for step in qdq.steps(artifact.spec)]
     wanted = {kind: kinds.count(kind) for kind in ("conv", "linear")}
     if counts != wanted:

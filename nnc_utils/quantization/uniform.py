@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nnc_utils import encoding
-from nnc_utils.encoding import Uniform, largest_code
+from nnc_utils.encoding import Uniform
 from nnc_utils.quantization.networks import for_each_layer, quantized
 
 CLIPS = ("max", "percentile", "mse")
@@ -17,7 +17,13 @@ SHRINKS = torch.linspace(1.0, 0.2, 17)  # of the largest range, tried by clip="m
 
 
 def quantize(
-    weight: Tensor, *, bits: int, per_channel: bool, symmetric: bool = True, clip: str = "max"
+    weight: Tensor,
+    *,
+    bits: int,
+    per_channel: bool,
+    symmetric: bool = True,
+    clip: str = "max",
+    levels: int | None = None,
 ) -> Uniform:
     """Round a weight to ``bits``-bit codes: ``Q(w) = round(w * (2**(bits-1) - 1) / max|w|)``.
 
@@ -31,6 +37,7 @@ def quantize(
     clip : how the range is chosen; what is outside gets the last code. "max": nothing is outside.
         "percentile": one weight in a thousand is. "mse": the one of 17 ranges, from the largest to a
         fifth of it, with the smallest squared error.
+    levels : of symmetric codes, to use fewer than the width has: an odd number, so that 0 is one.
 
     Returns
     -------
@@ -39,11 +46,12 @@ def quantize(
     Raises
     ------
     ValueError
-        For other widths, an unknown `clip`, an empty tensor, and weights that are not finite.
+        For other widths and levels, an unknown `clip`, an empty tensor, and weights that are not finite.
     """
     most = 16 if symmetric else 8
     if type(bits) is not int or not 2 <= bits <= most:
         raise ValueError(f"bits is {bits!r}: a whole number from 2 to {most} is needed")
+    largest = _largest(bits, levels, symmetric)
     if clip not in CLIPS:
         raise ValueError(f"unknown clip {clip!r}: one of {', '.join(CLIPS)}")
     if not weight.numel():
@@ -54,11 +62,11 @@ def quantize(
         )
     rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
     low, high = _range(rows, symmetric, clip)
-    codes, scale, zero_point = _round(rows, low, high, bits, symmetric)
+    codes, scale, zero_point = _round(rows, low, high, largest, symmetric)
     if clip == "mse":
         least = torch.full_like(low, torch.inf)
         for shrink in SHRINKS.tolist():
-            trial = _round(rows, shrink * low, shrink * high, bits, symmetric)
+            trial = _round(rows, shrink * low, shrink * high, largest, symmetric)
             error = (_values(*trial) - rows).square().sum(1)
             better = error < least
             least = torch.where(better, error, least)
@@ -93,12 +101,25 @@ def _range(rows: Tensor, symmetric: bool, clip: str) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _round(rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, ...]:
+def _largest(bits: int, levels: int | None, symmetric: bool) -> int:
+    """The largest code."""
+    _, largest = encoding.code_range(bits, affine=not symmetric)
+    if levels is None:
+        return largest
+    if not symmetric or levels not in range(3, 2 * largest + 2, 2):
+        raise ValueError(
+            f"levels is {levels!r} with symmetric={symmetric} and bits={bits}: symmetric codes, and of "
+            f"them an odd number from 3 to {2**bits - 1}, are needed"
+        )
+    return levels // 2
+
+
+def _round(rows: Tensor, low: Tensor, high: Tensor, largest: int, symmetric: bool) -> tuple[Tensor, ...]:
     """Codes, scale and zero-point of each row."""
-    scale = (high / largest_code(bits) if symmetric else (high - low) / (2**bits - 1)).float()
+    scale = ((high if symmetric else high - low) / largest).float()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero_point = torch.zeros_like(scale) if symmetric else (-low / scale).round()
-    lowest, largest = encoding.code_range(bits, affine=not symmetric)
+    lowest = -largest if symmetric else 0
     codes = (torch.round(rows / scale[:, None]) + zero_point[:, None]).clamp(lowest, largest)
     return codes, scale, zero_point
 
@@ -114,6 +135,7 @@ def quantize_network(
     per_channel: bool,
     symmetric: bool = True,
     clip: str = "max",
+    levels: int | None = None,
 ) -> nn.Module:
     """A copy of a network whose convolutions and classifier compute with rounded weights.
 
@@ -121,7 +143,7 @@ def quantize_network(
     ----------
     model : a network of `models.build`; not changed.
     bits : one width for all layers, or a width for each layer by name.
-    per_channel, symmetric, clip : see `quantize`.
+    per_channel, symmetric, clip, levels : see `quantize`.
 
     Returns
     -------
@@ -134,7 +156,7 @@ def quantize_network(
         For a width out of range, an unknown or missing layer name, a weight that is not finite.
     """
     widths = for_each_layer(model, "bits", bits)
-    options = {"per_channel": per_channel, "symmetric": symmetric, "clip": clip}
+    options = {"per_channel": per_channel, "symmetric": symmetric, "clip": clip, "levels": levels}
 
     def rule(name: str, layer: nn.Module) -> Uniform:
         rounded = quantize(layer.weight, bits=widths[name], **options)

@@ -13,7 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from nnc_utils.artifact import Artifact
 
-NAMES = ("eager", "onnxruntime")
+NAMES = ("eager", "inductor", "onnxruntime", "openvino", "executorch")
+INTEGERS = ("int8", "s8s8")  # precisions whose kernels are counted
 OPSET, IR_VERSION = 17, 8  # of the ONNX that is written: read by ONNX Runtime and OpenVINO since 2022
 
 
@@ -38,10 +39,13 @@ class Session(Protocol):
 class Adapter(Protocol):
     """What each module of this package offers.
 
-    `PRECISIONS` names what the runtime computes in.
+    `PRECISIONS` names what the runtime computes in, `INTEGER` the kinds of `qdq.Step` that it has integer
+    kernels for. `missing(precision)`, where there is one, says what the library lacks on this machine, and
+    `files(path)` which files a network is, where it is several.
     """
 
     PRECISIONS: tuple[str, ...]
+    INTEGER: tuple[str, ...]
 
     def prepare(self, artifact: Artifact, precision: str, threads: int) -> Session:
         """An artifact ready to run."""
@@ -71,9 +75,21 @@ def adapter(name: str) -> ModuleType:
     return importlib.import_module(f"nnc_utils.runtimes.{name}")
 
 
-def available(name: str) -> str:
-    """Empty when a runtime can be used, otherwise why not, e.g. "not installed"."""
-    return why_not(lambda: adapter(name))
+def available(name: str, precision: str = "") -> str:
+    """Empty when a runtime (and one of its precisions) can be used here, otherwise why not.
+
+    Such as "not installed", "no C++ compiler" or "no bf16 in this processor".
+    """
+    if why := why_not(lambda: adapter(name)):
+        return why
+    module = adapter(name)
+    return module.missing(precision) if hasattr(module, "missing") else ""
+
+
+def files(name: str, path: Path) -> list[Path]:
+    """The files that a runtime loads: what `convert` made, and what lies beside it."""
+    module = adapter(name)
+    return module.files(path) if hasattr(module, "files") else [path]
 
 
 def why_not(load: Callable[[], ModuleType]) -> str:
@@ -94,7 +110,8 @@ def prepare(name: str, artifact: Artifact, precision: str, threads: int) -> Sess
     ----------
     name : one of `NAMES`.
     artifact : an `artifact.Artifact`.
-    precision : "fp32" (decoded weights, activations never rounded) or "int8" (`qdq.lower`).
+    precision : "fp32" (decoded weights, activations never rounded), "int8" (`qdq.lower`), or another of
+        the adapter's `PRECISIONS`.
     threads : for one prediction.
 
     Raises
@@ -104,15 +121,15 @@ def prepare(name: str, artifact: Artifact, precision: str, threads: int) -> Sess
     ImportError
         When the runtime is not `available`.
     RuntimeError
-        When a precision of int8 was asked for and something runs in floats.
+        When integers were asked for and something runs in floats.
     """
     module = adapter(name)
     check_precision(name, precision)
     session = module.prepare(artifact, precision, threads)
-    if precision == "int8":
+    if precision in INTEGERS:
         from nnc_utils.runtimes import qdq
 
-        qdq.check_integer(artifact.spec, session.integer_operators)
+        qdq.check_integer(artifact.spec, session.integer_operators, module.INTEGER)
     return session
 
 

@@ -13,6 +13,7 @@ from nnc_utils import models
 from nnc_utils.artifact import Artifact
 
 PRECISIONS = ("fp32",)
+INTEGER = ()
 
 
 class EagerSession:

@@ -1,5 +1,8 @@
 """ONNX Runtime on the CPU: fp32, and int8 from quantize/dequantize pairs.
 
+"int8" has U8 activations, for which x86 has instructions. "s8s8" has S8 ones, what other tools write by
+default: its integer kernels are those without such instructions.
+
 On x86 processors without VNNI its kernel for U8 activations and S8 weights adds two products in 16 bits
 and saturates: codes up to ±127 may give wrong sums there, codes up to ±64 (7 bits) cannot. Its precision
 mode is on: there, and for such codes alone, it shifts the weights to U8 and takes a slower kernel
@@ -8,6 +11,7 @@ that is exact.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections import Counter
@@ -23,8 +27,9 @@ if TYPE_CHECKING:
 
     from nnc_utils.artifact import Artifact
 
-PRECISIONS = ("fp32", "int8")
-INTEGER = {
+PRECISIONS = ("fp32", "int8", "s8s8")
+INTEGER = ("conv", "linear", "add")
+KINDS = {
     "QLinearConv": "conv",
     "QGemm": "linear",
     "QLinearAdd": "add",
@@ -42,20 +47,25 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def _exact(threads: int) -> ort.SessionOptions:
+def _options(precision: str, threads: int) -> ort.SessionOptions:
     options = session_options(threads)
     options.add_session_config_entry("session.x64quantprecision", "1")
+    if precision == "s8s8":  # else such activations are turned into U8 or floats
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
     return options
 
 
 class OnnxRuntimeSession:
     """An inference session; see `runtimes.Session`. `model` is a file, or a serialized model."""
 
-    def __init__(self, model: Path | bytes, threads: int) -> None:
-        self._model = model if isinstance(model, bytes) else str(model)
-        self._session = ort.InferenceSession(self._model, _exact(threads), providers=["CPUExecutionProvider"])
+    def __init__(self, model: Path | bytes, precision: str, threads: int) -> None:
+        self._model, self._precision = model if isinstance(model, bytes) else str(model), precision
+        self._session = self._open(_options(precision, threads))
         self._input = self._session.get_inputs()[0].name
         self.runtime_bytes = len(model) if isinstance(model, bytes) else model.stat().st_size
+
+    def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        return ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
 
     @property
     def threads(self) -> int:
@@ -72,11 +82,36 @@ class OnnxRuntimeSession:
         import onnx
 
         with tempfile.TemporaryDirectory() as folder:
-            options = _exact(1)
+            options = _options(self._precision, 1)
             options.optimized_model_filepath = os.path.join(folder, "executed.onnx")
-            ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+            self._open(options)
             executed = onnx.load(options.optimized_model_filepath)
         return count_operators(executed)
+
+    def profile(self, images: np.ndarray, runs: int = 50) -> dict[str, dict[str, float]]:
+        """Where the time of a prediction goes: operator -> calls and milliseconds of one prediction.
+
+        Parameters
+        ----------
+        images : normalized float32 (batch, C, H, W).
+        runs : predictions that count; as many go before them.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            options = _options(self._precision, self.threads)
+            options.enable_profiling = True
+            options.profile_file_prefix = os.path.join(folder, "profile")
+            session = self._open(options)
+            for _ in range(2 * runs):
+                session.run(None, {self._input: images})
+            with open(session.end_profiling(), encoding="utf-8") as stream:
+                events = json.load(stream)
+        calls = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+        found: dict[str, dict[str, float]] = {}
+        for event in calls[len(calls) // 2 :]:
+            entry = found.setdefault(event["args"]["op_name"], {"calls": 0.0, "ms": 0.0})
+            entry["calls"] += 1 / runs
+            entry["ms"] += event["dur"] / 1e3 / runs
+        return found
 
 
 def count_operators(executed: onnx.ModelProto) -> dict[str, int]:
@@ -84,8 +119,8 @@ def count_operators(executed: onnx.ModelProto) -> dict[str, int]:
     producers = {output: node for node in executed.graph.node for output in node.output}
     counts: Counter[str] = Counter()
     for node in executed.graph.node:
-        if node.op_type in INTEGER:
-            counts[INTEGER[node.op_type]] += 1
+        if node.op_type in KINDS:
+            counts[KINDS[node.op_type]] += 1
         elif node.op_type in FLOAT:
             counts[f"float {node.op_type}"] += 1
         elif node.op_type.endswith("MaxPool"):  # takes either; what made its input tells
@@ -101,7 +136,7 @@ def prepare(artifact: Artifact, precision: str, threads: int) -> OnnxRuntimeSess
     """An artifact as ONNX, loaded."""
     from nnc_utils.runtimes import qdq
 
-    return OnnxRuntimeSession(qdq.onnx_model(artifact, precision).SerializeToString(), threads)
+    return OnnxRuntimeSession(qdq.onnx_model(artifact, precision).SerializeToString(), precision, threads)
 
 
 def convert(source: Path, precision: str, folder: Path) -> Path:
@@ -117,11 +152,16 @@ def convert(source: Path, precision: str, folder: Path) -> Path:
 
 def load(path: Path, precision: str, threads: int) -> OnnxRuntimeSession:
     """A session of an ONNX file."""
-    return OnnxRuntimeSession(Path(path), threads)
+    return OnnxRuntimeSession(Path(path), precision, threads)
 
 
 def identity(shape: tuple[int, int], threads: int) -> OnnxRuntimeSession:
-    """A graph with one Identity node."""
+    """A session of `identity_model`."""
+    return OnnxRuntimeSession(identity_model(shape).SerializeToString(), "fp32", threads)
+
+
+def identity_model(shape: tuple[int, int]) -> onnx.ModelProto:
+    """A graph with one Identity node, for pictures of (channels, size)."""
     from onnx import TensorProto, helper
 
     from nnc_utils.runtimes import IR_VERSION, OPSET
@@ -134,5 +174,4 @@ def identity(shape: tuple[int, int], threads: int) -> OnnxRuntimeSession:
     node = helper.make_node("Identity", ["images"], ["same"])
     graph = helper.make_graph([node], "identity", ends[:1], ends[1:])
     opset = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
-    return OnnxRuntimeSession(model.SerializeToString(), threads)
+    return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)

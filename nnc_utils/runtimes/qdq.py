@@ -6,7 +6,7 @@ scales, `onnx_model` writes either form down as ONNX, `check_integer` says wheth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -19,9 +19,10 @@ from nnc_utils.artifact import Artifact
 from nnc_utils.models import Layer, Spec
 from nnc_utils.runtimes import IR_VERSION, OPSET
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "int8", "s8s8")
 # A bias above this could carry the 32-bit sum over its end; products alone stay far below.
 BIAS_LIMIT = 2**30
+SIGNED_SHIFT = 128  # from U8 codes to the S8 codes that mean the same
 # Where a channel's scale vanishes, its product with an input's scale must still be a normal float.
 SMALLEST_SCALE = 2.0**-90
 
@@ -78,21 +79,24 @@ def steps(spec: Spec) -> list[Step]:
     return found
 
 
-def check_integer(spec: Spec, counts: Mapping[str, int]) -> None:
+def check_integer(
+    spec: Spec, counts: Mapping[str, int], kinds: Iterable[str] = ("conv", "linear", "add")
+) -> None:
     """Make sure that a runtime computes every convolution, linear layer and add in integers.
 
     Parameters
     ----------
     spec : the network's.
     counts : kind of step -> how many the runtime runs in integers (a session's `integer_operators`).
+    kinds : that the runtime has integer kernels for.
 
     Raises
     ------
     RuntimeError
         Names each kind whose count differs, and what the runtime says of the rest.
     """
-    kinds = [step.kind for step in steps(spec)]
-    wanted = {kind: kinds.count(kind) for kind in ("conv", "linear", "add")}
+    found = [step.kind for step in steps(spec)]
+    wanted = {kind: found.count(kind) for kind in kinds}
     wrong = [f"{counts.get(k, 0)} of {n} {k}" for k, n in wanted.items() if counts.get(k, 0) != n]
     if wrong:
         raise RuntimeError(
@@ -156,6 +160,16 @@ def lower(artifact: Artifact) -> IntegerNetwork:
             input_scale = ranges[step.inputs[0]][0]
             integer_layers[step.name] = _integers(artifact.weights[step.name], factor, bias, input_scale)
     return IntegerNetwork(artifact.spec, order, integer_layers, ranges)
+
+
+def float_layers(artifact: Artifact) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight and bias of each layer with its batch-norm folded in, float32: never rounded but decoded."""
+    found = {}
+    for layer in models.layers(artifact.spec):
+        factor, bias = _fold(artifact, layer)
+        weight = encoding.decode(artifact.weights[layer.name]).double()
+        found[layer.name] = ((weight * _column(factor, weight)).float(), bias.float())
+    return found
 
 
 def _ranges(artifact: Artifact, order: tuple[Step, ...]) -> dict[str, tuple[float, int]]:
@@ -223,7 +237,8 @@ def onnx_model(artifact: Artifact, precision: str) -> onnx.ModelProto:
     ----------
     artifact : an `artifact.Artifact`.
     precision : "fp32": decoded weights, batch-norm folded, activations never rounded. "int8": the
-        integers of `lower`, each tensor between a quantize and a dequantize node.
+        integers of `lower`, each tensor between a quantize and a dequantize node. "s8s8": the same with
+        signed activations.
 
     Raises
     ------
@@ -231,21 +246,17 @@ def onnx_model(artifact: Artifact, precision: str) -> onnx.ModelProto:
     """
     if precision == "fp32":
         return _float_model(artifact)
-    if precision == "int8":
-        return integer_model(lower(artifact))
+    if precision in ("int8", "s8s8"):
+        return integer_model(lower(artifact), signed=precision == "s8s8")
     raise LoweringError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
 
 
 def _float_model(artifact: Artifact) -> onnx.ModelProto:
-    nodes, constants = [], {}
-    order = steps(artifact.spec)
-    for step in order:
+    nodes, constants, layers = [], {}, float_layers(artifact)
+    for step in steps(artifact.spec):
         inputs = ["images" if name == "quant_input" else name for name in step.inputs]
         if step.layer is not None:
-            factor, bias = _fold(artifact, step.layer)
-            weight = encoding.decode(artifact.weights[step.name]).double()
-            constants[f"{step.name}.weight"] = (weight * _column(factor, weight)).float()
-            constants[f"{step.name}.bias"] = bias.float()
+            constants[f"{step.name}.weight"], constants[f"{step.name}.bias"] = layers[step.name]
             inputs += [f"{step.name}.weight", f"{step.name}.bias"]
         if step.kind == "linear":
             nodes.append(helper.make_node("Flatten", [inputs[0]], ["features"]))
@@ -257,13 +268,17 @@ def _float_model(artifact: Artifact) -> onnx.ModelProto:
     return _model(artifact.spec, nodes, constants)
 
 
-def integer_model(network: IntegerNetwork) -> onnx.ModelProto:
-    """What `onnx_model` writes for int8, of a network that is lowered already."""
+def integer_model(network: IntegerNetwork, *, signed: bool = False) -> onnx.ModelProto:
+    """What `onnx_model` writes for int8, of a network that is lowered already.
+
+    With `signed` activations are S8, the same codes less 128: slow on x86, whose fast kernels are U8S8.
+    """
     nodes, constants = [], {}
+    kind, shift = (torch.int8, SIGNED_SHIFT) if signed else (torch.uint8, 0)
 
     def rounded(tensor: str, output: str, scale: Tensor | float, zero_point: int) -> None:
         constants[f"{output}.scale"] = torch.tensor(scale, dtype=torch.float32)
-        constants[f"{output}.zero_point"] = torch.tensor(zero_point, dtype=torch.uint8)
+        constants[f"{output}.zero_point"] = torch.tensor(zero_point - shift, dtype=kind)
         parameters = [f"{output}.scale", f"{output}.zero_point"]
         nodes.append(helper.make_node("QuantizeLinear", [tensor, *parameters], [f"{output}.codes"]))
         nodes.append(helper.make_node("DequantizeLinear", [f"{output}.codes", *parameters], [output]))

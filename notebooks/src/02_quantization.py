@@ -78,6 +78,7 @@ SETTINGS = dict.fromkeys(BITS, ("bits",)) | {
     "hessian_rounding": ("rate",),
     "mixed_precision": ("budget", "rule"),
 }
+SETTINGS |= {"uniform_per_channel": ("bits", "levels")}
 SETTINGS |= dict.fromkeys(("gzip", "xz", "zstd"), ("bits",)) | {"nncodec": ("qp",)}
 FLAGS = {"bn", "float", "one_sided", "rdo"}
 WIDTHS = (2, 3, 4, 8)  # among which mixed precision chooses
@@ -103,10 +104,10 @@ for point in (*points, *peers):  # before any work
         raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
     for key, value in parsed(point)[2].items():
         try:
-            float(value if key in ("bits", "rate", "qp") else 0)
+            float(value if key in ("bits", "levels", "rate", "qp") else 0)
         except ValueError:
             raise ValueError(f"{point!r}: {key} is {value!r}, a number is needed") from None
-        if key == "budget" and value not in (allowed := [f"{bits}bit" for bits in WIDTHS[1:]]):
+        if key == "budget" and value not in (allowed := [*(f"{bits}bit" for bits in WIDTHS[1:]), "5level"]):
             raise ValueError(f"{point!r}: the budget is one of {', '.join(allowed)}")
     if parsed(point)[0] in ("gzip", "xz", "zstd") and f"uniform_per_channel:{parsed(point)[1]}" not in points:
         raise ValueError(
@@ -416,9 +417,9 @@ pd.DataFrame(rows).round(4)
 
 # %%
 @functools.cache
-def nearest(name: str, bits: int) -> encoding.Uniform:
+def nearest(name: str, bits: int, levels: int | None = None) -> encoding.Uniform:
     """A layer's weight rounded to nearest, per channel, in the range with the least squared error."""
-    return uniform.quantize(weights[name], bits=bits, per_channel=True, clip="mse")
+    return uniform.quantize(weights[name], bits=bits, per_channel=True, clip="mse", levels=levels)
 
 
 # %%
@@ -601,17 +602,19 @@ def rounded(method: str, setting: dict[str, str]) -> torch.nn.Module:
         cost, harm = tables()
         bits = by_hand
         if "budget" in setting:
-            width = int(setting["budget"].removesuffix("bit"))  # the bytes of so many bits everywhere
-            budget = sum(c[width] for c in cost.values()) - HEADER
+            number = int(setting["budget"].rstrip("bitlevel"))  # of bits or levels, the same everywhere
+            width = (3, number) if "level" in setting["budget"] else (number, None)
+            budget = sum(encoding.payload_bits(nearest(name, *width)) for name in weights) / 8 - HEADER
             bits = mixed_precision.allocate(cost, harm, budget=budget)
         return quantized(model, lambda name, layer: nearest(name, bits[name]))
-    bits = int(setting["bits"])
+    levels = int(setting["levels"]) if "levels" in setting else None
+    bits = levels.bit_length() if levels else int(setting["bits"])
     if method == "kmeans":
         return codebook.quantize_network(model, bits=bits)
     if method == "hessian_kmeans":
         return codebook.quantize_network(model, bits=bits, importance=fisher())
-    clip = "max" if bits > 4 else "mse"
-    return uniform.quantize_network(model, bits=bits, per_channel=method == "uniform_per_channel", clip=clip)
+    options = {"per_channel": method == "uniform_per_channel", "clip": "max" if bits > 4 else "mse"}
+    return uniform.quantize_network(model, bits=bits, levels=levels, **options)
 
 
 # %%

@@ -1,0 +1,143 @@
+"""ExecuTorch with XNNPACK: the .pte that runs on phones, here on this machine's processor.
+
+XNNPACK's integers are signed, so activations are the file's codes less 128.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from executorch.extension.pybindings import portable_lib
+from torch import nn
+
+from nnc_utils.artifact import Artifact
+
+PRECISIONS = ("fp32", "int8")
+INTEGER = ("conv", "linear", "add")
+MOST = 64  # pictures at once; larger batches are cut
+KINDS = {"XNNConv2d": "conv", "XNNDepthwiseConv2d": "conv", "XNNFullyConnected": "linear", "XNNAdd": "add"}
+
+
+class ExecuTorchSession:
+    """A loaded program; see `runtimes.Session`."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._content, self._threads = path.read_bytes(), threads
+        self._use_threads()
+        self._program = portable_lib._load_for_executorch_from_buffer(self._content)
+        self.runtime_bytes = len(self._content)
+
+    @property
+    def threads(self) -> int:
+        """As the thread pool says; it belongs to the process, so each session sets its own again."""
+        self._use_threads()
+        return portable_lib._threadpool_get_thread_count()
+
+    def _use_threads(self) -> None:
+        if portable_lib._threadpool_get_thread_count() != self._threads:
+            portable_lib._unsafe_reset_threadpool(self._threads)
+
+    @property
+    def integer_operators(self) -> dict[str, int]:
+        """Counted in the graph of XNNPACK that the program holds; what is outside counts as float."""
+        return count_operators(self._content)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Normalized float32 (batch, C, H, W) -> float32 logits (batch, classes)."""
+        self._use_threads()
+        parts = torch.from_numpy(np.ascontiguousarray(images)).split(MOST)
+        # a program's output lies in memory that its next run writes to
+        logits = [self._program.forward((part,))[0].clone() for part in parts]
+        return torch.cat(logits).numpy()
+
+
+def count_operators(content: bytes) -> dict[str, int]:
+    """Kinds of operators that a .pte computes in integers, and those in floats."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    program = deserialize_pte_binary(content).program
+    counts: Counter[str] = Counter()
+    for plan in program.execution_plan:
+        counts.update(f"float {operator.name}" for operator in plan.operators)
+        for delegate in plan.delegates:
+            graph = _xnnpack_graph(program.backend_delegate_data[delegate.processed.index].data)
+            integers = {
+                i
+                for i, value in enumerate(graph["xvalues"])
+                if value["xvalue_union_type"] == "XNNQuantizedTensorValue"
+            }
+            for node in graph["xnodes"]:
+                kind = KINDS.get(node["xnode_union_type"].removeprefix("_"))
+                read = {node["xnode_union"].get(key) for key in ("input1_id", "input2_id", "filter_id")}
+                if kind:
+                    counts[kind if read - {None} <= integers else f"float {kind}"] += 1
+    return dict(counts)
+
+
+def _xnnpack_graph(data: bytes) -> dict:
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnnpack
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+
+    header = xnnpack.XNNHeader.from_bytes(data[: xnnpack.XNNHeader.EXPECTED_LENGTH])
+    start = header.flatbuffer_offset
+    with tempfile.TemporaryDirectory() as folder:
+        schema, graph = Path(folder) / "schema.fbs", Path(folder) / "graph.bin"
+        schema.write_bytes(xnnpack._get_schema_bytes())
+        graph.write_bytes(data[start : start + header.flatbuffer_size])
+        _flatc_decompile(folder, str(schema), str(graph), ["--raw-binary", "--defaults-json"])
+        text = (Path(folder) / "graph.json").read_text()
+    return json.loads(re.sub(r": (-?)inf\b", r": \1Infinity", text))
+
+
+def _write(module: nn.Module, shape: tuple[int, ...], target: Path) -> Path:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    from nnc_utils.runtimes import exported
+
+    program = exported.export(module, shape, batch=MOST, dynamic=True)
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    target.write_bytes(lowered.to_executorch().buffer)
+    return target
+
+
+def prepare(artifact: Artifact, precision: str, threads: int) -> ExecuTorchSession:
+    """An artifact as .pte, loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load(_lowered(artifact, precision, Path(folder)), precision, threads)
+
+
+def convert(source: Path, precision: str, folder: Path) -> Path:
+    """Write the .pte of an artifact's file."""
+    from nnc_utils import artifact as artifacts
+
+    return _lowered(artifacts.read(source), precision, Path(folder))
+
+
+def _lowered(artifact: Artifact, precision: str, folder: Path) -> Path:
+    from nnc_utils.runtimes import exported
+
+    spec, target = artifact.spec, folder / f"{artifact.sha256[:16]}.{precision}.pte"
+    module = exported.Network(artifact, precision, signed=precision == "int8")
+    return _write(module, (spec.channels, spec.size, spec.size), target)
+
+
+def load(path: Path, precision: str, threads: int) -> ExecuTorchSession:
+    """A session of a .pte file."""
+    return ExecuTorchSession(Path(path), threads)
+
+
+def identity(shape: tuple[int, int], threads: int) -> ExecuTorchSession:
+    """A program that copies its input."""
+    from nnc_utils.runtimes import exported
+
+    channels, size = shape
+    with tempfile.TemporaryDirectory() as folder:
+        target = _write(exported.Copy(), (channels, size, size), Path(folder) / "identity.pte")
+        return load(target, "fp32", threads)

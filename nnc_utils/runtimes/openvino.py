@@ -1,0 +1,124 @@
+"""OpenVINO on the CPU: fp32 and bf16 of the float model, int8 of the quantize/dequantize pairs.
+
+OpenVINO computes a float model in bf16 or fp16 where the processor has it, unless it is told not to; so
+the precision is set and read back.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import openvino
+
+if TYPE_CHECKING:
+    import onnx
+
+    from nnc_utils.artifact import Artifact
+
+PRECISIONS = ("fp32", "bf16", "int8")
+FLOATS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "int8": openvino.Type.f32}
+INTEGER = ("conv", "linear")  # an add is computed where the convolution before it writes its output
+
+
+def missing(precision: str) -> str:
+    """bf16 needs a processor that has it."""
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "no bf16 in this processor" if precision == "bf16" and "BF16" not in able else ""
+
+
+class OpenVinoSession:
+    """A compiled model; see `runtimes.Session`."""
+
+    def __init__(self, model: Path | openvino.Model, precision: str, threads: int) -> None:
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": FLOATS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._compiled = openvino.Core().compile_model(model, "CPU", options)
+        used = self._compiled.get_property("INFERENCE_PRECISION_HINT")
+        if used != FLOATS[precision]:
+            raise RuntimeError(f"OpenVINO was told to use {FLOATS[precision]} and uses {used}")
+        self._request = self._compiled.create_infer_request()
+        self.runtime_bytes = sum(f.stat().st_size for f in files(model)) if isinstance(model, Path) else 0
+
+    @property
+    def threads(self) -> int:
+        """As the compiled model has them."""
+        return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
+
+    @property
+    def integer_operators(self) -> dict[str, int]:
+        """Counted in the graph that the runtime executes."""
+        return count_operators(self._compiled)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Normalized float32 (batch, C, H, W) -> float32 logits (batch, classes)."""
+        self._request.infer([images], share_inputs=True)
+        return self._request.get_output_tensor(0).data.copy()
+
+
+def count_operators(compiled: openvino.CompiledModel) -> dict[str, int]:
+    """Kinds of layers that a compiled model computes in integers, and those in floats."""
+    counts: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        about = node.get_rt_info()
+        kind = {"Convolution": "conv", "FullyConnected": "linear"}.get(_text(about["layerType"]))
+        if kind:
+            integer = _text(about["runtimePrecision"]) in ("u8", "i8")
+            counts[kind if integer else f"float {kind}"] += 1
+    return dict(counts)
+
+
+def _text(value: object) -> str:
+    return str(getattr(value, "astype", lambda kind: value)(str))
+
+
+def files(path: Path) -> list[Path]:
+    """The graph and its weights."""
+    return [path, path.with_suffix(".bin")]
+
+
+def _model(model: onnx.ModelProto) -> openvino.Model:
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder) / "given.onnx"
+        given.write_bytes(model.SerializeToString())
+        return openvino.convert_model(given)
+
+
+def prepare(artifact: Artifact, precision: str, threads: int) -> OpenVinoSession:
+    """An artifact as OpenVINO's model, compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load(_write(artifact, precision, Path(folder)), precision, threads)
+
+
+def convert(source: Path, precision: str, folder: Path) -> Path:
+    """Write the .xml and .bin files of an artifact's file."""
+    from nnc_utils import artifact as artifacts
+
+    return _write(artifacts.read(source), precision, Path(folder))
+
+
+def _write(artifact: Artifact, precision: str, folder: Path) -> Path:
+    from nnc_utils.runtimes import qdq
+
+    model = qdq.onnx_model(artifact, "int8" if precision == "int8" else "fp32")
+    target = folder / f"{artifact.sha256[:16]}.{precision}.xml"
+    openvino.save_model(_model(model), target, compress_to_fp16=False)
+    return target
+
+
+def load(path: Path, precision: str, threads: int) -> OpenVinoSession:
+    """A session of an .xml file, whose .bin lies beside it."""
+    return OpenVinoSession(Path(path), precision, threads)
+
+
+def identity(shape: tuple[int, int], threads: int) -> OpenVinoSession:
+    """A model whose output is its input."""
+    from nnc_utils.runtimes import onnxruntime
+
+    return OpenVinoSession(_model(onnxruntime.identity_model(shape)), "fp32", threads)
