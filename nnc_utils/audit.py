@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nnc_utils.provenance import file_sha256, json_sha256
-from nnc_utils.rows import CompressionRow, LatencyRow, SummaryRow, evidence
+from nnc_utils.rows import AGAIN, CompressionRow, LatencyRow, SummaryRow, evidence
 from nnc_utils.tables import COMMITTED_BYTES, ResultError, labels_name, read_rows
 
 EXACT = 6e-5  # stored with four decimals
@@ -122,7 +122,8 @@ class _Audit:
             yield f"{what}: no compression row for artifact {row.artifact_sha256[:16]}"
             return
         network = networks[row.artifact_sha256]
-        for column in ("dataset", "model", "technique", "method", "point", "control", "seed", "headline"):
+        columns = ("dataset", "model", "technique", "method", "point", "seed")
+        for column in columns if row.control == AGAIN else (*columns, "control", "headline"):
             if getattr(row, column) != getattr(network, column):
                 yield f"{what}: {column} differs from the one in compression.csv"
         if row.accuracy is not None:
@@ -137,7 +138,9 @@ class _Audit:
         times = {
             other.runtime: other.p50_ms
             for other in self.latency
-            if other.technique == "baseline" and other.control == "" and other.precision == "fp32"
+            if other.technique == "baseline" and other.precision == "fp32"
+            if other.control == (AGAIN if row.control == AGAIN else "")
+            if networks[other.artifact_sha256].control == ""
             if (other.dataset, other.seed) == (row.dataset, row.seed) and other.p50_ms is not None
             if (other.batch, other.threads) == (row.batch, row.threads)
         }

@@ -14,9 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 MARKERS = "osD^vP*X<>hdp8"
+UNTIMED = ("identity", "again")  # controls of rows that are no network's first timing
 NAMES = {
     "eager": "eager PyTorch",
     "onnxruntime": "ONNX Runtime",
+    "inductor": "Inductor",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
     "train": "ResNet, fp32",
     "uniform_per_tensor": "per tensor",
     "uniform_per_channel": "per channel",
@@ -95,19 +99,10 @@ def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
 
 def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
     """How long does one picture take, where? Medians at batch 1 with one number of threads."""
-    axes = axes or plt.subplots()[1]
-    timed = (latency["batch"] == 1) & (latency["threads"] == threads) & (latency["control"] != "identity")
-    rows = latency[timed].sort_values("p50_ms", ascending=False)
-    colours = dict(zip(("fp32", "int8"), sns.color_palette("colorblind"), strict=False))
-    labels = [
-        f"{name(row['runtime'])} {row['precision']}"
-        + (
-            ""
-            if row["technique"] == "baseline"
-            else f"\n{name(row['method'])}, {row['point'].replace('bits=', '')} bits"
-        )
-        for _, row in rows.iterrows()
-    ]
+    rows = _single(latency, threads).sort_values("p50_ms", ascending=False)
+    axes = axes or plt.subplots(figsize=(8, max(3.0, 0.33 * len(rows))))[1]
+    colours = dict(zip(("fp32", "int8", "s8s8", "bf16"), sns.color_palette("colorblind"), strict=False))
+    labels = [f"{name(row['runtime'])} {row['precision']}, {_point(row)}" for _, row in rows.iterrows()]
     places = range(len(rows))
     axes.barh(places, rows["p50_ms"], color=[colours.get(p, "grey") for p in rows["precision"]])
     axes.set_yticks(places, labels, fontsize=9)
@@ -117,6 +112,41 @@ def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: in
     axes.set_title("How long does one picture take, where?")
     axes.margins(x=0.18)
     axes.grid(axis="y", visible=False)
+    return axes.figure
+
+
+def _single(latency: pd.DataFrame, threads: int) -> pd.DataFrame:
+    """What was timed for one picture, once each."""
+    timed = (latency["batch"] == 1) & (latency["threads"] == threads) & latency["p50_ms"].notna()
+    return latency[timed & ~latency["control"].isin(UNTIMED)]
+
+
+def _point(row: pd.Series) -> str:
+    """A network in two or three words."""
+    point = row["point"].replace("bits=", "") + (" bits" if "bits=" in row["point"] else "")
+    return " ".join(
+        filter(None, (row["model"] if row["technique"] == "baseline" else name(row["method"]), point))
+    )
+
+
+def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
+    """Which networks are worth having? Accuracy against time: a colour a technique, a marker a runtime."""
+    axes = axes or plt.subplots(figsize=(8, 4.5))[1]
+    rows = _single(latency, threads).dropna(subset=["accuracy"]).sort_values("p50_ms", kind="stable")
+    networks = {key: _point(group.iloc[0]) for key, group in rows.groupby("artifact_sha256", sort=False)}
+    colours = dict(zip(networks, sns.color_palette("colorblind", max(1, len(networks))), strict=True))
+    markers = dict(zip(rows["runtime"].unique(), MARKERS, strict=False))
+    for _, row in rows.iterrows():
+        colour = colours[row["artifact_sha256"]]
+        style = {"edgecolors": colour, "facecolors": colour if row["precision"] == "int8" else "none"}
+        axes.scatter(row["p50_ms"], row["accuracy"], marker=markers[row["runtime"]], s=70, **style)
+    best = rows[rows["accuracy"] > rows["accuracy"].cummax().shift(fill_value=-1.0)]
+    axes.step(best["p50_ms"], best["accuracy"], where="post", color="grey", linewidth=1, zorder=0)
+    handles = [axes.scatter([], [], color=colour, label=networks[key]) for key, colour in colours.items()]
+    handles += [axes.scatter([], [], color="grey", marker=m, label=name(r)) for r, m in markers.items()]
+    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xscale="log", xlabel="median milliseconds a picture", ylabel="test accuracy (%)")
+    axes.set_title("Which networks are worth having? (filled: int8)")
     return axes.figure
 
 

@@ -200,6 +200,7 @@ def latency(
     threads: Sequence[int] = (1, 2),
     rounds: int = 5,
     seconds: float = 60.0,
+    again: bool = False,
 ) -> list[dict[str, Any]]:
     """Time networks in their runtimes, and let each runtime classify the test set by the same code.
 
@@ -214,13 +215,15 @@ def latency(
     folder : for the predictions, of eager (as `score` leaves them) and of each runtime.
     batches, threads : at which to time.
     rounds : at least 5 for numbers that are published.
-    seconds : for all the timing together, about; slow networks get fewer samples, 3 a visit at least.
+    seconds : for all the timing together, about; slow networks get fewer samples (`worker.Worker.time`).
+    again : time everything once more, in new processes, to see whether the times hold.
 
     Returns
     -------
     Records with the columns of latency.csv that measuring knows (ratios are made from them by
     `rows.latency_rows`), path, samples (how many) and cpu_busy_before (percent). An identity network a
-    runtime has control "identity". Where a runtime is missing the record holds "why" instead of numbers.
+    runtime has control "identity", what was timed `again` control "again". Where a runtime is missing the
+    record holds "why" instead of numbers.
 
     Raises
     ------
@@ -242,59 +245,85 @@ def latency(
     for leftover in folder.parent.glob("latency-*"):  # of a killed run of this folder
         shutil.rmtree(leftover)
     folder.mkdir(parents=True, exist_ok=True)
-    place = tempfile.TemporaryDirectory(dir=folder.parent, prefix="latency-")
-    with place as scratch, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="latency-") as scratch:
         # One job for each content: two files may well hold the same network.
-        present = {(sha256[a[0]], a[1], a[2]): a for a in asked if not missing[a[1]]}
-        jobs = [_job(*job, dataset=dataset, folder=Path(scratch)) for job in present.values()]
-        probes = {(job.runtime, job.key): _probe(job, threads[0]) for job in jobs}
+        present = {(sha256[a[0]], a[1], a[2]): a for a in asked if not missing[a[1:]]}
+        jobs = []
+        for path, runtime, precision in present.values():
+            jobs.append(_job(path, runtime, precision, dataset=dataset, folder=Path(scratch)))
+            print(f"made {Path(path).stem} for {runtime} {precision}", flush=True)
+        known = {(job.runtime, job.key): _probe(job, threads[0]) | {"control": ""} for job in jobs}
+
+        def classify(workers: Mapping[str, Child]) -> None:
+            for job in jobs:
+                known[job.runtime, job.key] |= _classify(
+                    workers[job.runtime], job, eager, dataset, folder, max(batches), max(threads)
+                )
+
+        options = {"points": points, "rounds": rounds, "seconds": seconds}
+        records = _timed(jobs, known, **options, then=classify)
+        if again:
+            columns = {"control": "again", "accuracy": None, "agreement": None}
+            twice = [r | columns for r in _timed(jobs, known, **options) if r["control"] != "identity"]
+            records += twice
+    absent = [
+        {"path": path, "artifact_sha256": sha256[path], "runtime": runtime, "precision": precision}
+        | {"batch": batch, "threads": count, "rounds": 0, "control": "", "why": missing[runtime, precision]}
+        for path, runtime, precision in asked
+        for batch, count in points
+        if missing[runtime, precision]
+    ]
+    return records + absent
+
+
+def _timed(
+    jobs: Sequence[_Job],
+    known: Mapping[tuple[str, str], dict[str, Any]],
+    *,
+    points: Sequence[tuple[int, int]],
+    rounds: int,
+    seconds: float,
+    then: Callable[[Mapping[str, Child]], None] = lambda workers: None,
+) -> list[dict[str, Any]]:
+    """Records of all jobs at all points (batch, threads), in new processes; `then` may ask these more."""
+    with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(worker(name)) for name in dict.fromkeys(j.runtime for j in jobs)}
-        visits = [_identity(workers[name], name, jobs, count) for name in workers for count in threads]
-        visits = [(*visit, batch) for visit in visits for batch in batches]
+        visits = []
+        for name in workers:
+            for count in dict.fromkeys(count for _, count in points):
+                visit = _identity(workers[name], name, jobs, count)
+                visits += [(*visit, batch) for batch in dict.fromkeys(batch for batch, _ in points)]
         for job in jobs:
-            for count in threads:
+            for count in dict.fromkeys(count for _, count in points):
                 _open(workers[job.runtime], job, count)
             visits += [
                 (job.runtime, f"{job.key} {count}", job.images, count, batch) for batch, count in points
             ]
         busy = _busy()
         samples = _time(workers, visits, rounds=rounds, seconds=seconds)
-        records = [
-            _summary(samples[runtime, key, batch], runtime=runtime, batch=batch, threads=count, rounds=rounds)
-            | {"precision": "fp32", "control": "identity", "artifact_sha256": "", "cpu_busy_before": busy}
-            for runtime, key, _, count, batch in visits
-            if key.startswith("identity")
-        ]
-        for job in jobs:
-            known = _classify(workers[job.runtime], job, eager, dataset, folder, max(batches), max(threads))
-            known |= probes[job.runtime, job.key] | {"cpu_busy_before": busy, "control": ""}
-            for batch, count in points:
-                taken = samples[job.runtime, f"{job.key} {count}", batch]
-                records.append(
-                    _summary(taken, runtime=job.runtime, batch=batch, threads=count, rounds=rounds) | known
-                )
-    absent = [
-        {"path": path, "artifact_sha256": sha256[path], "runtime": runtime, "precision": precision}
-        | {"batch": batch, "threads": count, "rounds": 0, "control": "", "why": missing[runtime]}
-        for path, runtime, precision in asked
-        for batch, count in points
-        if missing[runtime]
-    ]
-    return records + absent
+        then(workers)
+    identity = {"precision": "fp32", "control": "identity", "artifact_sha256": ""}
+    records = []
+    for runtime, key, _, count, batch in visits:
+        taken = samples[runtime, key, batch]
+        about = identity if key.startswith("identity") else known[runtime, key.rpartition(" ")[0]]
+        summary = _summary(taken, runtime=runtime, batch=batch, threads=count, rounds=rounds)
+        records.append(summary | about | {"cpu_busy_before": busy})
+    return records
 
 
 def _asked(
     requests: Iterable[Mapping[str, Any]], reference: str
-) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
-    """What to time as (path, runtime, precision), the reference included, and why runtimes are missing."""
+) -> tuple[list[tuple[str, str, str]], dict[tuple[str, str], str]]:
+    """What to time as (path, runtime, precision), the reference included, and why which are missing."""
     asked = [(str(r["path"]), r["runtime"], r["precision"]) for r in requests]
-    missing = {name: runtimes.available(name) for name in ("eager", *(name for _, name, _ in asked))}
-    present = [name for name, why in missing.items() if not why]
+    names = dict.fromkeys(("eager", *(name for _, name, _ in asked)))
     for _, name, precision in asked:
-        if name in present:
+        if not runtimes.available(name):
             runtimes.check_precision(name, precision)
-    known = [(reference, name, "fp32") for name in present if "fp32" in runtimes.adapter(name).PRECISIONS]
-    unique = {(os.path.abspath(path), name, precision): path for path, name, precision in known + asked}
+    asked = [(reference, name, "fp32") for name in names] + asked
+    missing = {pair: runtimes.available(*pair) for pair in {(name, p) for _, name, p in asked}}
+    unique = {(os.path.abspath(path), name, precision): path for path, name, precision in asked}
     return [(path, name, precision) for (_, name, precision), path in unique.items()], missing
 
 
@@ -322,7 +351,7 @@ def _probe(job: _Job, threads: int) -> dict[str, Any]:
     }
 
 
-def _identity(process: Child, runtime: str, jobs: list[_Job], threads: int) -> tuple[str, str, Path, int]:
+def _identity(process: Child, runtime: str, jobs: Sequence[_Job], threads: int) -> tuple[str, str, Path, int]:
     job = next(job for job in jobs if job.runtime == runtime)
     key, spec = f"identity {threads}", job.network.spec
     process.ask("identity", key=key, shape=[spec.channels, spec.size], threads=threads)
@@ -334,8 +363,9 @@ def _open(process: Child, job: _Job, threads: int) -> str:
     loaded = process.ask("load", key=key, path=str(job.file), precision=job.precision, threads=threads)
     if loaded["threads"] != threads:
         raise ChildError(f"{job.runtime} was told to use {threads} threads and uses {loaded['threads']}")
-    if job.precision == "int8":
-        qdq.check_integer(job.network.spec, process.ask("operators", key=key))
+    if job.precision in runtimes.INTEGERS:
+        kinds = runtimes.adapter(job.runtime).INTEGER
+        qdq.check_integer(job.network.spec, process.ask("operators", key=key), kinds)
     return key
 
 
@@ -396,7 +426,7 @@ def _classify(
         "path": job.path,
         "artifact_sha256": sha256,
         "precision": job.precision,
-        "stored_codes": int(qdq.stored_codes(job.network)) if job.precision == "int8" else None,
+        "stored_codes": int(qdq.stored_codes(job.network)) if job.precision in runtimes.INTEGERS else None,
         "accuracy": round(evaluation.accuracy(predictions, labels), 4),
         "agreement": round(evaluation.accuracy(predictions, eager[sha256]), 4),
     }

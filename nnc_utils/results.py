@@ -16,6 +16,7 @@ import pandas as pd
 
 from nnc_utils.provenance import code_sha256, root, write_atomically
 from nnc_utils.rows import (
+    AGAIN,
     NO_LOSS,
     CompressionRow,
     LatencyRow,
@@ -57,6 +58,7 @@ RIVALS = (
     ("hessian_rounding", "nncodec"),
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
+RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
@@ -71,7 +73,8 @@ class Tables:
             raise ResultError(f"{self.folder} has no tables yet: run the benchmark of this profile first")
         kinds = {"compression": CompressionRow, "latency": LatencyRow, "summary": SummaryRow}
         frames = {name: to_frame(read_rows(self.folder / f"{name}.csv", k), k) for name, k in kinds.items()}
-        self.compression, self.latency, self.summary = frames.values()
+        self.compression, latency, self.summary = frames.values()
+        self.latency, self.again = latency[latency["control"] != AGAIN], latency[latency["control"] == AGAIN]
         self.provenance = json.loads((self.folder / "provenance.json").read_text(encoding="utf-8"))
         self.stale = {run for run, record in self.provenance.items() if _older(record)}
 
@@ -276,13 +279,44 @@ def _latency(tables: Tables) -> str:
     )
 
 
+def _twice(tables: Tables) -> str:
+    """Do the speed-ups hold when everything is timed again?"""
+    if not len(tables.again):
+        return "Timed once."
+    same = ["artifact_sha256", "runtime", "precision", "batch", "threads"]
+    pairs = tables.latency.merge(tables.again[[*same, RATIO, "p50_ms"]], on=same, suffixes=("", " again"))
+    pairs = pairs.assign(apart=100 * (pairs[f"{RATIO} again"] / pairs[RATIO] - 1))
+    far = pairs[pairs["apart"].abs() > APART].sort_values("apart", key=abs, ascending=False)
+    single = pairs[(pairs["batch"] == 1) & (pairs["threads"] == pairs["threads"].min())]
+    text = (
+        f"Everything was timed twice, in new processes. Of {len(pairs)} speed-ups over the fastest fp32 "
+        f"runtime {len(pairs) - len(far)} are within {APART} % of each other; the median is "
+        f"{pairs['apart'].abs().median():.1f} % apart. At batch 1 with {single['threads'].min()} thread: "
+        f"{(single['apart'].abs() <= APART).sum()} of {len(single)}. Further apart are:"
+    )
+    lines = [
+        {
+            "network": _network(row),
+            "runtime": f"{row['runtime']} {row['precision']}",
+            "batch": str(row["batch"]),
+            "threads": str(row["threads"]),
+            "× fastest fp32": _times(row[RATIO]),
+            "again": _times(row[f"{RATIO} again"]),
+            "apart %": f"{row['apart']:+.0f}",
+        }
+        for _, row in far.iterrows()
+    ]
+    return text + "\n\n" + markdown(lines)
+
+
 def _not_measured(tables: Tables) -> str:
     missing = []
     for _, network in tables.networks().iterrows():
         if not len(tables.timed(network["artifact_sha256"])):
             missing.append(f"{_network(network)}: its time.")
     absent = tables.latency[tables.latency["p50_ms"].isna()]
-    missing += [f"{name}: not installed." for name in sorted(set(absent["runtime"]))]
+    names = sorted(set(absent["runtime"] + " " + absent["precision"]))
+    missing += [f"{name}: not installed, or not able to on this machine." for name in names]
     if tables.compression["seed"].nunique() == 1:
         missing.append("The spread between seeds: there is one, so intervals are about these networks.")
     for record in tables.provenance.values():
@@ -385,6 +419,8 @@ def report(profile_dir: Path) -> str:
             _side_by_side(tables),
             "## Time",
             _latency(tables),
+            "## Time, measured twice",
+            _twice(tables),
             "## Not measured",
             _not_measured(tables),
             "## Provenance",

@@ -32,15 +32,18 @@ COMPRESSION = pd.DataFrame(
 )
 LATENCY = pd.DataFrame(
     {
-        "technique": ["baseline", "baseline", "quantization", "baseline", "baseline"],
-        "method": ["train", "train", "uniform_per_channel", "identity", "train"],
-        "point": ["", "", "bits=8", "", ""],
-        "control": ["", "", "", "identity", ""],
-        "runtime": ["eager", "onnxruntime", "onnxruntime", "onnxruntime", "onnxruntime"],
-        "precision": ["fp32", "fp32", "int8", "fp32", "fp32"],
-        "batch": [1, 1, 1, 1, 64],
-        "threads": [1, 1, 1, 1, 1],
-        "p50_ms": [7.0, 4.0, 1.25, 0.01, 170.0],
+        "model": "resnet18",
+        "technique": ["baseline", "baseline", "quantization", "baseline", "baseline", "quantization"],
+        "method": ["train", "train", "uniform_per_channel", "identity", "train", "uniform_per_channel"],
+        "point": ["", "", "bits=8", "", "", "bits=8"],
+        "control": ["", "", "", "identity", "", "again"],
+        "runtime": ["eager", "onnxruntime", "onnxruntime", "onnxruntime", "onnxruntime", "onnxruntime"],
+        "precision": ["fp32", "fp32", "int8", "fp32", "fp32", "int8"],
+        "batch": [1, 1, 1, 1, 64, 1],
+        "threads": [1, 1, 1, 1, 1, 1],
+        "p50_ms": [7.0, 4.0, 1.25, 0.01, 170.0, 1.3],
+        "accuracy": [92.0, 91.5, 91.9, None, 92.0, None],
+        "artifact_sha256": ["a", "a", "b", "", "a", "b"],
     }
 )
 
@@ -59,7 +62,18 @@ def test_latency_bars_are_the_medians_at_batch_one_without_the_identity():
     axes = figures.latency_bars(LATENCY).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [7.0, 4.0, 1.25]
     assert [text.get_text().strip() for text in axes.texts] == ["7.00 ms", "4.00 ms", "1.25 ms"]
-    assert "eager PyTorch fp32" in [label.get_text() for label in axes.get_yticklabels()]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert (
+        labels[0] == "eager PyTorch fp32, resnet18" and labels[2] == "ONNX Runtime int8, per channel 8 bits"
+    )
+
+
+def test_frontier_holds_every_network_and_joins_the_best():
+    axes = figures.frontier(LATENCY).axes[0]
+    drawn = [tuple(point) for dots in axes.collections for point in dots.get_offsets().tolist()]
+    assert sorted(drawn) == [(1.25, 91.9), (4.0, 91.5), (7.0, 92.0)]
+    [line] = axes.lines
+    assert list(line.get_xdata()) == [1.25, 7.0]  # 4 ms is slower and worse than 1.25 ms
 
 
 def test_headline_reads_the_tables_of_a_profile(tmp_path):

@@ -143,7 +143,9 @@ def test_latency_measures_by_the_protocol(files, tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure.Child, "ask", recorded)
     real = runtimes.available
-    monkeypatch.setattr(runtimes, "available", lambda name: "not installed" if name == "lost" else real(name))
+    monkeypatch.setattr(
+        runtimes, "available", lambda name, *_: "not installed" if name == "lost" else real(name)
+    )
     request = {"path": files / "int8.safetensors", "runtime": "onnxruntime", "precision": "int8"}
     records = measure.latency(
         [request, request | {"runtime": "lost"}],
@@ -154,19 +156,26 @@ def test_latency_measures_by_the_protocol(files, tmp_path, monkeypatch):
         threads=(1,),
         rounds=2,
         seconds=1.0,
+        again=True,
     )
     about = {"profile": "smoke", "run": "r", "dataset": "digits", "model": "m", "technique": "baseline"}
     about |= {"method": "m", "point": "", "seed": 1, "headline": 0, "commit": "c"}
     for record in records:
         rows.LatencyRow(**about, **{k: v for k, v in record.items() if k in rows.LatencyRow.columns()})
     absent = [r for r in records if r["runtime"] == "lost"]
-    assert [(r["batch"], r["why"], r.get("p50_ms")) for r in absent] == [
-        (1, "not installed", None),
-        (8, "not installed", None),
+    assert [(r["precision"], r["batch"], r["why"], r.get("p50_ms")) for r in absent] == [
+        (precision, batch, "not installed", None) for precision in ("fp32", "int8") for batch in (1, 8)
     ]
     records = [r for r in records if r["runtime"] != "lost"]
-    half = len(visits) // 2
-    assert visits[:half] == visits[half:] and len(set(visits)) == half == 2 * 5
+    quarter = len(visits) // 4  # two rounds, then two more in new processes
+    assert visits == 4 * visits[:quarter] and len(set(visits)) == quarter == 2 * 5
+    twice = [r for r in records if r["control"] == "again"]
+    records = [r for r in records if r["control"] != "again"]
+    timed = [r for r in records if r["control"] != "identity"]
+    for first, second in zip(timed, twice, strict=True):
+        same = ("artifact_sha256", "runtime", "precision", "batch", "threads", "runtime_bytes")
+        assert [first[key] for key in same] == [second[key] for key in same]
+        assert second["accuracy"] is None and second["p50_ms"] > 0
     base, int8 = (artifact.read(files / f"{name}.safetensors") for name in ("base", "int8"))
     networks = {(r["runtime"], r["precision"], r["artifact_sha256"]) for r in records}
     assert networks == {

@@ -53,7 +53,7 @@ def arithmetic(network, pictures):
 
 def run(model, pictures):
     return torch.from_numpy(
-        onnxruntime.OnnxRuntimeSession(model.SerializeToString(), 1).predict(pictures.numpy())
+        onnxruntime.OnnxRuntimeSession(model.SerializeToString(), "int8", 1).predict(pictures.numpy())
     )
 
 
@@ -197,7 +197,7 @@ def test_every_operator_is_integer_until_a_pair_is_missing(spec, tmp_path):
     stored = saved(quantized(network(spec)), tmp_path / "a.safetensors")
     model = qdq.onnx_model(stored, "int8")
     onnx.checker.check_model(model, full_check=True)
-    whole = onnxruntime.OnnxRuntimeSession(model.SerializeToString(), 1).integer_operators
+    whole = onnxruntime.OnnxRuntimeSession(model.SerializeToString(), "int8", 1).integer_operators
     qdq.check_integer(spec, whole)
     assert not [name for name in whole if name.startswith("float")]
     for tensor in ("layer1.0.quant1", "layer1.0.quant_out"):
@@ -211,7 +211,7 @@ def test_every_operator_is_integer_until_a_pair_is_missing(spec, tmp_path):
             for i, name in enumerate(node.input):
                 if name == tensor:
                     node.input[i] = f"{tensor}.float"
-        counts = onnxruntime.OnnxRuntimeSession(broken.SerializeToString(), 1).integer_operators
+        counts = onnxruntime.OnnxRuntimeSession(broken.SerializeToString(), "int8", 1).integer_operators
         with pytest.raises(RuntimeError, match=r"not an int8 network: .* of \d+ (conv|add)"):
             qdq.check_integer(spec, counts)
 

@@ -98,9 +98,7 @@ class Network(nn.Module):
             return self._kept(layer, "weight")
         parts = (self._kept(layer, part) for part in ("codes", "scale", "zero_point"))
         codes, scale, zero_point = parts
-        return OPERATORS.dequantize_per_channel.default(
-            codes, scale, zero_point, 0, -127, 127, torch.int8
-        )
+        return OPERATORS.dequantize_per_channel.default(codes, scale, zero_point, 0, -127, 127, torch.int8)
 
     def _rounded_again(self, features: Tensor, name: str) -> Tensor:
         """Behind the flattening, so that the classifier's input is a dequantized tensor."""

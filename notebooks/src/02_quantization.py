@@ -37,6 +37,7 @@ run_dir: str = ""  # folder of this run; empty: results/smoke/02_quantization
 import copy
 import functools
 import heapq
+import re
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -602,8 +603,8 @@ def rounded(method: str, setting: dict[str, str]) -> torch.nn.Module:
         cost, harm = tables()
         bits = by_hand
         if "budget" in setting:
-            number = int(setting["budget"].rstrip("bitlevel"))  # of bits or levels, the same everywhere
-            width = (3, number) if "level" in setting["budget"] else (number, None)
+            number, kind = re.fullmatch(r"(\d+)(bit|level)", setting["budget"]).groups()  # the same everywhere
+            width = (3, int(number)) if kind == "level" else (int(number), None)
             budget = sum(encoding.payload_bits(nearest(name, *width)) for name in weights) / 8 - HEADER
             bits = mixed_precision.allocate(cost, harm, budget=budget)
         return quantized(model, lambda name, layer: nearest(name, bits[name]))
