@@ -131,7 +131,7 @@ class _Audit:
             found = {"accuracy": 100 * self.right(name, row.dataset).mean()}
             same = self.load(name) == self.load(evidence(row.artifact_sha256))
             yield from _differs(what, row, found | {"agreement": 100 * same.mean()})
-            if row.headline and row.precision == "int8" and row.agreement < AGREEMENT[row.stored_codes or 0]:
+            if row.stored_codes is not None and row.agreement < AGREEMENT[row.stored_codes]:
                 yield f"{what}: agreement {row.agreement} is below {AGREEMENT[row.stored_codes or 0]}"
         elif row.headline:
             yield f"{what}: carries a claim, but its runtime was not scored"

@@ -13,8 +13,10 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nnc_utils.rows import AGAIN
+
 MARKERS = "osD^vP*X<>hdp8"
-UNTIMED = ("identity", "again")  # controls of rows that are no network's first timing
+UNTIMED = ("identity", AGAIN)  # controls of rows that are no network's first timing
 NAMES = {
     "eager": "eager PyTorch",
     "onnxruntime": "ONNX Runtime",
@@ -67,20 +69,27 @@ def name(value: str) -> str:
 def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
     """How small does the file get, and what does it cost? Accuracy with its paired interval."""
     axes = axes or plt.subplots()[1]
-    reference = compression[compression["technique"] == "baseline"]["accuracy"]
-    for value in reference:
+    control = compression["control"].fillna("")
+    is_reference = (compression["technique"] == "baseline") & (control == "")
+    for value in compression[is_reference]["accuracy"]:
         axes.axhline(value, color="grey", linewidth=1)
         axes.axhline(value - 0.3, color="grey", linewidth=1, linestyle=":")
         axes.annotate(
             "−0.3 points", (1, value - 0.3), xytext=(2, -11), textcoords="offset points", fontsize=8
         )
-    for number, (method, rows) in enumerate(compression.groupby("method", sort=True)):
+    rivals = control.where(control == "small_dense", "")  # open division: not on the line of the method
+    for number, ((method, rival), rows) in enumerate(compression.groupby(["method", rivals], sort=True)):
         rows = rows.sort_values("size_ratio")
         below = (rows["accuracy_delta"] - rows["delta_ci_low"]).fillna(0)
         above = (rows["delta_ci_high"] - rows["accuracy_delta"]).fillna(0)
         marker = MARKERS[number % len(MARKERS)]
         axes.errorbar(
-            rows["size_ratio"], rows["accuracy"], (below, above), marker=marker, capsize=3, label=name(method)
+            rows["size_ratio"],
+            rows["accuracy"],
+            (below, above),
+            marker=marker,
+            capsize=3,
+            label=name(method) + (f", {name(rival)}" if rival else ""),
         )
         for _, row in rows[rows["point"].str.startswith("bits=")].iterrows():
             place = (row["size_ratio"], row["accuracy"])
@@ -133,30 +142,33 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
     """Which networks are worth having? Accuracy against time: a colour a technique, a marker a runtime."""
     axes = axes or plt.subplots(figsize=(8, 4.5))[1]
     rows = _single(latency, threads).dropna(subset=["accuracy"]).sort_values("p50_ms", kind="stable")
-    networks = {key: _point(group.iloc[0]) for key, group in rows.groupby("artifact_sha256", sort=False)}
-    colours = dict(zip(networks, sns.color_palette("colorblind", max(1, len(networks))), strict=True))
+    kinds = rows["technique"] + rows["control"].map(lambda control: f", {name(control)}" if control else "")
+    colours = dict(zip(kinds.unique(), sns.color_palette("colorblind", 10), strict=False))
     markers = dict(zip(rows["runtime"].unique(), MARKERS, strict=False))
-    for _, row in rows.iterrows():
-        colour = colours[row["artifact_sha256"]]
-        style = {"edgecolors": colour, "facecolors": colour if row["precision"] == "int8" else "none"}
+    for kind, (_, row) in zip(kinds, rows.iterrows(), strict=True):
+        colour = colours[kind]
+        integers = row["precision"] in ("int8", "s8s8")
+        style = {"edgecolors": colour, "facecolors": colour if integers else "none"}
         axes.scatter(row["p50_ms"], row["accuracy"], marker=markers[row["runtime"]], s=70, **style)
     best = rows[rows["accuracy"] > rows["accuracy"].cummax().shift(fill_value=-1.0)]
     axes.step(best["p50_ms"], best["accuracy"], where="post", color="grey", linewidth=1, zorder=0)
-    handles = [axes.scatter([], [], color=colour, label=networks[key]) for key, colour in colours.items()]
+    handles = [axes.scatter([], [], color=colour, label=kind) for kind, colour in colours.items()]
     handles += [axes.scatter([], [], color="grey", marker=m, label=name(r)) for r, m in markers.items()]
-    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set(xscale="log", xlabel="median milliseconds a picture", ylabel="test accuracy (%)")
-    axes.set_title("Which networks are worth having? (filled: int8)")
+    if handles:
+        axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set_xscale("log")
+    axes.set(xlabel="median milliseconds a picture", ylabel="test accuracy (%)")
+    axes.set_title("Which networks are worth having? (filled: in integers)")
     return axes.figure
 
 
 def headline(profile_dir: Path) -> Figure:
     """Smaller, worse, faster? The tables of one profile in one picture."""
     latency = read_table(profile_dir / "latency.csv")
-    figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(13 if len(latency) else 8, 4.5))
+    figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 8, 4.5))
     left, *rest = np.atleast_1d(panels)
     size_against_accuracy(read_table(profile_dir / "compression.csv"), left)
     for right in rest:
-        latency_bars(latency, right)
+        frontier(latency, right, threads=int(latency["threads"].min()))
     figure.tight_layout()
     return figure

@@ -30,7 +30,7 @@ import torch
 from nnc_utils import artifact as artifacts
 from nnc_utils import data, evaluation, models, peers, processes, runtimes
 from nnc_utils.artifact import Artifact
-from nnc_utils.rows import evidence
+from nnc_utils.rows import AGAIN, evidence
 from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes.children import Child, ChildError, child, worker
 from nnc_utils.runtimes.worker import only_answers
@@ -191,7 +191,7 @@ class _Job:
 
 
 def latency(
-    requests: Iterable[Mapping[str, Any]],
+    requests: Sequence[Mapping[str, Any]],
     *,
     dataset: str,
     reference: str | Path,
@@ -215,7 +215,7 @@ def latency(
     folder : for the predictions, of eager (as `score` leaves them) and of each runtime.
     batches, threads : at which to time.
     rounds : at least 5 for numbers that are published.
-    seconds : for all the timing together, about; slow networks get fewer samples (`worker.Worker.time`).
+    seconds : for all the timing together, about; slow networks get fewer samples, 3 a visit at least.
     again : time everything once more, in new processes, to see whether the times hold.
 
     Returns
@@ -235,6 +235,10 @@ def latency(
             f"rounds {rounds}, seconds {seconds}, batches {batches}, threads {threads}: "
             "all have to be above 0"
         )
+    for name in dict.fromkeys(r["runtime"] for r in requests):
+        compiled = () if runtimes.available(name) else getattr(runtimes.adapter(name), "BATCHES", ())
+        if compiled and not set(batches) <= set(compiled):
+            raise ValueError(f"batches {batches}: {name} is compiled for {sorted(compiled)} only")
     folder = Path(folder).absolute()
     asked, missing = _asked(requests, str(reference))
     scores = score(dict.fromkeys(path for path, _, _ in asked), dataset=dataset, folder=folder)
@@ -252,7 +256,7 @@ def latency(
         for path, runtime, precision in present.values():
             jobs.append(_job(path, runtime, precision, dataset=dataset, folder=Path(scratch)))
             print(f"made {Path(path).stem} for {runtime} {precision}", flush=True)
-        known = {(job.runtime, job.key): _probe(job, threads[0]) | {"control": ""} for job in jobs}
+        known = {(job.runtime, job.key): _probe(job, threads[0]) for job in jobs}
 
         def classify(workers: Mapping[str, Child]) -> None:
             for job in jobs:
@@ -260,10 +264,11 @@ def latency(
                     workers[job.runtime], job, eager, dataset, folder, max(batches), max(threads)
                 )
 
-        options = {"points": points, "rounds": rounds, "seconds": seconds}
+        options = {"points": points, "rounds": rounds, "seconds": seconds, "temporary": Path(scratch)}
         records = _timed(jobs, known, **options, then=classify)
         if again:
-            columns = {"control": "again", "accuracy": None, "agreement": None}
+            once = ("accuracy", "agreement", "load_ms", "peak_rss_mb")
+            columns = dict.fromkeys(once) | {"control": AGAIN}
             twice = [r | columns for r in _timed(jobs, known, **options) if r["control"] != "identity"]
             records += twice
     absent = [
@@ -283,11 +288,13 @@ def _timed(
     points: Sequence[tuple[int, int]],
     rounds: int,
     seconds: float,
+    temporary: Path,
     then: Callable[[Mapping[str, Child]], None] = lambda workers: None,
 ) -> list[dict[str, Any]]:
     """Records of all jobs at all points (batch, threads), in new processes; `then` may ask these more."""
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(worker(name)) for name in dict.fromkeys(j.runtime for j in jobs)}
+        names = dict.fromkeys(job.runtime for job in jobs)
+        workers = {name: stack.enter_context(worker(name, temporary)) for name in names}
         visits = []
         for name in workers:
             for count in dict.fromkeys(count for _, count in points):
@@ -339,12 +346,19 @@ def _job(path: str, runtime: str, precision: str, *, dataset: str, folder: Path)
 
 
 def _probe(job: _Job, threads: int) -> dict[str, Any]:
-    """Load time and memory of a network in a process of its own, after one prediction of one picture."""
-    with worker(job.runtime) as probe:
+    """Load time and memory of a network in a process of its own, after one prediction of one picture.
+
+    The same file is loaded whenever it is timed, so this is where its operators are counted, too.
+    """
+    with worker(job.runtime, job.file.parent) as probe:
         loaded = probe.ask("load", key="", path=str(job.file), precision=job.precision, threads=threads)
         probe.ask("time", key="", images=str(job.images), batch=1, seconds=0.0)
         memory = probe.ask("memory")
+        if job.precision in runtimes.INTEGERS:
+            kinds = runtimes.adapter(job.runtime).INTEGER
+            qdq.check_integer(job.network.spec, probe.ask("operators", key=""), kinds)
     return {
+        "control": "",
         "load_ms": round(loaded["load_ms"], 3),
         "peak_rss_mb": round(memory["peak_rss_mb"], 1),
         "runtime_bytes": loaded["runtime_bytes"],
@@ -358,15 +372,11 @@ def _identity(process: Child, runtime: str, jobs: Sequence[_Job], threads: int) 
     return runtime, key, job.images, threads
 
 
-def _open(process: Child, job: _Job, threads: int) -> str:
+def _open(process: Child, job: _Job, threads: int) -> None:
     key = f"{job.key} {threads}"
     loaded = process.ask("load", key=key, path=str(job.file), precision=job.precision, threads=threads)
     if loaded["threads"] != threads:
         raise ChildError(f"{job.runtime} was told to use {threads} threads and uses {loaded['threads']}")
-    if job.precision in runtimes.INTEGERS:
-        kinds = runtimes.adapter(job.runtime).INTEGER
-        qdq.check_integer(job.network.spec, process.ask("operators", key=key), kinds)
-    return key
 
 
 def _time(

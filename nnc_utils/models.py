@@ -333,9 +333,12 @@ class PickingConv2d(nn.Conv2d):
 
 
 def _conv(layer: Layer) -> nn.Conv2d:
-    kind = PickingConv2d if layer.kernel == 1 and layer.stride > 1 and layer.in_channels < 16 else nn.Conv2d
+    # From one pixel to one pixel any stride is the same; with 2 oneDNN's bf16 leaves those gradients of the
+    # weight that are 0 as it found the memory (torch 2.14.1).
+    stride = layer.stride if layer.size_in > 1 else 1
+    kind = PickingConv2d if layer.kernel == 1 and stride > 1 and layer.in_channels < 16 else nn.Conv2d
     padding = layer.kernel // 2
-    return kind(layer.in_channels, layer.out_channels, layer.kernel, layer.stride, padding, bias=False)
+    return kind(layer.in_channels, layer.out_channels, layer.kernel, stride, padding, bias=False)
 
 
 class Block(nn.Module):

@@ -31,6 +31,8 @@ from nnc_utils.rows import (
 from nnc_utils.tables import ResultError, Run, labels_name, publish, read_rows, read_run, summarize, to_frame
 
 __all__ = [
+    "AGAIN",
+    "APART",
     "CompressionRow",
     "LatencyRow",
     "ResultError",
@@ -45,6 +47,7 @@ __all__ = [
     "report",
     "summarize",
     "table",
+    "twice",
     "update_readme",
 ]
 
@@ -59,6 +62,7 @@ RIVALS = (
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
 RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
+RATIOS = (RATIO, "speedup_eager_fp32")
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
@@ -79,20 +83,32 @@ class Tables:
         self.stale = {run for run, record in self.provenance.items() if _older(record)}
 
     def networks(self) -> pd.DataFrame:
-        """The rows of the headline: each baseline, then what a claim rests on; of each the first seed."""
+        """The rows of the headline, of each the first seed.
+
+        Each baseline, what a claim rests on, and what was timed in integers in more than one runtime.
+        """
         baseline = (self.compression["technique"] == "baseline") & (self.compression["control"] == "")
-        chosen = self.compression[baseline | (self.compression["headline"] == 1)]
+        runtimes = self.latency[self.latency["precision"] == "int8"].groupby("artifact_sha256")["runtime"]
+        spread = self.compression["artifact_sha256"].map(runtimes.nunique()).fillna(0) > 1
+        spread &= self.compression["technique"] != "baseline"
+        chosen = self.compression[baseline | spread | (self.compression["headline"] == 1)]
         chosen = chosen.assign(first=chosen["technique"] != "baseline").sort_values(
             ["first", "size_ratio", "seed"], kind="stable"
         )
         return chosen.drop_duplicates(["dataset", "model", "technique", "method", "point", "control"])
 
     def timed(self, sha256: str) -> pd.DataFrame:
-        """The latency rows of an artifact at batch 1 with the fewest threads, fp32 and eager first."""
+        """An artifact at batch 1 with the fewest threads: in eager, and in the fastest of each precision."""
         rows = self.latency[(self.latency["artifact_sha256"] == sha256) & (self.latency["batch"] == 1)]
-        rows = rows[rows["threads"] == rows["threads"].min()]
-        rows = rows.assign(other=rows["runtime"] != "eager")
-        return rows.sort_values(["precision", "other", "runtime"], kind="stable")
+        rows = rows[(rows["threads"] == rows["threads"].min()) & (rows["precision"] != "s8s8")]
+        rows = rows.assign(other=rows["runtime"] != "eager").sort_values("p50_ms", kind="stable")
+        rows = rows[rows["p50_ms"].notna() & (~rows["other"] | ~rows.duplicated(["precision", "other"]))]
+        return rows.sort_values(["other", "precision"], kind="stable")
+
+    def why(self, row: pd.Series) -> str:
+        """Why a row has no numbers."""
+        missing = self.provenance[row["run"]]["extra"].get("missing", {})
+        return missing.get(f"{row['runtime']} {row['precision']}", "not installed")
 
     def differences(self, row: pd.Series, runtime: str = "", precision: str = "") -> dict[str, float]:
         """Accuracy against the reference, as this runtime computed it on the test images."""
@@ -136,7 +152,8 @@ def _over_seeds(point: pd.Series) -> str:
 
 
 def _network(row: pd.Series) -> str:
-    return " ".join(str(part) for part in (row["model"], row["method"], row["point"]) if part)
+    control = f"({row['control']})" if row["control"] else ""
+    return " ".join(str(part) for part in (row["model"], row["method"], row["point"], control) if part)
 
 
 def table(profile_dir: Path) -> str:
@@ -157,15 +174,14 @@ def table(profile_dir: Path) -> str:
             where = "eager, not timed" if row is None else f"{row['runtime']} {row['precision']}"
             where += " (simulated)" if network["simulated"] else ""
             runs = {network["run"]} | ({row["run"]} if row is not None else set())
-            measured = row is None or not pd.isna(row["accuracy"])
             path = () if row is None else (row["runtime"], row["precision"])
-            delta = tables.differences(network, *path) if measured else None
+            delta = tables.differences(network, *path)
             accuracy = network["accuracy"] if row is None else row["accuracy"]
             line = {"network": _network(network) + (STALE if runs & tables.stale else ""), "runs in": where}
-            line |= {"accuracy": _number(accuracy, ".2f", "not installed")}
+            line |= {"accuracy": f"{accuracy:.2f}"}
             itself = is_baseline and row is None or is_baseline and row["runtime"] == "eager"
-            line["Δ points [95 %]"] = "reference" if itself else _delta(delta) if delta else "–"
-            line["no loss"] = "–" if itself or not delta else _yes(delta["delta_ci_low"] >= NO_LOSS)
+            line["Δ points [95 %]"] = "reference" if itself else _delta(delta)
+            line["no loss"] = "–" if itself else _yes(delta["delta_ci_low"] >= NO_LOSS)
             line |= size
             time = {} if row is None else row
             line["ms"] = _number(time.get("p50_ms"), ".3f")
@@ -267,7 +283,7 @@ def _latency(tables: Tables) -> str:
                 "runtime": f"{row['runtime']} {row['precision']}",
                 "batch": str(row["batch"]),
                 "threads": str(row["threads"]),
-                "p50 ms": _number(row["p50_ms"], ".3f", "not installed"),
+                "p50 ms": _number(row["p50_ms"], ".3f", tables.why(row)),
                 "p90 ms": _number(row["p90_ms"], ".3f"),
                 "images/s": _number(row["throughput"], ",.0f"),
                 "× eager fp32": _times(row["speedup_eager_fp32"]),
@@ -279,21 +295,45 @@ def _latency(tables: Tables) -> str:
     )
 
 
+def twice(latency: pd.DataFrame) -> pd.DataFrame:
+    """What was timed twice, a row each.
+
+    Parameters
+    ----------
+    latency : rows of latency.csv, with those whose control is "again".
+
+    Returns
+    -------
+    The rows of the first timing with the speed-ups of the second ("... again"); `apart`, by how many
+    percent the one of the two that differs more does; `holds`, whether that is at most `APART`. The
+    uncompressed network in fp32 is what others are compared with, and left out.
+    """
+    same, ratios = ["artifact_sha256", "runtime", "precision", "batch", "threads"], list(RATIOS)
+    second = latency["control"] == AGAIN
+    pairs = latency[~second].merge(latency[second][[*same, *ratios]], on=same, suffixes=("", " again"))
+    pairs = pairs[pairs["p50_ms"].notna()]
+    reference = (pairs["technique"] == "baseline") & (pairs["control"] == "") & (pairs["precision"] == "fp32")
+    pairs = pairs[~reference]
+    apart = [100 * (pairs[f"{ratio} again"] / pairs[ratio] - 1).abs() for ratio in ratios]
+    pairs = pairs.assign(apart=pd.concat(apart, axis=1).max(axis=1))
+    return pairs.assign(holds=pairs["apart"] <= APART)
+
+
 def _twice(tables: Tables) -> str:
     """Do the speed-ups hold when everything is timed again?"""
     if not len(tables.again):
         return "Timed once."
-    same = ["artifact_sha256", "runtime", "precision", "batch", "threads"]
-    pairs = tables.latency.merge(tables.again[[*same, RATIO, "p50_ms"]], on=same, suffixes=("", " again"))
-    pairs = pairs.assign(apart=100 * (pairs[f"{RATIO} again"] / pairs[RATIO] - 1))
-    far = pairs[pairs["apart"].abs() > APART].sort_values("apart", key=abs, ascending=False)
-    single = pairs[(pairs["batch"] == 1) & (pairs["threads"] == pairs["threads"].min())]
+    pairs = twice(pd.concat([tables.latency, tables.again]))
+    far = pairs[~pairs["holds"]].sort_values("apart", ascending=False)
     text = (
-        f"Everything was timed twice, in new processes. Of {len(pairs)} speed-ups over the fastest fp32 "
-        f"runtime {len(pairs) - len(far)} are within {APART} % of each other; the median is "
-        f"{pairs['apart'].abs().median():.1f} % apart. At batch 1 with {single['threads'].min()} thread: "
-        f"{(single['apart'].abs() <= APART).sum()} of {len(single)}. Further apart are:"
+        f"Everything was timed twice, in new processes. Both speed-ups of {len(pairs) - len(far)} of "
+        f"{len(pairs)} rows are within {APART} % of each other; half of the rows are less than "
+        f"{pairs['apart'].median():.1f} % apart. At batch 1 they are for "
+        f"{pairs[pairs['batch'] == 1]['holds'].mean():.0%} of the rows. "
+        + ("Further apart, by the ratio that differs more:" if len(far) else "None is further apart.")
     )
+    if not len(far):
+        return text
     lines = [
         {
             "network": _network(row),
@@ -302,7 +342,7 @@ def _twice(tables: Tables) -> str:
             "threads": str(row["threads"]),
             "× fastest fp32": _times(row[RATIO]),
             "again": _times(row[f"{RATIO} again"]),
-            "apart %": f"{row['apart']:+.0f}",
+            "apart %": f"{row['apart']:.0f}",
         }
         for _, row in far.iterrows()
     ]
@@ -315,8 +355,8 @@ def _not_measured(tables: Tables) -> str:
         if not len(tables.timed(network["artifact_sha256"])):
             missing.append(f"{_network(network)}: its time.")
     absent = tables.latency[tables.latency["p50_ms"].isna()]
-    names = sorted(set(absent["runtime"] + " " + absent["precision"]))
-    missing += [f"{name}: not installed, or not able to on this machine." for name in names]
+    where = {f"{row['runtime']} {row['precision']}": tables.why(row) for _, row in absent.iterrows()}
+    missing += [f"{name}: {why}." for name, why in sorted(where.items())]
     if tables.compression["seed"].nunique() == 1:
         missing.append("The spread between seeds: there is one, so intervals are about these networks.")
     for record in tables.provenance.values():
@@ -446,7 +486,7 @@ def readme_block(folder: Path) -> str:
     if profile_dir is None:
         return ""
     place = f"results/{profile_dir.name}"
-    alt = "Left: times smaller against test accuracy. Right: median milliseconds a picture."
+    alt = "Left: test accuracy against times smaller. Right: test accuracy against milliseconds a picture."
     figure = f"![{alt}]({place}/figures/headline.png)\n\n"
     shown = figure if (profile_dir / "figures/headline.png").is_file() else ""
     return f"{table(profile_dir)}\n\n{shown}Everything else: [report]({place}/report.md)."

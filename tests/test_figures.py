@@ -23,6 +23,7 @@ COMPRESSION = pd.DataFrame(
         "technique": ["baseline", "quantization", "quantization"],
         "method": ["train", "uniform_per_channel", "uniform_per_channel"],
         "point": ["", "bits=8", "bits=4"],
+        "control": ["", "", ""],
         "accuracy": [92.0, 91.9, 80.0],
         "accuracy_delta": [0.0, -0.1, -12.0],
         "delta_ci_low": [0.0, -0.2, -12.5],
@@ -74,6 +75,7 @@ def test_frontier_holds_every_network_and_joins_the_best():
     assert sorted(drawn) == [(1.25, 91.9), (4.0, 91.5), (7.0, 92.0)]
     [line] = axes.lines
     assert list(line.get_xdata()) == [1.25, 7.0]  # 4 ms is slower and worse than 1.25 ms
+    assert not figures.frontier(LATENCY.assign(batch=8)).axes[0].get_legend()
 
 
 def test_headline_reads_the_tables_of_a_profile(tmp_path):

@@ -386,3 +386,20 @@ def test_folded_batch_norm_is_the_module_in_evaluation():
     inputs = torch.randn(4, len(factor), 5, 5)
     folded = inputs * factor.view(-1, 1, 1) + summand.view(-1, 1, 1)
     torch.testing.assert_close(folded.float(), model.eval().bn1(inputs))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_gradient_of_a_convolution_of_one_pixel(autocast):
+    """With the Spec's stride of 2 and bf16 the weights beside the middle get what was in memory."""
+    spec = models.resnet(18, channels=1, size=8, classes=10, stem="small_stride2", width=0.5)
+    [layer] = [x for x in models.layers(spec) if x.name == "layer4.0.conv1"]
+    assert (layer.size_in, layer.stride) == (1, 2)
+    conv = models.build(spec).layer4[0].conv1.to(memory_format=torch.channels_last)
+    for _ in range(4):
+        torch.full((conv.weight.numel() * 4,), 1e30)  # fills memory, and frees it
+        conv.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            conv(torch.randn(64, layer.in_channels, 1, 1)).sum().backward()
+        beside = conv.weight.grad.clone()
+        beside[:, :, 1, 1] = 0
+        assert not beside.any() and conv.weight.grad[:, :, 1, 1].abs().max() < 1e4

@@ -99,6 +99,7 @@ def test_every_profile_names_known_operating_points(profile):
         (["kmeans"], [], "unknown point 'kmeans'"),
         (["mixed_precision:budget=2bit"], [], "the budget is one of 3bit, 4bit, 8bit"),
         (["mixed_precision:budget=2.5bit bn"], [], "the budget is one of 3bit, 4bit, 8bit"),
+        (["uniform_per_channel:levels=4 bn"], [], "levels is an odd number"),
         (["kmeans:bits=3 bnn"], [], "unknown point"),
         (["per_channel:8"], [], "uniform_per_channel:bits"),
         (["xz:bits=7"], [], "belong into points"),

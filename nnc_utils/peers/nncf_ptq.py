@@ -11,15 +11,16 @@ import logging
 import tempfile
 from pathlib import Path
 
-import nncf
 import numpy as np
-import openvino
-from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
 from nnc_utils import artifact as artifacts
 from nnc_utils import peers
 from nnc_utils.runtimes import qdq
-from nnc_utils.runtimes.openvino import count_operators
+from nnc_utils.runtimes.openvino import count_operators  # before nncf and openvino: no telemetry
+
+import nncf  # isort: skip
+import openvino  # isort: skip
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix  # isort: skip
 
 PRESETS = {"performance": nncf.QuantizationPreset.PERFORMANCE, "mixed": nncf.QuantizationPreset.MIXED}
 

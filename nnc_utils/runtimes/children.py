@@ -20,7 +20,7 @@ class ChildError(RuntimeError):
 class Child:
     """A process that answers on stdout, line by line; it ends when its stdin does."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], temporary: Path | None = None) -> None:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         self._name = " ".join(arguments[:2])
@@ -32,7 +32,7 @@ class Child:
             stderr=self._stderr,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path} | ({"TMPDIR": str(temporary)} if temporary else {}),
         )
 
     def answer(self) -> str:
@@ -69,15 +69,15 @@ class Child:
 
 
 @contextlib.contextmanager
-def child(arguments: Sequence[str]) -> Iterator[Child]:
-    """Start a process and close it, whatever happens in between."""
-    started = Child(arguments)
+def child(arguments: Sequence[str], temporary: Path | None = None) -> Iterator[Child]:
+    """Start a process and close it, whatever happens in between; `temporary` is its TMPDIR."""
+    started = Child(arguments, temporary)
     try:
         yield started
     finally:
         started.close()
 
 
-def worker(runtime: str) -> contextlib.AbstractContextManager[Child]:
-    """A process with one runtime in it."""
-    return child(["nnc_utils.runtimes.worker", runtime])
+def worker(runtime: str, temporary: Path | None = None) -> contextlib.AbstractContextManager[Child]:
+    """A process with one runtime in it; what that leaves behind when it ends lies in `temporary`."""
+    return child(["nnc_utils.runtimes.worker", runtime], temporary)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from executorch.extension.pybindings import portable_lib
+from executorch.extension.pybindings import _C as executorch  # after torch; portable_lib imports the compiler
 from torch import nn
 
 from nnc_utils.artifact import Artifact
@@ -25,23 +25,34 @@ KINDS = {"XNNConv2d": "conv", "XNNDepthwiseConv2d": "conv", "XNNFullyConnected":
 
 
 class ExecuTorchSession:
-    """A loaded program; see `runtimes.Session`."""
+    """A loaded program; see `runtimes.Session`.
+
+    The thread pool belongs to the process, and a program keeps a pointer to the pool it was loaded with. So
+    a session that finds another pool makes one of its own size and loads its program again.
+    """
+
+    _pools = 0  # so many have been made in this process
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._content, self._threads = path.read_bytes(), threads
-        self._use_threads()
-        self._program = portable_lib._load_for_executorch_from_buffer(self._content)
+        self._content, self._threads, self._pool = path.read_bytes(), threads, -1
+        self._loaded()
         self.runtime_bytes = len(self._content)
 
     @property
     def threads(self) -> int:
-        """As the thread pool says; it belongs to the process, so each session sets its own again."""
-        self._use_threads()
-        return portable_lib._threadpool_get_thread_count()
+        """As the thread pool says."""
+        self._loaded()
+        return executorch._threadpool_get_thread_count()
 
-    def _use_threads(self) -> None:
-        if portable_lib._threadpool_get_thread_count() != self._threads:
-            portable_lib._unsafe_reset_threadpool(self._threads)
+    def _loaded(self):
+        if executorch._threadpool_get_thread_count() != self._threads:
+            self._program = None
+            executorch._unsafe_reset_threadpool(self._threads)
+            ExecuTorchSession._pools += 1
+        if self._pool != ExecuTorchSession._pools:
+            self._program = executorch._load_for_executorch_from_buffer(self._content)
+            self._pool = ExecuTorchSession._pools
+        return self._program
 
     @property
     def integer_operators(self) -> dict[str, int]:
@@ -50,10 +61,9 @@ class ExecuTorchSession:
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Normalized float32 (batch, C, H, W) -> float32 logits (batch, classes)."""
-        self._use_threads()
-        parts = torch.from_numpy(np.ascontiguousarray(images)).split(MOST)
+        program, parts = self._loaded(), torch.from_numpy(np.ascontiguousarray(images)).split(MOST)
         # a program's output lies in memory that its next run writes to
-        logits = [self._program.forward((part,))[0].clone() for part in parts]
+        logits = [program.forward((part,))[0].clone() for part in parts]
         return torch.cat(logits).numpy()
 
 

@@ -1,12 +1,14 @@
 """PyTorch's compiler, ahead of time: a package of machine code made of the exported graph.
 
 A program is compiled for each batch size of `BATCHES`: with a batch left open, torch 2.14 compiles the
-quantized graph to wrong numbers. Other sizes are made up of these.
+quantized graph to wrong numbers. Other sizes are made up of these. A classifier of at most 16 inputs and
+classes is computed in floats; such a network is refused in int8.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import tempfile
@@ -25,7 +27,7 @@ from nnc_utils.runtimes import exported
 PRECISIONS = ("fp32", "int8")
 INTEGER = ("conv", "linear")  # adds read and write 8-bit codes, but are computed in float registers
 BATCHES = (64, 1)
-COMPILERS = ("g++", "clang++", "c++")
+COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++")))  # those that it tries
 # what calls in the generated C++ are named after -> kind of step, the first that fits
 KERNELS = {
     "qconv": "conv",
@@ -54,10 +56,11 @@ class InductorSession:
     """The programs of a package; see `runtimes.Session`."""
 
     def __init__(self, package: Path, threads: int) -> None:
-        from torch._inductor.package import load_package
+        from torch.export.pt2_archive._package import load_pt2
 
         torch.set_num_threads(threads)
-        self._programs = {batch: load_package(str(package), f"batch{batch}") for batch in BATCHES}
+        programs = load_pt2(str(package)).aoti_runners
+        self._programs = {batch: programs[f"batch{batch}"] for batch in BATCHES}
         self._threads, self.runtime_bytes = threads, package.stat().st_size
         with zipfile.ZipFile(package) as content:
             [name] = [n for n in content.namelist() if "/batch1/" in n and n.endswith(".wrapper.cpp")]
@@ -100,7 +103,7 @@ def _write(module: nn.Module, shape: tuple[int, ...], target: Path) -> Path:
     programs = {}
     for batch in BATCHES:
         program = exported.export(module, shape, batch=batch)
-        options = {"aot_inductor.package": True, "freezing": True}
+        options = {"aot_inductor.package": True, "freezing": True, "cpp.dynamic_threads": True}
         programs[f"batch{batch}"] = torch._inductor.aot_compile(
             program.module(), (torch.zeros(batch, *shape),), options=options
         )

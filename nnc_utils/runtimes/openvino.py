@@ -6,13 +6,17 @@ the precision is set and read back.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import openvino
+
+# else importing OpenVINO (and NNCF) starts a process that reports it to the vendor, and stays behind
+sys.modules.setdefault("openvino_telemetry", None)
+import openvino  # noqa: E402
 
 if TYPE_CHECKING:
     import onnx

@@ -52,22 +52,18 @@ class Worker:
         return dict(self._sessions[key].integer_operators)
 
     def time(self, *, key: str, images: str, batch: int, seconds: float) -> list[int]:
-        """Nanoseconds of single predictions for about so many seconds, after a warm-up of a tenth.
-
-        At least `FEWEST`, or one of a network that takes longer than all the seconds.
-        """
+        """Nanoseconds of single predictions for about so many seconds, after a warm-up of a tenth."""
         session = self._sessions[key]
         inputs = np.take(self._read(images), range(batch), axis=0, mode="wrap")
-        began = time.perf_counter()
+        warm_until = time.perf_counter() + seconds / 10
         session.predict(inputs)
-        fewest = FEWEST if time.perf_counter() - began < seconds else 1
-        while time.perf_counter() < began + seconds / 10:
+        while time.perf_counter() < warm_until:
             session.predict(inputs)
         gc.collect()
         gc.disable()
         samples: list[int] = []
         clock, until = time.perf_counter_ns, time.perf_counter() + 0.9 * seconds
-        while len(samples) < fewest or (len(samples) < MOST and time.perf_counter() < until):
+        while len(samples) < FEWEST or (len(samples) < MOST and time.perf_counter() < until):
             start = clock()
             session.predict(inputs)
             samples.append(clock() - start)

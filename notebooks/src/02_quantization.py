@@ -108,6 +108,8 @@ for point in (*points, *peers):  # before any work
             float(value if key in ("bits", "levels", "rate", "qp") else 0)
         except ValueError:
             raise ValueError(f"{point!r}: {key} is {value!r}, a number is needed") from None
+        if key == "levels" and value not in ("3", "5", "7", "9", "11", "13", "15"):
+            raise ValueError(f"{point!r}: levels is an odd number from 3 to 15")
         if key == "budget" and value not in (allowed := [*(f"{bits}bit" for bits in WIDTHS[1:]), "5level"]):
             raise ValueError(f"{point!r}: the budget is one of {', '.join(allowed)}")
     if parsed(point)[0] in ("gzip", "xz", "zstd") and f"uniform_per_channel:{parsed(point)[1]}" not in points:
@@ -603,7 +605,9 @@ def rounded(method: str, setting: dict[str, str]) -> torch.nn.Module:
         cost, harm = tables()
         bits = by_hand
         if "budget" in setting:
-            number, kind = re.fullmatch(r"(\d+)(bit|level)", setting["budget"]).groups()  # the same everywhere
+            number, kind = re.fullmatch(
+                r"(\d+)(bit|level)", setting["budget"]
+            ).groups()  # the same everywhere
             width = (3, int(number)) if kind == "level" else (int(number), None)
             budget = sum(encoding.payload_bits(nearest(name, *width)) for name in weights) / 8 - HEADER
             bits = mixed_precision.allocate(cost, harm, budget=budget)

@@ -62,7 +62,7 @@ figure = figures.headline(folder)
 figure.savefig(folder / "figures" / "headline.png")
 figures.show(
     figure,
-    "Left: test accuracy against how many times smaller the file is. Right: median milliseconds a picture.",
+    "Left: test accuracy against how many times smaller the file is. Right: against milliseconds a picture.",
 )
 
 # %%

@@ -1,0 +1,160 @@
+"""Exported files give the artifact's classes in processes that know nothing of this package."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_networks import PLAIN, network, quantized, saved
+
+from nnc_utils import artifact, data, evaluation, export, models, runtimes, training
+from nnc_utils.quantization import activations, uniform
+
+ROOT = Path(__file__).parents[1]
+ALONE = """
+import json, sys
+import numpy as np
+for name in {without!r}:
+    sys.modules[name] = None
+{body}
+np.save({target!r}, np.asarray(logits).argmax(1))
+assert not [m for m in sys.modules if m.split(".")[0] in {without!r} and sys.modules[m]]
+"""
+RUNNING = {
+    "onnx": """
+import onnxruntime
+logits = onnxruntime.InferenceSession({file!r}).run(None, {{"images": np.load({images!r})}})[0]
+""",
+    "executorch": """
+import torch
+from executorch.runtime import Runtime
+method = Runtime.get().load_program({file!r}).load_method("forward")
+parts = torch.from_numpy(np.load({images!r})).split(64)
+logits = np.concatenate([method.execute([part])[0].numpy() for part in parts])
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network that has learned digits, as an artifact in 7 bits, and its data."""
+    digits = data.load("digits")
+    torch.manual_seed(0)
+    model = models.build(PLAIN)
+    training.fit(model, digits, epochs=10, augment=False, batch_size=64, learning_rate=0.05)
+    images = digits.normalize(digits.train.images[:256])
+    model = activations.calibrate(uniform.quantize_network(model, bits=7, per_channel=True), images)
+    path = tmp_path_factory.mktemp("export") / "digits.safetensors"
+    artifact.save(model, path, mean=digits.mean, std=digits.std, classes=digits.classes)
+    return path, digits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("to, without", [("onnx", ["torch", "nnc_utils"]), ("executorch", ["nnc_utils"])])
+def test_the_accuracy_is_the_artifacts_in_a_process_without_this_package(
+    to, without, precision, trained, tmp_path
+):
+    if why := runtimes.available(export.TARGETS[to][0]):
+        pytest.skip(why)
+    path, digits = trained
+    out = tmp_path / f"net{export.TARGETS[to][1]}"
+    export.export(path, to=to, out=out, precision=precision)
+    about = json.loads(out.with_name(f"{out.name}.json").read_text())
+    mean, std = (np.array(about[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+    pixels = digits.test.images.numpy().astype(np.float32) / 255
+    np.save(tmp_path / "images.npy", (pixels - mean) / std)
+    places = {"file": str(out), "images": str(tmp_path / "images.npy")}
+    body, target = RUNNING[to].format(**places), str(tmp_path / "classes.npy")
+    code = ALONE.format(without=without, body=body, target=target)
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+    classes = np.load(target)
+    stored = artifact.network(artifact.read(path))
+    for place in models.activations(stored).values() if precision == "fp32" else ():
+        place.scale = None
+    eager = evaluation.predict(stored, digits.test, normalize=digits.normalize)
+    labels = digits.test.labels.numpy()
+    assert (eager == labels).mean() > 0.9
+    assert abs((classes == labels).mean() - (eager == labels).mean()) < 0.01
+    assert (classes == eager).mean() >= 0.99
+
+
+def test_the_example_of_the_readme_names_the_class_of_a_picture(trained, tmp_path):
+    path, digits = trained
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [code] = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "InferenceSession" in c]
+    assert len(code.strip().splitlines()) <= 12 and "nnc_utils" not in code and "torch" not in code
+    export.export(path, to="onnx", out=tmp_path / "net.onnx")
+    Image.fromarray(digits.test.images[0, 0].numpy()).save(tmp_path / "picture.png")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    stored = artifact.network(artifact.read(path))
+    first = data.Split(digits.test.images[:1], digits.test.labels[:1])
+    [expected] = evaluation.predict(stored, first, normalize=digits.normalize)
+    assert done.stdout.strip() == digits.classes[expected]
+
+
+def test_the_json_says_how_to_use_it(tmp_path):
+    stored = saved(quantized(network(PLAIN)), tmp_path / "a.safetensors")
+    written = export.export(tmp_path / "a.safetensors", to="onnx", out=tmp_path / "net.onnx")
+    assert [file.name for file in written] == ["net.onnx", "net.onnx.json"]
+    about = json.loads(written[1].read_text())
+    assert about["classes"] == list(stored.classes) and about["size"] == PLAIN.size
+    assert (about["mean"], about["std"]) == (list(stored.mean), list(stored.std))
+    assert about["precision"] == "int8" and about["artifact_sha256"] == stored.sha256
+    assert "note" not in about  # 7 bits
+    saved(quantized(network(PLAIN), bits=8), tmp_path / "b.safetensors")
+    wide = export.export(tmp_path / "b.safetensors", to="onnx", out=tmp_path / "wide.onnx")
+    assert "VNNI" in json.loads(wide[1].read_text())["note"]
+    for file in (*wide, tmp_path / "b.safetensors"):
+        file.unlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "net.onnx", "net.onnx.json"]
+
+
+def test_openvino_gets_both_files(tmp_path):
+    if why := runtimes.available("openvino"):
+        pytest.skip(why)
+    saved(network(PLAIN), tmp_path / "a.safetensors")
+    written = export.export(tmp_path / "a.safetensors", to="openvino", out=tmp_path / "net.xml")
+    assert [file.name for file in written] == ["net.xml", "net.bin", "net.xml.json"]
+    session = runtimes.adapter("openvino").load(written[0], "fp32", 1)
+    assert session.predict(np.zeros((2, 1, 8, 8), np.float32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"to": "tensorrt"}, "unknown target 'tensorrt': one of onnx, openvino, executorch"),
+        ({"precision": "int4"}, "unknown precision 'int4': one of fp32, int8"),
+        ({"out": "net.pte"}, "has to end with .onnx"),
+        ({"out": "nowhere/net.onnx"}, "cannot be written"),
+        ({"precision": "int8"}, "has no activation ranges"),
+        ({"file": "missing.safetensors"}, "missing.safetensors"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(change, said, tmp_path, capsys):
+    saved(network(PLAIN), tmp_path / "a.safetensors")
+    given = {"file": "a.safetensors", "to": "onnx", "out": "net.onnx", "precision": "fp32"} | change
+    command = [str(tmp_path / given["file"]), "--to", given["to"], "--out", str(tmp_path / given["out"])]
+    assert export.main([*command, "--precision", given["precision"]]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtimes, "available", lambda *_: "not installed")
+    with pytest.raises(export.ExportError, match="onnx needs onnxruntime: not installed .*--peers"):
+        export.export(tmp_path / "a.safetensors", to="onnx", out=tmp_path / "net.onnx")
+
+
+def test_the_command_says_what_it_wrote(tmp_path, capsys):
+    saved(network(PLAIN), tmp_path / "a.safetensors")
+    out = tmp_path / "net.onnx"
+    assert export.main([str(tmp_path / "a.safetensors"), "--to", "onnx", "--out", str(out)]) == 0
+    assert f"net.onnx  {out.stat().st_size:,} bytes" in capsys.readouterr().out
