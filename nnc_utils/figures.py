@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from nnc_utils.rows import AGAIN
 
 MARKERS = "osD^vP*X<>hdp8"
+SHOWN = 4  # percentage points of accuracy below the best that a figure shows
 UNTIMED = ("identity", AGAIN)  # controls of rows that are no network's first timing
 NAMES = {
     "eager": "eager PyTorch",
@@ -102,8 +103,20 @@ def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
     axes.set_xticks(ticks, [f"{t}×" for t in ticks])
     axes.minorticks_off()
     axes.set_title("How small, and how much worse?")
-    axes.legend()
+    _cut(axes, compression["accuracy"])
+    many = len(axes.get_legend_handles_labels()[0]) > 7
+    axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
     return axes.figure
+
+
+def _cut(axes: Axes, accuracies: pd.Series) -> None:
+    """Show the `SHOWN` points below the best, where networks differ, and say how many are further down."""
+    lowest = accuracies.max() - SHOWN
+    below = int((accuracies < lowest).sum())
+    if below:
+        axes.set_ylim(lowest, accuracies.max() + 0.05 * SHOWN)
+        text = f"↓ {below} more down to {accuracies.min():.1f} %"
+        axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", fontsize=9)
 
 
 def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
@@ -159,6 +172,7 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
         axes.set_xscale("log")
     axes.set(xlabel="median milliseconds a picture", ylabel="test accuracy (%)")
     axes.set_title("Which networks are worth having? (filled: in integers)")
+    _cut(axes, rows["accuracy"])
     return axes.figure
 
 

@@ -56,7 +56,8 @@ def test_size_against_accuracy_holds_every_row_with_its_interval():
     intervals = [segment for bars in axes.containers for segment in bars.lines[2][0].get_segments()]
     ends = {(round(float(low), 6), round(float(high), 6)) for (_, low), (_, high) in intervals}
     assert ends == {(92.0, 92.0), (91.8, 92.0), (79.5, 80.5)}
-    assert {text.get_text() for text in axes.texts} >= {"8", "4"}
+    assert {text.get_text() for text in axes.texts} >= {"8", "4", "↓ 1 more down to 80.0 %"}
+    assert axes.get_ylim()[0] == pytest.approx(88.0)
 
 
 def test_latency_bars_are_the_medians_at_batch_one_without_the_identity():
