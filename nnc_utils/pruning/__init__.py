@@ -1,0 +1,1 @@
+"""Pruning: what may be cut from a network, a file a method."""

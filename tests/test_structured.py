@@ -1,0 +1,135 @@
+"""A network whose channels were removed against its twin in which they are 0."""
+
+import copy
+
+import pytest
+import torch
+from small_networks import ODD, PLAIN, POOLED, images, network, quantized, saved
+
+from nnc_utils import artifact, encoding, models
+from nnc_utils.pruning import structured
+
+SPECS = pytest.mark.parametrize("spec", [ODD, POOLED, PLAIN], ids=["odd", "pooled", "plain"])
+
+
+def some(width, share=0.6, seed=0):
+    """A part of the channels, not in order."""
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed + width))
+    return order[: max(1, int(share * width))]
+
+
+def silenced(model, group, kept):
+    """The network with a group's other channels at 0 behind every layer that writes them."""
+    twin = copy.deepcopy(model)
+    norms = {layer.name: layer.batch_norm for layer in models.layers(model.spec)}
+    for writer in group.writers:
+        norm = twin.get_submodule(norms[writer])
+        off = torch.ones(norm.num_features, dtype=torch.bool)
+        off[kept] = False
+        norm.weight.data[off] = 0
+        norm.bias.data[off] = 0
+    return twin
+
+
+@SPECS
+def test_every_convolution_is_written_once_and_the_readers_fit(spec):
+    found = structured.groups(spec)
+    layers = {layer.name: layer for layer in models.layers(spec)}
+    writers = [name for group in found.values() for name in group.writers]
+    readers = [name for group in found.values() for name in group.readers]
+    assert sorted(writers) == sorted(set(layers) - {"fc"})
+    assert sorted(readers) == sorted(set(layers) - {"conv1"})
+    for name, group in found.items():
+        assert {layers[writer].out_channels for writer in group.writers} == {layers[name].out_channels}
+        assert {layers[reader].in_channels for reader in group.readers} == {layers[name].out_channels}
+
+
+def test_a_residual_stream_is_one_group():
+    found = structured.groups(models.resnet(18))
+    assert found["conv1"].writers == ("conv1", "layer1.0.conv2", "layer1.1.conv2")
+    assert found["conv1"].readers == (
+        *("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0"),
+    )
+    assert found["layer4.0.conv2"].writers == ("layer4.0.conv2", "layer4.0.downsample.0", "layer4.1.conv2")
+    assert len(found) == 4 + 8  # streams, and what is inside the blocks
+
+
+@SPECS
+def test_each_group_alone_equals_the_masked_twin(spec):
+    model, pictures = network(spec), images(spec, 8)
+    widths = {layer.name: layer.out_channels for layer in models.layers(spec)}
+    with torch.inference_mode():
+        for name, group in structured.groups(spec).items():
+            kept = some(widths[name])
+            narrow = structured.remove_channels(model, {name: kept})
+            twin = silenced(model, group, kept)
+            assert torch.allclose(narrow(pictures), twin(pictures), atol=1e-4), name
+            assert models.parameters(narrow.spec) < models.parameters(spec)
+
+
+@SPECS
+def test_all_groups_together_and_once_more(spec, tmp_path):
+    model, pictures = network(spec), images(spec, 8)
+    once, twin = {}, model
+    widths = {layer.name: layer.out_channels for layer in models.layers(spec)}
+    for name, group in structured.groups(spec).items():
+        once[name] = some(widths[name], 0.7)
+        twin = silenced(twin, group, once[name])
+    narrow = structured.remove_channels(model, once)
+    counted = sum(p.numel() for p in narrow.parameters())
+    assert counted == models.parameters(narrow.spec) < models.parameters(spec)
+    with torch.inference_mode():
+        assert torch.allclose(narrow(pictures), twin(pictures), atol=1e-4)
+        second = {name: torch.arange(max(1, len(numbers) - 1)) for name, numbers in once.items()}
+        again = structured.remove_channels(narrow, second)
+        both = {name: numbers.sort().values[second[name]] for name, numbers in once.items()}
+        at_once = structured.remove_channels(model, both)
+        assert torch.equal(again(pictures), at_once(pictures)) and again.spec == at_once.spec
+        stored = saved(narrow, tmp_path / "narrow.safetensors")
+        assert torch.allclose(artifact.network(stored)(pictures), narrow(pictures), atol=1e-6)
+
+
+def test_the_order_of_channels_is_nothing():
+    model, pictures = network(PLAIN), images(PLAIN, 8)
+    widths = {layer.name: layer.out_channels for layer in models.layers(PLAIN)}
+    everything = {name: torch.randperm(widths[name]) for name in structured.groups(PLAIN)}
+    with torch.inference_mode():
+        assert torch.equal(structured.remove_channels(model, everything)(pictures), model(pictures))
+
+
+def test_masks_and_activation_ranges_stay():
+    model = network(PLAIN)
+    for layer in models.layers(PLAIN):
+        module = model.get_submodule(layer.name)
+        mask = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+        encoding.attach(module, encoding.Dense(module.weight.detach() * mask, mask))
+    for place in models.activations(model).values():
+        place.scale, place.zero_point = 0.1, 3
+    kept = {"layer3.0.conv1": torch.tensor([4, 0, 9])}
+    narrow = structured.remove_channels(model, kept)
+    mask = encoding.mask_of(narrow.layer3[0].conv2)
+    whole = encoding.mask_of(model.layer3[0].conv2)
+    assert torch.equal(mask, whole[:, [0, 4, 9]])
+    assert {(p.scale, p.zero_point) for p in models.activations(narrow).values()} == {(0.1, 3)}
+    assert (narrow.layer3[0].conv2.weight[~mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({"layer1": [0]}, "no group is called layer1: one of conv1, layer1.0.conv1"),
+        ({"layer1.0.conv2": [0]}, "no group is called layer1.0.conv2"),
+        ({"conv1": []}, "at least one of 0 to 7"),
+        ({"conv1": [0, 8]}, "conv1 has 8 channels"),
+        ({"conv1": [1, 1]}, "each once"),
+    ],
+)
+def test_what_cannot_be_removed_is_named(kept, said):
+    kept = {name: torch.tensor(numbers, dtype=torch.int64) for name, numbers in kept.items()}
+    with pytest.raises(ValueError, match=said):
+        structured.remove_channels(network(PLAIN), kept)
+
+
+def test_quantized_weights_are_refused():
+    with pytest.raises(ValueError, match="conv1 is quantized: cut channels first"):
+        structured.remove_channels(quantized(network(PLAIN)), {"conv1": torch.arange(4)})
