@@ -133,3 +133,23 @@ def test_what_cannot_be_removed_is_named(kept, said):
 def test_quantized_weights_are_refused():
     with pytest.raises(ValueError, match="conv1 is quantized: cut channels first"):
         structured.remove_channels(quantized(network(PLAIN)), {"conv1": torch.arange(4)})
+
+
+@pytest.mark.parametrize("name", ["conv1", "layer2.0.conv1", "layer3.0.conv2"])
+def test_torch_pruning_cuts_the_same(name):
+    library = pytest.importorskip("torch_pruning")
+    model, pictures = network(PLAIN), images(PLAIN, 8)
+    width = next(layer.out_channels for layer in models.layers(PLAIN) if layer.name == name)
+    kept = some(width)
+    ours = structured.remove_channels(model, {name: kept})
+    theirs = copy.deepcopy(model)
+    graph = library.DependencyGraph().build_dependency(theirs, example_inputs=pictures[:1])
+    gone = sorted(set(range(width)) - set(kept.tolist()))
+    group = graph.get_pruning_group(theirs.get_submodule(name), library.prune_conv_out_channels, idxs=gone)
+    group.prune()
+    macs, parameters = library.utils.count_ops_and_params(theirs, pictures[:1])
+    assert parameters == models.parameters(ours.spec)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(pictures), theirs.eval()(pictures), rtol=1e-4, atol=1e-4)
+        # the library counts batch-norm's multiplications, too
+        assert models.macs(ours.spec) <= macs < 1.1 * models.macs(ours.spec)
