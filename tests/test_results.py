@@ -133,6 +133,54 @@ def test_identity_and_absent_runtimes_get_no_speedup(example):
         rows.latency_rows([{"artifact_sha256": "0" * 64, **common}], networks, reference_sha256=sha256)
 
 
+def timed_twice(example):
+    """Rows of two networks in two runtimes, the second time with other numbers."""
+    networks = [row for folder in example.folders for row in tables.read_run(folder).compression]
+    base, int8 = (example.scores[name, 1]["sha256"] for name in ("01_baseline", "02_quantization"))
+    times = {
+        ("", base, "eager", "fp32"): 4.0,
+        ("", base, "onnxruntime", "fp32"): 2.0,
+        ("", int8, "onnxruntime", "int8"): 0.5,
+        ("again", base, "eager", "fp32"): 8.0,
+        ("again", base, "onnxruntime", "fp32"): 2.0,
+        ("again", int8, "onnxruntime", "int8"): 0.4,
+    }
+    measured = [
+        {"control": control, "artifact_sha256": sha256, "runtime": runtime, "precision": precision}
+        | {"p50_ms": ms, "p90_ms": ms, "iqr_ms": 0.0, "batch": 1, "threads": 1, "rounds": 5}
+        for (control, sha256, runtime, precision), ms in times.items()
+    ]
+    return rows.latency_rows(measured, networks, reference_sha256=base)
+
+
+def test_what_was_timed_again_is_against_what_was_timed_again(example):
+    built = timed_twice(example)
+    found = {(r["control"], r["runtime"], r["precision"]): r for r in built}
+    assert found["", "onnxruntime", "int8"]["speedup_eager_fp32"] == 8.0
+    assert found["again", "onnxruntime", "int8"]["speedup_eager_fp32"] == 20.0
+    assert found["again", "onnxruntime", "int8"]["speedup_best_fp32"] == 5.0
+    assert {r["headline"] for r in built if r["control"] == "again"} == {0}
+
+
+def test_the_report_says_how_far_two_measurements_are_apart(example, published):
+    [pair] = results.twice(pd.DataFrame(timed_twice(example))).to_dict("records")
+    assert pair["precision"] == "int8"  # the uncompressed network is the measure, not measured
+    assert pair["apart"] == pytest.approx(150.0) and not pair["holds"]  # 8 and 20 times; 4 and 5
+    assert "Timed once." in results.report(published)
+    path = published / "latency.csv"
+    frame = pd.read_csv(path, keep_default_na=False)
+    frame = frame[frame["control"] != "identity"]
+    frame["speedup_best_fp32"] = frame["speedup_best_fp32"].astype(float)
+    second = frame.assign(control="again", headline=0, speedup_best_fp32=frame["speedup_best_fp32"] * 1.05)
+    pd.concat([frame, second]).to_csv(path, index=False)
+    text = results.report(published)
+    assert "None is further apart" in text and "5.0 % apart" in text
+    second["speedup_best_fp32"] *= 1.1
+    pd.concat([frame, second]).to_csv(path, index=False)
+    assert "Further apart" in (text := results.report(published)) and "| 16 |" in text
+    assert text.count("again") < 12 and "(again)" not in results.table(published)
+
+
 def test_the_summary_pairs_images_over_the_seeds(tmp_path):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 500).astype(np.uint8)

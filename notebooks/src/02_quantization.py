@@ -580,8 +580,9 @@ for value in (0.3, 1.2, 9.0):
 # ## Benchmark: the operating points
 #
 # A point is a method and its setting, such as `hessian_rounding:rate=1e-9 bn`; `bn` stands for
-# batch-norm re-estimated. Weights that embed in 8-bit codes get activation ranges as well, so that an int8
-# runtime can use them; codebooks cannot, and keep float activations, as does every point with `float`.
+# batch-norm re-estimated, `levels=5` for five levels everywhere (more than 2 bits, less than 3) and
+# `budget=5level` for as many bytes. Weights that embed in 8-bit codes get activation ranges as well, so that an
+# int8 runtime can use them; codebooks cannot, and keep float activations, as does every point with `float`.
 
 # %%
 @functools.cache

@@ -100,7 +100,8 @@ print(f"largest difference {(apart - folded).abs().max():.1e} where values reach
 # %% [markdown]
 # Then integers. Folding multiplies only the *scale* of a channel; its **codes** stay those of the file,
 # and a negative $\gamma$ flips their signs. So a runtime can be given the file's own integers. Compare
-# the codes in the file, layer by layer and channel by channel, with those in the ONNX graph.
+# the codes in the file, layer by layer and channel by channel, with those in the ONNX graph. (ExecuTorch gets the
+# same codes, its activations less 128; only its classifier's input gets a new range for each picture.)
 
 # %% tags=["nbval-check-output"]
 model = qdq.onnx_model(int8, "int8")
@@ -134,8 +135,8 @@ except RuntimeError as error:
 # ## Two rivals
 #
 # Channels can be left away: a ResNet-18 of another **width** (`thin_width`), trained as the baseline was. And half
-# of its weights can be set to zero: a **mask** of the largest half. Both are files like any other. *Predict* for
-# each how many bytes and how many multiplications are left.
+# of its weights can be set to zero: a **mask** keeps the larger half. Both are files like any other. *Predict*
+# for each how many bytes and how many multiplications are left.
 
 # %%
 saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes}
