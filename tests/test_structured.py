@@ -153,3 +153,37 @@ def test_torch_pruning_cuts_the_same(name):
         torch.testing.assert_close(ours(pictures), theirs.eval()(pictures), rtol=1e-4, atol=1e-4)
         # the library counts batch-norm's multiplications, too
         assert models.macs(ours.spec) <= macs < 1.1 * models.macs(ours.spec)
+
+
+@pytest.mark.parametrize("gone", [["layer1.1"], ["layer1.0", "layer2.1", "layer4.1"], []])
+def test_a_removed_block_is_its_identity(gone, tmp_path):
+    """Behind a ReLU nothing is negative, so a block that adds nothing changes nothing."""
+    model, pictures = network(PLAIN), images(PLAIN, 8)
+    for place in models.activations(model).values():
+        place.scale, place.zero_point = 0.01, 0
+    twin = copy.deepcopy(model)
+    for name in gone:
+        for norm in (twin.get_submodule(name).bn2,):
+            norm.weight.data.zero_()
+            norm.bias.data.zero_()
+    shallow = structured.remove_blocks(model, gone)
+    assert models.parameters(shallow.spec) == sum(p.numel() for p in shallow.parameters())
+    assert sum(map(len, shallow.spec.stages)) == 8 - len(gone)
+    with torch.inference_mode():
+        torch.testing.assert_close(shallow(pictures), twin(pictures), rtol=1e-5, atol=1e-5)
+        stored = saved(shallow, tmp_path / "shallow.safetensors")
+        torch.testing.assert_close(artifact.network(stored)(pictures), shallow(pictures))
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["layer2.0"], "layer2.0 cannot be removed: each once, of layer1.0, layer1.1, layer2.1"),
+        (["layer1"], "layer1 cannot be removed"),
+        (["layer2.1", "layer2.1"], "layer2.1, layer2.1 cannot be removed: each once"),
+        (["layer1.0", "layer1.1"], "a stage has no block left"),
+    ],
+)
+def test_blocks_that_have_to_stay_are_named(gone, said):
+    with pytest.raises(ValueError, match=said):
+        structured.remove_blocks(network(PLAIN), gone)

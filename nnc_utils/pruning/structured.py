@@ -6,8 +6,9 @@ What a residual connection adds has to have the same channels on both sides. So 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,40 @@ def remove_channels(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
     for name, place in models.activations(model).items():
         places[name].scale, places[name].zero_point = place.scale, place.zero_point
     return narrow
+
+
+def remove_blocks(model: nn.Module, blocks: Iterable[str]) -> nn.Module:
+    """A shallower network: the identity connection of a block takes the block's place.
+
+    Parameters
+    ----------
+    model : a network of `models.build`; not changed.
+    blocks : names such as "layer3.1", of blocks with an identity connection; the others change the size or
+        the width of what flows and cannot go.
+
+    Returns
+    -------
+    A new network in evaluation mode; masks, quantizers and activation ranges are kept.
+
+    Raises
+    ------
+    ValueError
+        For names that are no such block, and a stage that would be empty.
+    """
+    gone, known = list(blocks), dict(models.named_blocks(model.spec))
+    able = [name for name, block in known.items() if block.connection == "identity"]
+    if odd := [name for name in gone if name not in able] or [n for n in gone if gone.count(n) > 1]:
+        raise ValueError(f"{', '.join(odd)} cannot be removed: each once, of {', '.join(able) or 'none'}")
+    stages = range(1, len(model.spec.stages) + 1)
+    left = [[name for name in known if name.startswith(f"layer{s}.") and name not in gone] for s in stages]
+    if not all(left):
+        raise ValueError(f"without {', '.join(gone)} a stage has no block left: keep one of each")
+    shallow = copy.deepcopy(model).eval()
+    for number, names in zip(stages, left, strict=True):
+        setattr(shallow, f"layer{number}", nn.Sequential(*map(shallow.get_submodule, names)))
+    blocks = tuple(tuple(known[name] for name in names) for names in left)
+    shallow.spec = dataclasses.replace(model.spec, stages=blocks)
+    return shallow
 
 
 def with_widths(spec: Spec, widths: Mapping[str, int]) -> Spec:
