@@ -122,14 +122,14 @@ def _cut(axes: Axes, accuracies: pd.Series) -> None:
 def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
     """How long does one picture take, where? Medians at batch 1 with one number of threads."""
     rows = _single(latency, threads).sort_values("p50_ms", ascending=False)
-    axes = axes or plt.subplots(figsize=(8, max(3.0, 0.33 * len(rows))))[1]
+    axes = axes or plt.subplots(figsize=(7.5, max(3.0, 0.26 * len(rows))))[1]
     colours = dict(zip(("fp32", "int8", "s8s8", "bf16"), sns.color_palette("colorblind"), strict=False))
     labels = [f"{name(row['runtime'])} {row['precision']}, {_point(row)}" for _, row in rows.iterrows()]
     places = range(len(rows))
     axes.barh(places, rows["p50_ms"], color=[colours.get(p, "grey") for p in rows["precision"]])
-    axes.set_yticks(places, labels, fontsize=9)
+    axes.set_yticks(places, labels, fontsize=8)
     for place, (_, row) in zip(places, rows.iterrows(), strict=True):
-        axes.text(row["p50_ms"], place, f" {row['p50_ms']:.2f} ms", va="center", fontsize=9)
+        axes.text(row["p50_ms"], place, f" {row['p50_ms']:.2f} ms", va="center", fontsize=8)
     axes.set(xlabel=f"median milliseconds a picture, {threads} thread{'s' if threads > 1 else ''}")
     axes.set_title("How long does one picture take, where?")
     axes.margins(x=0.18)

@@ -148,7 +148,7 @@ thin = models.build(models.resnet(18, **about, width=thin_width))
 history = training.fit(
     thin, pictures, seed=seed, checkpoint=run.path("checkpoint.pt"), **{key: recipe[key] for key in keys}
 )
-artifact.save(thin, run.path("artifacts/thin.safetensors"), **saving)
+saved = artifact.save(thin, run.path("artifacts/thin.safetensors"), **saving)
 
 # %%
 masked = artifact.load(run.path("artifacts/thin.safetensors"))
@@ -157,10 +157,10 @@ for layer in models.layers(thin.spec):
     weight = module.weight.detach()
     kept = weight.abs() > weight.abs().median()
     encoding.attach(module, encoding.Dense(weight * kept, kept))
-artifact.save(masked, run.path("artifacts/masked.safetensors"), **saving)
+saved = artifact.save(masked, run.path("artifacts/masked.safetensors"), **saving)
 calibration = pictures.normalize(pictures.train.images[:256])
 rounded = activations.calibrate(uniform.quantize_network(thin, bits=7, per_channel=True), calibration)
-artifact.save(rounded, run.path("artifacts/thin_int8.safetensors"), **saving)
+saved = artifact.save(rounded, run.path("artifacts/thin_int8.safetensors"), **saving)
 
 # %%
 scores = measure.score(
@@ -248,11 +248,10 @@ first = table[(table["control"] != results.AGAIN) & table["p50_ms"].notna()]
 first[columns].round(3)
 
 # %%
-for count in threads:
-    figures.show(
-        figures.latency_bars(table, threads=count),
-        f"Median milliseconds for one picture with threads={count}, by runtime and precision",
-    )
+figures.show(
+    figures.latency_bars(table, threads=min(threads)),
+    f"Median milliseconds for one picture with threads={min(threads)}, by runtime and precision",
+)
 
 # %% [markdown]
 # ## Which speed-up do you quote?
