@@ -50,8 +50,9 @@ from nnc_utils.quantization import activations, uniform
 from nnc_utils.run import start
 from nnc_utils.runtimes import qdq
 
-run = start("07_deployment", globals(), needs=("01_baseline", "02_quantization"))
 figures.style()
+# %%
+run = start("07_deployment", globals(), needs=("01_baseline", "02_quantization"))
 baseline, quantized = run.upstream
 reference = baseline.baseline
 if unknown := set(in_runtimes) - set(runtimes.NAMES):
