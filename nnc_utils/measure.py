@@ -1,177 +1,31 @@
-"""Artifacts in, measurements out: accuracy in a fresh process, time by the protocol.
-
-`score` and `latency` get file names and nothing else, so that no network in memory, no forgotten mask and
-no cast can flatter a number.
-"""
+"""How long artifacts take in their runtimes, by the protocol; `latency` gets file names and nothing else."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
-import json
-import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
 
 from nnc_utils import artifact as artifacts
-from nnc_utils import data, evaluation, models, peers, processes, runtimes
+from nnc_utils import data, evaluation, runtimes, scoring
 from nnc_utils.artifact import Artifact
 from nnc_utils.rows import AGAIN, evidence
 from nnc_utils.runtimes import qdq
-from nnc_utils.runtimes.children import Child, ChildError, child, worker
-from nnc_utils.runtimes.worker import only_answers
+from nnc_utils.runtimes.children import Child, ChildError, worker
 
 BUSY = 10  # percent of the processor that others may use before a warning
-PEER_BATCH = 64  # images that a peer's runtime gets at once
+CONVERTERS = 2  # processes that convert networks at a time, each with its compiler
 IDENTITY_SECONDS = 0.05  # enough for thousands of calls
-
-
-# --- Accuracy -----------------------------------------------------------------------------------
-
-
-def score(
-    paths: Iterable[str | Path],
-    *,
-    dataset: str,
-    folder: str | Path,
-    split: str = "test",
-    peer: str = "",
-    source: str | Path = "",
-) -> list[dict[str, Any]]:
-    """Score artifacts, or files of a peer, in one fresh process that gets their names only.
-
-    Parameters
-    ----------
-    paths : of artifacts, or of what `peers.make` wrote.
-    dataset : name, as for `data.load`.
-    folder : for the predictions; an artifact whose predictions are there is not run again.
-    split : "train", "validation" or "test".
-    peer, source : one of `peers.NAMES`, and the artifact that the files were made of. Its Spec gives
-        params and macs; bits_per_weight is then that of the whole file.
-
-    Returns
-    -------
-    For each artifact, in the given order: path, sha256, params, nonzeros, macs, artifact_bytes,
-    bits_per_weight, simulated, correct, total, predictions (file of uint8 classes, one an image).
-
-    Raises
-    ------
-    ChildError
-        With the child's own words.
-    """
-    paths = [str(path) for path in paths]
-    if not paths:
-        return []
-    if bool(peer) != bool(source):
-        raise ValueError(f"peer {peer!r} and source {str(source)!r}: both are needed, or none")
-    command = ["nnc_utils.measure", "score", "--dataset", dataset, "--split", split]
-    command += ["--peer", peer, "--source", str(source)] if peer else []
-    scores = []
-    with child([*command, "--folder", str(folder), *paths]) as scorer:
-        for path in paths:
-            scores.append(json.loads(scorer.answer()))
-            accuracy = 100 * scores[-1]["correct"] / scores[-1]["total"]
-            seconds = scores[-1].pop("seconds")
-            print(f"scored {Path(path).name}: {accuracy:.2f} % of {split}, {seconds:.1f} s", flush=True)
-    return scores
-
-
-def _score(
-    paths: Sequence[str], dataset: str, folder: Path, split: str, peer: str = "", source: str = ""
-) -> Iterator[dict[str, Any]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        start = time.perf_counter()
-        network = artifacts.read(source or path)
-        images = getattr(_data(dataset, source or path, network), split)
-        known, predict = _peer(peer, path, network, source) if peer else _artifact(network)
-        sha256 = known["sha256"]
-        file = folder / (evidence(sha256) if split == "test" else f"{sha256[:16]}.{split}.npy")
-        predictions = np.load(file, allow_pickle=False) if file.exists() else np.zeros(0, np.uint8)
-        if len(predictions) != len(images):
-            predictions = predict(images)
-            draft = file.with_suffix(".part")
-            with open(draft, "wb") as stream:
-                np.save(stream, predictions)
-            os.replace(draft, file)
-        yield {
-            "path": path,
-            "params": models.parameters(network.spec),
-            "macs": models.macs(network.spec),
-            **known,
-            "correct": evaluation.correct(predictions, images.labels),
-            "total": len(images),
-            "predictions": str(file),
-            "seconds": time.perf_counter() - start,
-        }
-
-
-def _artifact(network: Artifact) -> tuple[dict[str, Any], Callable[[data.Split], np.ndarray]]:
-    """What a row says about an artifact, and what it predicts in eager."""
-    known = {name: getattr(network, name) for name in ("sha256", "nonzeros", "bits_per_weight", "simulated")}
-    normalize = functools.partial(data.normalize, mean=network.mean, std=network.std)
-
-    def predict(images: data.Split) -> np.ndarray:
-        return evaluation.predict(artifacts.network(network), images, normalize=normalize)
-
-    return known | {"artifact_bytes": network.nbytes}, predict
-
-
-def _peer(
-    peer: str, path: str, network: Artifact, source: str
-) -> tuple[dict[str, Any], Callable[[data.Split], np.ndarray]]:
-    """The same of a peer's file that was made of `network`; its runtime predicts."""
-    sha256, nbytes = peers.measured(path)
-    loaded = peers.load(peer, path, source, threads=torch.get_num_threads())
-    weights = sum(math.prod(layer.weight_shape) for layer in models.layers(network.spec))
-    normalize = functools.partial(data.normalize, mean=network.mean, std=network.std)
-    known = {
-        "sha256": sha256,
-        "nonzeros": models.parameters(network.spec) - loaded.zeros,
-        "artifact_bytes": nbytes,
-        "bits_per_weight": 8 * nbytes / weights,
-        "simulated": peer in peers.CODECS,
-    }
-
-    def predict(images: data.Split) -> np.ndarray:
-        batches = map(normalize, images.images.split(PEER_BATCH))
-        logits = np.concatenate([loaded.predict(batch.contiguous().numpy()) for batch in batches])
-        if not np.isfinite(logits).all():
-            raise ValueError(f"{path}: {peer} predicts logits that are not finite")
-        return logits.argmax(1).astype(np.uint8)
-
-    return known, predict
-
-
-_load = functools.lru_cache(maxsize=2)(data.load)
-
-
-def _data(dataset: str, path: str | Path, network: Artifact) -> data.Data:
-    """The data set in the artifact's size, if it can be the artifact's."""
-    found, spec = _load(dataset, size=network.spec.size), network.spec
-    if (found.channels, len(found.classes)) != (spec.channels, spec.classes):
-        raise ValueError(
-            f"{path} is a network for {spec.channels} channels and {spec.classes} classes: {dataset} has "
-            f"{found.channels} channels and {len(found.classes)} classes"
-        )
-    return found
-
-
-# --- Time ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -216,7 +70,7 @@ def latency(
     batches, threads : at which to time.
     rounds : at least 5 for numbers that are published.
     seconds : for all the timing together, about; slow networks get fewer samples, 3 a visit at least.
-    again : time everything once more, in new processes, to see whether the times hold.
+    again : time the smallest batch once more, in new processes, to see whether the times hold.
 
     Returns
     -------
@@ -241,7 +95,7 @@ def latency(
             raise ValueError(f"batches {batches}: {name} is compiled for {sorted(compiled)} only")
     folder = Path(folder).absolute()
     asked, missing = _asked(requests, str(reference))
-    scores = score(dict.fromkeys(path for path, _, _ in asked), dataset=dataset, folder=folder)
+    scores = scoring.score(dict.fromkeys(path for path, _, _ in asked), dataset=dataset, folder=folder)
     sha256 = {s["path"]: s["sha256"] for s in scores}
     eager = {s["sha256"]: np.load(s["predictions"]) for s in scores}
     points = [(batch, count) for count in threads for batch in batches]
@@ -252,10 +106,7 @@ def latency(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="latency-") as scratch:
         # One job for each content: two files may well hold the same network.
         present = {(sha256[a[0]], a[1], a[2]): a for a in asked if not missing[a[1:]]}
-        jobs = []
-        for path, runtime, precision in present.values():
-            jobs.append(_job(path, runtime, precision, dataset=dataset, folder=Path(scratch)))
-            print(f"made {Path(path).stem} for {runtime} {precision}", flush=True)
+        jobs = _jobs(list(present.values()), dataset=dataset, folder=Path(scratch))
         known = {(job.runtime, job.key): _probe(job, threads[0]) for job in jobs}
 
         def classify(workers: Mapping[str, Child]) -> None:
@@ -264,13 +115,14 @@ def latency(
                     workers[job.runtime], job, eager, dataset, folder, max(batches), max(threads)
                 )
 
-        options = {"points": points, "rounds": rounds, "seconds": seconds, "temporary": Path(scratch)}
-        records = _timed(jobs, known, **options, then=classify)
+        options = {"rounds": rounds, "seconds": seconds, "temporary": Path(scratch)}
+        records = _timed(jobs, known, points=points, **options, then=classify)
         if again:
+            smallest = [point for point in points if point[0] == min(batches)]
             once = ("accuracy", "agreement", "load_ms", "peak_rss_mb")
             columns = dict.fromkeys(once) | {"control": AGAIN}
-            twice = [r | columns for r in _timed(jobs, known, **options) if r["control"] != "identity"]
-            records += twice
+            twice = _timed(jobs, known, points=smallest, **options, identities=False)
+            records += [record | columns for record in twice]
     absent = [
         {"path": path, "artifact_sha256": sha256[path], "runtime": runtime, "precision": precision}
         | {"batch": batch, "threads": count, "rounds": 0, "control": "", "why": missing[runtime, precision]}
@@ -289,6 +141,7 @@ def _timed(
     rounds: int,
     seconds: float,
     temporary: Path,
+    identities: bool = True,
     then: Callable[[Mapping[str, Child]], None] = lambda workers: None,
 ) -> list[dict[str, Any]]:
     """Records of all jobs at all points (batch, threads), in new processes; `then` may ask these more."""
@@ -296,7 +149,7 @@ def _timed(
         names = dict.fromkeys(job.runtime for job in jobs)
         workers = {name: stack.enter_context(worker(name, temporary)) for name in names}
         visits = []
-        for name in workers:
+        for name in workers if identities else ():
             for count in dict.fromkeys(count for _, count in points):
                 visit = _identity(workers[name], name, jobs, count)
                 visits += [(*visit, batch) for batch in dict.fromkeys(batch for batch, _ in points)]
@@ -334,15 +187,32 @@ def _asked(
     return [(path, name, precision) for (_, name, precision), path in unique.items()], missing
 
 
-def _job(path: str, runtime: str, precision: str, *, dataset: str, folder: Path) -> _Job:
-    network = artifacts.read(path)
-    spec = network.spec
-    pictures = folder / f"{hash((network.mean, network.std, spec.size)):x}.npy"
-    if not pictures.exists():
-        test = _data(dataset, path, network).test
-        np.save(pictures, data.normalize(test.images, network.mean, network.std).numpy())
-    file = runtimes.adapter(runtime).convert(Path(path).absolute(), precision, folder)
-    return _Job(path, network, runtime, precision, file, pictures)
+def _jobs(present: Sequence[tuple[str, str, str]], *, dataset: str, folder: Path) -> list[_Job]:
+    """The networks as their runtimes load them, converted by a process for each runtime, some at a time."""
+    networks = {path: artifacts.read(path) for path, _, _ in present}
+    made = {}
+
+    def convert(name: str) -> None:
+        with worker(name, folder) as process:
+            for path, precision in ((p, kind) for p, runtime, kind in present if runtime == name):
+                source = os.path.abspath(path)
+                file = process.ask("convert", source=source, precision=precision, folder=str(folder))
+                made[path, name, precision] = Path(file)
+                print(f"made {Path(path).stem} for {name} {precision}", flush=True)
+
+    with ThreadPoolExecutor(CONVERTERS) as pool:
+        list(pool.map(convert, dict.fromkeys(runtime for _, runtime, _ in present)))
+    pictures = {path: _pictures(path, network, dataset, folder) for path, network in networks.items()}
+    return [_Job(p, networks[p], r, kind, made[p, r, kind], pictures[p]) for p, r, kind in present]
+
+
+def _pictures(path: str, network: Artifact, dataset: str, folder: Path) -> Path:
+    """The normalized test pictures as a file; networks that want the same share one."""
+    file = folder / f"{hash((network.mean, network.std, network.spec.size)):x}.npy"
+    if not file.exists():
+        test = scoring.matching(dataset, path, network).test
+        np.save(file, data.normalize(test.images, network.mean, network.std).numpy())
+    return file
 
 
 def _probe(job: _Job, threads: int) -> dict[str, Any]:
@@ -431,7 +301,7 @@ def _classify(
     file = folder / evidence(sha256, job.runtime, job.precision)
     key = f"{job.key} {threads}"
     process.ask("predict", key=key, images=str(job.images), batch=batch, target=str(file))
-    predictions, labels = np.load(file), _data(dataset, job.path, job.network).test.labels
+    predictions, labels = np.load(file), scoring.matching(dataset, job.path, job.network).test.labels
     return {
         "path": job.path,
         "artifact_sha256": sha256,
@@ -452,64 +322,3 @@ def _busy() -> float:
             flush=True,
         )
     return busy
-
-
-# --- The machine --------------------------------------------------------------------------------
-
-FLAGS = (
-    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
-    *("asimddp", "i8mm", "bf16", "sve"),
-)
-
-
-def hardware() -> dict[str, Any]:
-    """The machine that measures: processor, the flags that matter to it, cores, memory, system, load."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    model, flags = _processor()
-    return {
-        "cpu": model,
-        "flags": [flag for flag in FLAGS if flag in flags],
-        "cores": os.cpu_count(),
-        "usable_cores": usable,
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "system": platform.platform(),
-        "machine": platform.machine(),
-        "load_average": [round(load, 2) for load in psutil.getloadavg()],
-    }
-
-
-def _processor() -> tuple[str, set[str]]:
-    """Model and flags; flags are known on Linux only."""
-    if sys.platform == "darwin":
-        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-        return name.stdout.strip() or platform.processor(), set()
-    info: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            info.setdefault(key.strip().lower(), value.strip())
-    model = info.get("model name") or platform.processor() or platform.machine()
-    return model, set((info.get("flags") or info.get("features") or "").split())
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m nnc_utils.measure score``: what `score` starts."""
-    parser = argparse.ArgumentParser(prog="python -m nnc_utils.measure", description=main.__doc__)
-    command = parser.add_subparsers(required=True).add_parser(
-        "score", help="score artifacts, a JSON line each"
-    )
-    command.add_argument("paths", nargs="+", metavar="ARTIFACT")
-    command.add_argument("--dataset", required=True)
-    command.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    command.add_argument("--folder", required=True, type=Path)
-    command.add_argument("--peer", default="", choices=("", *peers.NAMES))
-    command.add_argument("--source", default="")
-    arguments = vars(parser.parse_args(arguments))
-    processes.die_with_parent()
-    answers = only_answers()
-    for record in _score(**arguments):
-        answers.write(json.dumps(record) + "\n")
-
-
-if __name__ == "__main__":
-    main()

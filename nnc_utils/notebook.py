@@ -86,8 +86,6 @@ class Current:
         artifacts : files below the run folder; everything in artifacts/ if not given.
         extra : what later notebooks want to know, as JSON.
         """
-        from nnc_utils import measure
-
         compression = list(compression)
         common = {"profile": self.profile, "run": self.name, "dataset": self.dataset}
         common["commit"] = provenance.commit()
@@ -104,7 +102,7 @@ class Current:
                 **self.code,
                 commit=common["commit"],
                 versions=provenance.versions(),
-                hardware=measure.hardware(),
+                hardware=provenance.hardware(),
                 upstream=upstream_hashes(self.upstream),
                 wall_seconds=round(time.time() - self.started, 2),
                 dataset=self.dataset,

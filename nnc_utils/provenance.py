@@ -1,8 +1,9 @@
-"""Where a number comes from: hashes of code, notebook and parameters, the commit, the versions."""
+"""Where a number comes from: hashes of code, notebook and parameters, commit, versions, the machine."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import io
@@ -10,16 +11,23 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tokenize
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PACKAGE = Path(__file__).resolve().parent
 # They turn finished rows into tables and start notebooks; no measured number depends on them.
 WITHOUT_INFLUENCE = {"processes", "parameters", "provenance", "results", "tables", "audit", "figures"}
 WITHOUT_INFLUENCE |= {"rows", "run", "notebook", "benchmark", "inspect", "export", "__init__"}
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
+FLAGS = (  # of a processor, those that matter to a time
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16", "sve"),
+)
 PEERS = ("torchao", "openvino", "nncf", "executorch", "torch-pruning", "optuna")
 
 
@@ -164,3 +172,33 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that measures: processor, the flags that matter to it, cores, memory, system, load."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model, flags = _processor()
+    return {
+        "cpu": model,
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "load_average": [round(load, 2) for load in psutil.getloadavg()],
+    }
+
+
+def _processor() -> tuple[str, set[str]]:
+    """Model and flags; flags are known on Linux only."""
+    if sys.platform == "darwin":
+        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        return name.stdout.strip() or platform.processor(), set()
+    info: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            info.setdefault(key.strip().lower(), value.strip())
+    model = info.get("model name") or platform.processor() or platform.machine()
+    return model, set((info.get("flags") or info.get("features") or "").split())

@@ -222,7 +222,7 @@ def compression_row(
     train_images: int = 0,
     train_seconds: float = 0.0,
 ) -> CompressionRow:
-    """A row of compression.csv from what `measure.score` measured on the test set.
+    """A row of compression.csv from what `scoring.score` measured on the test set.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
+from small_networks import PLAIN, quantized
 
 from nnc_utils import artifact, data, encoding, evaluation, models, notebook, rows, tables
 
@@ -59,7 +60,7 @@ def _networks(seed: int):
 
 
 def _score(path: Path, stored, digits) -> dict:
-    """What `measure.score` says about an artifact, without its process."""
+    """What `scoring.score` says about an artifact, without its process."""
     predictions = evaluation.predict(artifact.network(stored), digits.test, normalize=digits.normalize)
     file = path.parents[1] / "predictions" / rows.evidence(stored.sha256)
     file.parent.mkdir(exist_ok=True)
@@ -156,3 +157,25 @@ def published(example, tmp_path, monkeypatch):
     shutil.copytree(example.root, root)
     monkeypatch.setenv("NNC_ROOT", str(root))
     return root / "results" / "quick"
+
+
+@pytest.fixture(scope="session")
+def trained_digits(tmp_path_factory):
+    """A trained network on digits, and the same in 7-bit integers."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    digits = data.load("digits")
+    torch.manual_seed(0)
+    model = models.build(PLAIN)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pictures = digits.normalize(digits.train.images)
+    for _ in range(3):
+        for batch in torch.randperm(len(pictures)).split(64):
+            loss = torch.nn.functional.cross_entropy(model(pictures[batch]), digits.train.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval()
+    about = {"mean": digits.mean, "std": digits.std, "classes": digits.classes}
+    artifact.save(model, folder / "base.safetensors", **about)
+    artifact.save(quantized(model), folder / "int8.safetensors", **about)
+    return folder

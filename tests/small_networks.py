@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from nnc_utils import artifact, encoding, models
+from nnc_utils import artifact, curvature, encoding, models
 from nnc_utils.models import BlockSpec, Spec
 from nnc_utils.quantization import activations
 
@@ -76,3 +76,12 @@ def saved(model, path):
     spec = model.spec
     mean, std = [0.5] * spec.channels, [0.25] * spec.channels
     return artifact.save(model, path, mean=mean, std=std, classes=[str(i) for i in range(spec.classes)])
+
+
+def kronecker(rows, columns, *, seed=0, images=400):
+    """A random curvature of full rank of a layer, (rows, columns)."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(images, columns, generator=generator) @ mixed
+    outputs = torch.randn(images, rows, generator=generator) @ torch.randn(rows, rows, generator=generator)
+    return curvature.Curvature(inputs.T @ inputs / images, outputs.T @ outputs / images)

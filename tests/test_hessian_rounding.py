@@ -1,15 +1,13 @@
 """Second-order rounding against finite differences, exhaustive search and plain rounding."""
 
-import copy
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
-from nnc_utils import encoding, models
+from nnc_utils import curvature, encoding, models
 from nnc_utils.quantization import hessian_rounding, uniform
 from tests import small_networks
 
@@ -19,14 +17,6 @@ IMAGES = small_networks.images(small_networks.PLAIN, 256)
 @pytest.fixture
 def model():
     return small_networks.network(small_networks.PLAIN)
-
-
-def curvature(rows, columns, *, seed=0, images=400):
-    generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(columns, columns, generator=generator)
-    inputs = torch.randn(images, columns, generator=generator) @ mixed
-    outputs = torch.randn(images, rows, generator=generator) @ torch.randn(rows, rows, generator=generator)
-    return hessian_rounding.Curvature(inputs.T @ inputs / images, outputs.T @ outputs / images)
 
 
 def loss(weight, rounded, found):
@@ -40,7 +30,7 @@ def loss(weight, rounded, found):
 
 def one_by_one(weight, found, scale, *, rate=0.0, damping=(0.0, 0.0)):
     """Rounded with steps of one's own."""
-    along = hessian_rounding.upper_factor(found.inputs, damping[0])
+    along = curvature.upper_factor(found.inputs, damping[0])
     columns = weight.T.contiguous().numpy()
     codes = hessian_rounding._round_columns(
         columns,
@@ -55,94 +45,9 @@ def one_by_one(weight, found, scale, *, rate=0.0, damping=(0.0, 0.0)):
     return encoding.Uniform(torch.from_numpy(codes.T.copy()).to(torch.int16), scale, 0, 8)
 
 
-def test_the_factor_is_one_of_the_damped_moment():
-    found = curvature(3, 20)
-    factor = hessian_rounding.upper_factor(found.inputs, 0.1)
-    wanted = found.inputs + 0.1 * found.inputs.diagonal().mean() * torch.eye(20)
-    assert torch.allclose(factor @ factor.T, wanted, rtol=1e-3, atol=1e-3)
-    assert torch.equal(factor, factor.triu())
-
-
-def test_input_moments_are_those_of_the_patches(model):
-    found = hessian_rounding.curvatures(model, IMAGES, rows=10**6)
-    seen = []
-    handle = model.layer3[0].conv1.register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
-    with torch.no_grad():
-        model(IMAGES)
-    handle.remove()
-    [(inputs, outputs)] = seen
-    layer = next(x for x in models.layers(model.spec) if x.name == "layer3.0.conv1")
-    # a convolution is a product with patches: try the moment on random weights
-    weight = torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(0))
-    products = functional.conv2d(inputs, weight, stride=layer.stride, padding=layer.kernel // 2)
-    flat = weight.flatten(1)
-    got = ((flat @ found["layer3.0.conv1"].inputs) * flat).sum(1)
-    assert torch.allclose(got, products.square().mean((0, 2, 3)), rtol=1e-3)
-    assert outputs.shape[1] == len(found["layer3.0.conv1"].outputs)
-
-
-def test_output_curvature_of_the_classifier_is_that_of_the_softmax(model):
-    found = hessian_rounding.curvatures(model, IMAGES.repeat(16, 1, 1, 1))["fc"].outputs
-    with torch.no_grad():
-        p = model(IMAGES).softmax(1)
-    exact = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)  # what drawn labels have on average
-    assert torch.allclose(found, exact, rtol=0.2, atol=4e-3)
-
-
-def test_output_curvature_of_a_convolution_is_that_of_every_label_in_turn(model):
-    """The Fisher information by its definition: each class's gradient, times its probability."""
-    found = hessian_rounding.curvatures(model, IMAGES.repeat(16, 1, 1, 1))["layer2.0.conv1"].outputs
-    seen = []
-    handle = model.layer2[0].conv1.register_forward_hook(lambda m, i, o: seen.append(o))
-    logits = model(IMAGES.clone().requires_grad_())
-    handle.remove()
-    exact = torch.zeros_like(found)
-    for label in range(logits.shape[1]):
-        (gradient,) = torch.autograd.grad(
-            functional.log_softmax(logits, 1)[:, label].sum(), seen, retain_graph=True
-        )
-        p = logits.softmax(1)[:, label].detach()
-        exact += torch.einsum("i,icyx,idyx->cd", p, gradient, gradient) / len(IMAGES)
-    assert float(found.trace() / exact.trace()) == pytest.approx(1, abs=0.1)
-    assert torch.linalg.matrix_norm(found - exact) < 0.2 * torch.linalg.matrix_norm(exact)
-
-
-def test_the_predicted_loss_is_the_measured_one_for_the_classifier(model):
-    """Half the second difference of the mean cross-entropy, its expectation over the model's own labels."""
-    images = IMAGES
-    found = hessian_rounding.curvatures(model, images.repeat(8, 1, 1, 1))["fc"]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        p = model(images).softmax(1)
-        predicted = measured = 0.0
-        for _ in range(20):
-            change = 0.02 * torch.randn(model.fc.weight.shape, generator=generator)
-            predicted += found.loss(change)
-            other = copy.deepcopy(model)
-            other.fc.weight += change
-            measured += float(functional.kl_div(other(images).log_softmax(1), p, reduction="batchmean"))
-    assert measured / predicted == pytest.approx(1, abs=0.35)  # Kronecker factors are an approximation
-
-
-def test_the_loss_of_an_error_is_the_measured_one_in_any_layer(model):
-    """Against the divergence of a network whose one weight was changed, which needs no gradient."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {x.name: model.get_submodule(x.name).weight.detach() for x in models.layers(model.spec)}
-    errors = {n: 0.02 * w.std() * torch.randn(w.shape, generator=generator) for n, w in weights.items()}
-    predicted = hessian_rounding.loss_of_errors(model, errors, IMAGES.repeat(8, 1, 1, 1))
-    model.double()
-    with torch.no_grad():
-        p = model(IMAGES.double()).softmax(1)
-        for name, error in errors.items():
-            other = copy.deepcopy(model)
-            other.get_submodule(name).weight += error
-            measured = functional.kl_div(other(IMAGES.double()).log_softmax(1), p, reduction="batchmean")
-            assert float(measured) / predicted[name] == pytest.approx(1, abs=0.25), name
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_errors_are_made_up_for_by_later_weights(seed):
-    found = curvature(8, 30, seed=seed)
+    found = small_networks.kronecker(8, 30, seed=seed)
     weight = torch.randn(8, 30, generator=torch.Generator().manual_seed(100 + seed))
     scale = torch.full((8,), 0.2)
     found.outputs.copy_(torch.diag(found.outputs.diagonal()))
@@ -155,7 +60,7 @@ def test_errors_are_made_up_for_by_later_weights(seed):
 def test_errors_are_made_up_for_by_later_rows(seed, monkeypatch):
     """Against the same rounding that knows nothing of how the rows' errors add up."""
     monkeypatch.setattr(hessian_rounding, "ROWS", 4)
-    found = curvature(32, 30, seed=seed)
+    found = small_networks.kronecker(32, 30, seed=seed)
     weight = torch.randn(32, 30, generator=torch.Generator().manual_seed(100 + seed))
     ours = hessian_rounding.quantize(weight, found, rate=1e-3, damping=(0.0, 0.0))
     alone = one_by_one(weight, found, ours.scale, rate=1e-3)
@@ -167,13 +72,13 @@ def test_codes_are_those_of_one_weight_after_the_other(monkeypatch):
     monkeypatch.setattr(hessian_rounding, "ROWS", 5)
     monkeypatch.setattr(hessian_rounding, "COLUMNS", 7)
     generator = torch.Generator().manual_seed(0)
-    found, weight = curvature(13, 24), torch.randn(13, 24, generator=generator)
+    found, weight = small_networks.kronecker(13, 24), torch.randn(13, 24, generator=generator)
     kept = torch.rand(13, 24, generator=generator) > 0.2
     weight *= kept
     ours = hessian_rounding.quantize(weight, found, rate=1e-9, damping=(0.05, 0.05), mask=kept)
     w, scale = weight.double(), ours.scale.double()
     moments = (found.inputs.double(), found.outputs.double())
-    r, s = (hessian_rounding.upper_factor(moment, 0.05) for moment in moments)
+    r, s = (curvature.upper_factor(moment, 0.05) for moment in moments)
     error = torch.zeros_like(w)
     for row in range(13):
         first = row // 5 * 5
@@ -189,7 +94,7 @@ def test_codes_are_those_of_one_weight_after_the_other(monkeypatch):
 def test_steps_follow_what_later_rows_cannot_make_up_for(monkeypatch):
     """A row's curvature is that of its block when all later rows are free: a Schur complement."""
     monkeypatch.setattr(hessian_rounding, "ROWS", 4)
-    found = curvature(10, 24)
+    found = small_networks.kronecker(10, 24)
     weight = 1e-3 * torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
     rate = 10.0
     scale = hessian_rounding.quantize(weight, found, rate=rate, damping=(0.0, 0.0)).scale
@@ -206,7 +111,7 @@ def test_no_choice_of_codes_has_a_much_smaller_cost_in_a_small_case():
     """Against all codes near the weight: the greedy order costs something, but not much on average."""
     ratios = []
     for seed in range(10):
-        found = curvature(1, 5, seed=seed)
+        found = small_networks.kronecker(1, 5, seed=seed)
         weight = torch.randn(1, 5, generator=torch.Generator().manual_seed(seed))
         ours = hessian_rounding.quantize(weight, found, rate=1e-2, damping=(0.0, 0.0))
         step = float(ours.scale)
@@ -221,7 +126,7 @@ def test_no_choice_of_codes_has_a_much_smaller_cost_in_a_small_case():
 
 
 def test_a_higher_price_buys_fewer_bits_at_a_higher_loss():
-    found = curvature(64, 72)
+    found = small_networks.kronecker(64, 72)
     weight = torch.randn(64, 8, 3, 3, generator=torch.Generator().manual_seed(0))
     bits, losses = [], []
     for rate in (1.0, 10.0, 100.0, 1000.0):
@@ -233,7 +138,7 @@ def test_a_higher_price_buys_fewer_bits_at_a_higher_loss():
 
 def test_the_rate_term_saves_coded_bits_at_the_same_loss():
     """Against the same compensation without a price, its step chosen to end at the same size."""
-    found = curvature(128, 72, seed=3)
+    found = small_networks.kronecker(128, 72, seed=3)
     found.outputs.copy_(torch.diag(found.outputs.diagonal()))  # rows have nothing to make up for
     weight = torch.randn(128, 72, generator=torch.Generator().manual_seed(0)) * 0.7
     ours = hessian_rounding.quantize(weight, found, rate=0.3)
@@ -245,7 +150,7 @@ def test_the_rate_term_saves_coded_bits_at_the_same_loss():
 
 
 def test_a_network_has_half_the_bits_of_plain_rounding_at_half_its_loss(model):
-    found = hessian_rounding.curvatures(model, IMAGES)
+    found = curvature.curvatures(model, IMAGES)
     ours = hessian_rounding.quantize_network(model, found, rate=1e-8)
 
     def size_and_loss(network):
@@ -265,16 +170,16 @@ def test_masked_weights_stay_zero(model):
     layer = model.layer2[0].conv1
     kept = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", encoding.ZeroMask(kept))
-    found = hessian_rounding.curvatures(model, IMAGES)
+    found = curvature.curvatures(model, IMAGES)
     rounded = hessian_rounding.quantize_network(model, found, rate=1e-6)
     assert not rounded.layer2[0].conv1.weight[~kept].any()
     assert torch.equal(encoding.encoded(rounded.layer2[0].conv1).mask, kept)
 
 
 def test_zeros_constants_and_dead_inputs_are_no_trouble():
-    found = curvature(4, 12)
+    found = small_networks.kronecker(4, 12)
     found.inputs[3] = found.inputs[:, 3] = 0.0  # an input that is never on
-    dead = hessian_rounding.Curvature(found.inputs, torch.zeros(4, 4))
+    dead = curvature.Curvature(found.inputs, torch.zeros(4, 4))
     for weight in (torch.zeros(4, 12), torch.full((4, 12), 0.3), torch.eye(12)[:4]):
         for one in (found, dead):
             rounded = hessian_rounding.quantize(weight, one, rate=1e-6)
@@ -285,7 +190,7 @@ def test_zeros_constants_and_dead_inputs_are_no_trouble():
 
 
 def test_bad_input_is_refused(model):
-    found = curvature(4, 12)
+    found = small_networks.kronecker(4, 12)
     weight = torch.zeros(4, 12)
     for rate in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="positive number of nats"):
@@ -298,6 +203,6 @@ def test_bad_input_is_refused(model):
         with pytest.raises(ValueError, match="0 or more is needed"):
             hessian_rounding.quantize(weight, found, rate=1e-6, damping=(bad, 0.3))
     with pytest.raises(ValueError, match="more damping"):  # two directions, one of them below 0
-        hessian_rounding.upper_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.0)
+        curvature.upper_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.0)
     with pytest.raises(ValueError, match="at least 1"):
-        hessian_rounding.curvatures(model, IMAGES[:0])
+        curvature.curvatures(model, IMAGES[:0])

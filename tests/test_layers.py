@@ -10,15 +10,17 @@ import nnc_utils
 PACKAGE = Path(nnc_utils.__file__).parent
 FLOORS = [
     {"models", "data", "encoding"},
-    {"artifact", "evaluation"},
+    {"artifact", "evaluation", "sensitivity"},
     {"training"},  # evaluates each epoch
+    {"curvature"},  # shows its progress as training does
     {"quantization", "pruning", "distillation", "search"},  # a folder each; none knows another
     {"runtimes"},
     {"peers"},  # lower as the runtimes do, and run in theirs
     # the fifth floor has steps: from processes and hashes over rows and tables to what runs notebooks
     {"processes", "provenance"},
     {"parameters", "rows"},
-    {"measure", "tables", "figures"},
+    {"scoring", "tables", "figures"},
+    {"measure"},  # scores before it times
     {"results", "audit", "notebook"},
     {"benchmark"},
     {"run", "inspect", "export"},

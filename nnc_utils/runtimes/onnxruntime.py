@@ -5,8 +5,7 @@ default: its integer kernels are those without such instructions.
 
 On x86 processors without VNNI its kernel for U8 activations and S8 weights adds two products in 16 bits
 and saturates: codes up to ±127 may give wrong sums there, codes up to ±64 (7 bits) cannot. Its precision
-mode is on: there, and for such codes alone, it shifts the weights to U8 and takes a slower kernel
-that is exact.
+mode is on there: for such codes alone it shifts the weights to U8 and takes a slower kernel that is exact.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,9 +46,19 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
+@cache
+def _may_saturate() -> bool:
+    """Whether this processor lacks VNNI, as far as is known; with it the precision mode only costs time."""
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+
+
 def _options(precision: str, threads: int) -> ort.SessionOptions:
     options = session_options(threads)
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if _may_saturate():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if precision == "s8s8":  # else such activations are turned into U8 or floats
         options.add_session_config_entry("session.qdqisint8allowed", "1")
     return options

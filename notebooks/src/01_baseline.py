@@ -49,7 +49,7 @@ import torch
 from IPython.display import display
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnc_utils import artifact, data, evaluation, figures, measure, models, results, training
+from nnc_utils import artifact, data, evaluation, figures, models, results, scoring, training
 from nnc_utils.run import start
 
 run = start("01_baseline", globals())
@@ -217,7 +217,7 @@ print("same logits after reloading:", same)
 # the interval before you see the number.
 
 # %%
-[score] = measure.score([path], dataset=dataset, folder=run.path("predictions"))
+[score] = scoring.score([path], dataset=dataset, folder=run.path("predictions"))
 accuracy = score["correct"] / score["total"]
 expected = history[-1].validation / 100
 predicted_error = (expected * (1 - expected) / score["total"]) ** 0.5

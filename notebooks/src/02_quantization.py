@@ -45,8 +45,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nnc_utils import artifact, data, encoding, evaluation, figures, measure, models, results, runtimes
+from nnc_utils import artifact, curvature, data, encoding, evaluation, figures, models, results, runtimes
 from nnc_utils import peers as counterparts
+from nnc_utils import scoring, sensitivity
 from nnc_utils.quantization import (
     activations,
     codebook,
@@ -54,7 +55,6 @@ from nnc_utils.quantization import (
     hessian_rounding,
     mixed_precision,
     qat,
-    sensitivity,
     uniform,
 )
 from nnc_utils.quantization.networks import quantized
@@ -312,14 +312,14 @@ for kind, rounded in (("nearest", nearest), ("compensated", compensated)):
 
 # %%
 @functools.cache
-def curvature() -> dict[str, hessian_rounding.Curvature]:
+def curved() -> dict[str, curvature.Curvature]:
     """Of every layer, on the calibration pictures."""
-    return hessian_rounding.curvatures(model, calibration, seed=seed)
+    return curvature.curvatures(model, calibration, seed=seed)
 
 
 rows = []
 for rate in (1e-11, 1e-10, 1e-9):
-    found = hessian_rounding.quantize(weight, curvature()[layer], rate=rate)
+    found = hessian_rounding.quantize(weight, curved()[layer], rate=rate)
     rows.append(("second-order", f"rate={rate:g}", found))
 for bits in (2, 3, 4):
     found = uniform.quantize(weight, bits=bits, per_channel=True, clip="mse")
@@ -329,7 +329,7 @@ pd.DataFrame(
         "rounding": kind,
         "point": point,
         "bits a weight in the file": encoding.payload_bits(found) / weight.numel(),
-        "predicted loss": curvature()[layer].loss(encoding.decode(found) - weight),
+        "predicted loss": curved()[layer].loss(encoding.decode(found) - weight),
         "zeros (%)": 100 * float((found.codes == 0).float().mean()),
     }
     for kind, point, found in rows
@@ -349,12 +349,12 @@ pd.DataFrame(
 rows, probe = [], calibration[:128]
 unseen = pictures.normalize(pictures.train.images[order[-128:]])
 for name in ("layer2.0.conv1", "layer4.0.conv1"):
-    full = curvature()[name]
-    alone = hessian_rounding.Curvature(full.inputs, full.outputs.diagonal().diag())
+    full = curved()[name]
+    alone = curvature.Curvature(full.inputs, full.outputs.diagonal().diag())
     for kind, known in (("columns", alone), ("columns and rows", full)):
         found = hessian_rounding.quantize(weights[name], known, rate=1e-10)
         error = encoding.decode(found) - weights[name]
-        measured = hessian_rounding.loss_of_errors(model, {name: error}, unseen, seed=seed + 1)[name]
+        measured = curvature.loss_of_errors(model, {name: error}, unseen, seed=seed + 1)[name]
         rows.append({"layer": name, "made up for by": kind, "predicted": full.loss(error)})
         rows[-1] |= {"measured": measured, "ratio": measured / rows[-1]["predicted"]}
         bits = encoding.payload_bits(found)
@@ -427,7 +427,7 @@ def nearest(name: str, bits: int, levels: int | None = None) -> encoding.Uniform
 
 # %%
 probe_labels = pictures.train.labels[order[:calibration_images]][: len(probe)]
-trace = sensitivity.hessian_trace(model, probe[:16], probe_labels[:16], probes=2, seed=seed)
+diagonal = sensitivity.hessian_diagonal(model, probe[:16], probe_labels[:16], probes=2, seed=seed)
 three_bits = {name: nearest(name, 3) for name in weights}
 added = sensitivity.loss_increase(
     model, {n: {3: encoding.decode(q)} for n, q in three_bits.items()}, probe[:64], probe_labels[:64]
@@ -436,8 +436,7 @@ views = pd.DataFrame(
     {
         "layer": name,
         "by the trace": 0.5
-        * trace[name]
-        / weights[name].numel()
+        * float(diagonal[name].mean())
         * float((encoding.decode(three_bits[name]) - weights[name]).square().sum()),
         "measured": added[name][3],
     }
@@ -471,7 +470,7 @@ def tables() -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
     for name, weight in weights.items():
         found = {bits: nearest(name, bits) for bits in WIDTHS}
         cost[name] = {b: encoding.payload_bits(q) / 8 for b, q in found.items()}
-        harm[name] = {b: curvature()[name].loss(encoding.decode(q) - weight) for b, q in found.items()}
+        harm[name] = {b: curved()[name].loss(encoding.decode(q) - weight) for b, q in found.items()}
     return cost, harm
 
 
@@ -598,7 +597,7 @@ HEADER = 500  # bytes that the names of several widths may add to a file, taken 
 def rounded(method: str, setting: dict[str, str]) -> torch.nn.Module:
     """A network with rounded weights, by a method that does not train."""
     if method == "hessian_rounding":
-        known = curvature()
+        known = curved()
         if "one_sided" in setting:  # what a row's error costs, but not what others could make up for
             known = {n: replace(c, outputs=c.outputs.diagonal().diag()) for n, c in known.items()}
         return hessian_rounding.quantize_network(model, known, rate=float(setting["rate"]))
@@ -689,7 +688,7 @@ for method, setting, values in learned:
 
 # %%
 labels = pictures.validation.labels.numpy()
-scored = functools.partial(measure.score, dataset=reference.dataset, folder=run.path("predictions"))
+scored = functools.partial(scoring.score, dataset=reference.dataset, folder=run.path("predictions"))
 
 
 def right(path) -> np.ndarray:

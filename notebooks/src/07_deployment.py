@@ -45,7 +45,8 @@ import onnx
 import pandas as pd
 import torch
 
-from nnc_utils import artifact, data, encoding, figures, measure, models, results, runtimes, training
+from nnc_utils import artifact, data, encoding, figures, measure, models, provenance
+from nnc_utils import results, runtimes, scoring, training
 from nnc_utils.quantization import activations, uniform
 from nnc_utils.run import start
 from nnc_utils.runtimes import qdq
@@ -164,7 +165,7 @@ rounded = activations.calibrate(uniform.quantize_network(thin, bits=7, per_chann
 saved = artifact.save(rounded, run.path("artifacts/thin_int8.safetensors"), **saving)
 
 # %%
-scores = measure.score(
+scores = scoring.score(
     [run.path(f"artifacts/{name}.safetensors") for name in ("masked", "thin", "thin_int8")],
     dataset=reference.dataset,
     folder=run.path("predictions"),
@@ -260,7 +261,7 @@ figures.show(
 # The prediction was about arithmetic. Look at both ratios for each network in fewer bits.
 
 # %%
-predicted = 4 if {"avx512_vnni", "avx_vnni", "i8mm"} & set(measure.hardware()["flags"]) else 4 / 3
+predicted = 4 if {"avx512_vnni", "avx_vnni", "i8mm"} & set(provenance.hardware()["flags"]) else 4 / 3
 ratios = first[first["precision"].isin(["int8", "s8s8", "bf16"])]
 columns = ["runtime", "precision", "method", "point", "batch", "threads", "p50_ms"]
 ratios = ratios[[*columns, "speedup_eager_fp32", "speedup_best_fp32"]].copy()

@@ -1,4 +1,4 @@
-"""Sensitivity: how much the loss minds a change of a weight, and of a layer's width."""
+"""Sensitivity: how much the loss minds a change of one weight, and of a layer."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def fisher_diagonal(
     return {name: total.detach() / len(images) for name, total in fisher.items()}
 
 
-def hessian_trace(
+def hessian_diagonal(
     model: nn.Module, images: Tensor, labels: Tensor, *, probes: int = 16, batch_size: int = 64, seed: int = 0
-) -> dict[str, float]:
-    """Estimate the trace of each layer's block of the Hessian of the mean cross-entropy.
+) -> dict[str, Tensor]:
+    """Estimate, for each weight, the second derivative of the mean cross-entropy: the Hessian's diagonal.
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ def hessian_trace(
 
     Returns
     -------
-    Layer -> trace. The Hessian of a network is not positive definite: a trace may be below 0.
+    Layer -> second derivatives, in the shape of the layer's weight; their sum is the trace of the layer's
+    block. The Hessian of a network is not positive definite: entries, and traces, may be below 0.
 
     Raises
     ------
@@ -80,8 +81,9 @@ def hessian_trace(
 
     Notes
     -----
-    Hutchinson's estimator ``mean(v @ H @ v)`` with entries of v drawn from {-1, 1} (Dong et al., 2020,
-    HAWQ-V2, equation 8). All layers are probed at once: what one layer's probe brings into another
+    Hutchinson's estimator ``mean(v * (H @ v))`` with entries of v drawn from {-1, 1} (Bekas, Kokiopoulou
+    and Saad, 2007); the sum of a layer's is that of its trace (Dong et al., 2020, HAWQ-V2, equation 8).
+    All layers are probed at once: what one layer's probe brings into another
     one's product has a random sign, and so makes the estimate noisier but not wrong on average.
     """
     models.check_images(model, images)
@@ -90,7 +92,7 @@ def hessian_trace(
         raise ValueError(f"probes is {probes!r}: a whole number of at least 1 is needed")
     network, weights = _plain_copy(model)
     tensors = list(weights.values())
-    trace = dict.fromkeys(weights, 0.0)
+    diagonal = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
     for batch, truth in zip(images.split(batch_size), labels.split(batch_size)):
         logits = network(batch)
@@ -101,32 +103,33 @@ def hessian_trace(
             probe = [_signs(weight, generator) for weight in tensors]
             products = torch.autograd.grad(gradients, tensors, probe, retain_graph=True)
             for name, ours, product in zip(weights, probe, products):
-                trace[name] += float((ours * product).sum()) / probes
-    return trace
+                diagonal[name] += (ours * product).detach() / probes
+    return {name: estimate.detach() for name, estimate in diagonal.items()}
 
 
 @torch.no_grad()
 def loss_increase(
     model: nn.Module,
-    candidates: Mapping[str, Mapping[int, Tensor]],
+    candidates: Mapping[str, Mapping[float, Tensor]],
     images: Tensor,
     labels: Tensor,
     *,
     batch_size: int = 256,
-) -> dict[str, dict[int, float]]:
+) -> dict[str, dict[float, float]]:
     """Measure what each candidate for one layer's weight adds to the mean cross-entropy.
 
     Parameters
     ----------
     model : a network of `models.build`; not changed. Batch-norm works as in evaluation.
-    candidates : layer -> bits -> weight to put in the place of the layer's own, the others left alone.
+    candidates : layer -> a number (bits, or a share of zeros) -> weight to put in the place of the layer's
+        own, the others left alone.
     images : normalized float images, (n, channels, size, size).
     labels : their classes, int64 (n,).
     batch_size : images a forward pass; a matter of memory only.
 
     Returns
     -------
-    Layer -> bits -> mean cross-entropy with the candidate minus without; may be below 0.
+    Layer -> number -> mean cross-entropy with the candidate minus without; may be below 0.
 
     Raises
     ------
@@ -147,10 +150,10 @@ def loss_increase(
             inside = [name for name in candidates if f"{name}.".startswith(f"{unit}.")]
             for name in inside:
                 own = weights[name].clone()
-                for bits, candidate in candidates[name].items():
+                for number, candidate in candidates[name].items():
                     weights[name].copy_(candidate)
                     added = _total_loss(network, batch, truth) - before
-                    increase[name][bits] += added / len(images)
+                    increase[name][number] += added / len(images)
                 weights[name].copy_(own)
             # Later layers do not change what this unit puts out: from here on it is looked up.
             network.get_submodule(unit).forward = lambda inputs, known=outputs[unit]: known
@@ -223,15 +226,17 @@ def _check_finite(logits: Tensor) -> None:
         raise ValueError("logits are not finite: the network or the images hold NaN or inf")
 
 
-def _check_candidates(weights: Mapping[str, Tensor], candidates: Mapping[str, Mapping[int, Tensor]]) -> None:
+def _check_candidates(
+    weights: Mapping[str, Tensor], candidates: Mapping[str, Mapping[float, Tensor]]
+) -> None:
     if unknown := sorted(set(candidates) - set(weights)):
         raise ValueError(f"unknown layer {unknown[0]!r}: one of {', '.join(weights)}")
     for name, widths in candidates.items():
-        for bits, candidate in widths.items():
+        for number, candidate in widths.items():
             if candidate.shape != weights[name].shape:
                 raise ValueError(
-                    f"{name}: the candidate of {bits} bits has shape {tuple(candidate.shape)}, "
+                    f"{name}: the candidate for {number} has shape {tuple(candidate.shape)}, "
                     f"the weight {tuple(weights[name].shape)}"
                 )
             if not candidate.isfinite().all():
-                raise ValueError(f"{name}: the candidate of {bits} bits is not finite")
+                raise ValueError(f"{name}: the candidate for {number} is not finite")
