@@ -321,6 +321,21 @@ def check_images(model: nn.Module, images: Tensor, *, least: int = 1) -> None:
         raise ValueError(f"images are {images.dtype}: normalized floats are needed, as by Data.normalize")
 
 
+def check_labels(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Raise a ValueError unless these are the classes of the images, int64, of this network."""
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}: "
+            "one label for each image is needed"
+        )
+    classes = model.spec.classes
+    if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"labels are {labels.dtype} from {int(labels.min())} to {int(labels.max())}: "
+            f"int64 from 0 to {classes - 1} is needed"
+        )
+
+
 class PickingConv2d(nn.Conv2d):
     """A 1x1 convolution with a stride that picks its pixels first; the numbers are the same.
 

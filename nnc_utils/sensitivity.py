@@ -87,7 +87,7 @@ def hessian_diagonal(
     one's product has a random sign, and so makes the estimate noisier but not wrong on average.
     """
     models.check_images(model, images)
-    _check_labels(model, images, labels)
+    models.check_labels(model, images, labels)
     if type(probes) is not int or probes < 1:
         raise ValueError(f"probes is {probes!r}: a whole number of at least 1 is needed")
     network, weights = _plain_copy(model)
@@ -138,7 +138,7 @@ def loss_increase(
         candidate or a loss that is not finite.
     """
     models.check_images(model, images)
-    _check_labels(model, images, labels)
+    models.check_labels(model, images, labels)
     network, weights = _plain_copy(model)
     _check_candidates(weights, candidates)
     units = ["conv1", *(name for name, _ in models.named_blocks(model.spec)), "fc"]
@@ -205,20 +205,6 @@ def _total_loss(network: nn.Module, batch: Tensor, truth: Tensor) -> float:
     logits = network(batch)
     _check_finite(logits)
     return float(functional.cross_entropy(logits.double(), truth, reduction="sum"))
-
-
-def _check_labels(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}: "
-            "one label for each image is needed"
-        )
-    classes = model.spec.classes
-    if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"labels are {labels.dtype} from {int(labels.min())} to {int(labels.max())}: "
-            f"int64 from 0 to {classes - 1} is needed"
-        )
 
 
 def _check_finite(logits: Tensor) -> None:

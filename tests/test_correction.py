@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from nnc_utils import batch_norm
 from nnc_utils.quantization import correction, uniform
 from tests import small_networks
 
@@ -33,7 +34,7 @@ def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
     model.eval()
     rounded = uniform.quantize_network(model, bits=2, per_channel=True)
     before = copy.deepcopy(rounded.state_dict())
-    fixed = correction.reestimate_batch_norm(rounded, IMAGES, original=model, batch_size=64)
+    fixed = batch_norm.reestimate(rounded, IMAGES, original=model, batch_size=64)
     with torch.no_grad():  # by hand, layer after layer in training mode
         by_hand = copy.deepcopy(rounded).train()
         out = outputs(by_hand, "layer2.0.conv2", IMAGES)
@@ -50,7 +51,7 @@ def test_variances_that_grow_are_added_to_and_those_that_fall_shrink_in_proporti
     rounded = uniform.quantize_network(model, bits=2, per_channel=True)
     with torch.no_grad():
         old, new = (network.conv1(IMAGES).var((0, 2, 3)) for network in (model, rounded))
-    fixed = correction.reestimate_batch_norm(rounded, IMAGES, original=model)
+    fixed = batch_norm.reestimate(rounded, IMAGES, original=model)
     grew = new > old
     assert grew.any() and not grew.all()
     wanted = torch.where(grew, model.bn1.running_var + new - old, model.bn1.running_var * new / old)
@@ -58,17 +59,16 @@ def test_variances_that_grow_are_added_to_and_those_that_fall_shrink_in_proporti
 
 
 def test_few_pictures_move_nothing_that_rounding_did_not_move(model):
-    fixed = correction.reestimate_batch_norm(copy.deepcopy(model), IMAGES[:8], original=model)
+    fixed = batch_norm.reestimate(copy.deepcopy(model), IMAGES[:8], original=model)
     for name, statistic in model.state_dict().items():
         assert torch.allclose(fixed.state_dict()[name], statistic, rtol=1e-5), name
 
 
 def test_two_batches_are_averaged(model):
     rounded = uniform.quantize_network(model, bits=3, per_channel=True)
-    fixed = correction.reestimate_batch_norm(rounded, IMAGES, original=model, batch_size=32)
+    fixed = batch_norm.reestimate(rounded, IMAGES, original=model, batch_size=32)
     halves = [
-        correction.reestimate_batch_norm(rounded, half, original=model, batch_size=32)
-        for half in IMAGES.split(32)
+        batch_norm.reestimate(rounded, half, original=model, batch_size=32) for half in IMAGES.split(32)
     ]
     mean = (halves[0].bn1.running_mean + halves[1].bn1.running_mean) / 2
     assert torch.allclose(fixed.bn1.running_mean, mean, atol=1e-6)
@@ -95,10 +95,10 @@ def test_bias_correction_restores_the_mean_of_each_output(model):
 
 def test_too_few_images_are_refused(model):
     for repair in (
-        lambda images: correction.reestimate_batch_norm(model, images, original=model),
+        lambda images: batch_norm.reestimate(model, images, original=model),
         lambda images: correction.correct_bias(model, images, original=model),
     ):
         with pytest.raises(ValueError, match="at least"):
             repair(IMAGES[:0])
     with pytest.raises(ValueError, match=r"of shape \(1, 8, 8\)"):
-        correction.reestimate_batch_norm(model, torch.zeros(4, 3, 8, 8), original=model)
+        batch_norm.reestimate(model, torch.zeros(4, 3, 8, 8), original=model)

@@ -9,8 +9,8 @@ import nnc_utils
 
 PACKAGE = Path(nnc_utils.__file__).parent
 FLOORS = [
-    {"models", "data", "encoding"},
-    {"artifact", "evaluation", "sensitivity"},
+    {"models", "data", "encoding", "allocation"},
+    {"artifact", "evaluation", "sensitivity", "batch_norm"},
     {"training"},  # evaluates each epoch
     {"curvature"},  # shows its progress as training does
     {"quantization", "pruning", "distillation", "search"},  # a folder each; none knows another

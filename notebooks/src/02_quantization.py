@@ -45,15 +45,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nnc_utils import artifact, curvature, data, encoding, evaluation, figures, models, results, runtimes
+from nnc_utils import allocation, artifact, batch_norm, curvature, data, encoding, evaluation, figures
+from nnc_utils import models, results, runtimes, scoring, sensitivity
 from nnc_utils import peers as counterparts
-from nnc_utils import scoring, sensitivity
 from nnc_utils.quantization import (
     activations,
     codebook,
     correction,
     hessian_rounding,
-    mixed_precision,
     qat,
     uniform,
 )
@@ -475,7 +474,7 @@ def tables() -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
 
 
 cost, harm = tables()
-widths = mixed_precision.allocate(cost, harm, budget=sum(c[3] for c in cost.values()))
+widths = allocation.allocate(cost, harm, budget=sum(c[3] for c in cost.values()))
 by_hand = {name: 4 if name == "fc" else 8 for name in weights}
 pd.DataFrame(
     {
@@ -551,7 +550,7 @@ for bits in (3, 2):
     rows.append({"bits": bits, "rounded": accuracy(network)})
     rows[-1]["bias corrected"] = accuracy(correction.correct_bias(network, repair, original=model))
     rows[-1]["batch-norm re-estimated"] = accuracy(
-        correction.reestimate_batch_norm(network, repair, original=model)
+        batch_norm.reestimate(network, repair, original=model)
     )
 print(f"fp32: {accuracy(model):.1f} % of these pictures")
 pd.DataFrame(rows).round(1)
@@ -610,7 +609,7 @@ def rounded(method: str, setting: dict[str, str]) -> torch.nn.Module:
             ).groups()  # the same everywhere
             width = (3, int(number)) if kind == "level" else (int(number), None)
             budget = sum(encoding.payload_bits(nearest(name, *width)) for name in weights) / 8 - HEADER
-            bits = mixed_precision.allocate(cost, harm, budget=budget)
+            bits = allocation.allocate(cost, harm, budget=budget)
         return quantized(model, lambda name, layer: nearest(name, bits[name]))
     levels = int(setting["levels"]) if "levels" in setting else None
     bits = levels.bit_length() if levels else int(setting["bits"])
@@ -627,7 +626,7 @@ def finished(method: str, setting: dict[str, str]) -> torch.nn.Module:
     """The same, repaired, with activation ranges where the codes are those of an int8 runtime."""
     network = rounded(method, setting)
     if "bn" in setting:
-        network = correction.reestimate_batch_norm(network, repair, original=model)
+        network = batch_norm.reestimate(network, repair, original=model)
     floats = "kmeans" in method or "float" in setting
     return network if floats else activations.calibrate(network, calibration)
 
@@ -751,7 +750,7 @@ def with_batch_norm(path, **settings):
     decoded = codec.decode(path)
     for name in shapes:
         network.get_submodule(name).weight.data.copy_(torch.from_numpy(decoded[f"{name}.weight"]))
-    state = correction.reestimate_batch_norm(network, repair, original=model).state_dict()
+    state = batch_norm.reestimate(network, repair, original=model).state_dict()
     tensors = {name: t for name, t in state.items() if name.endswith(("running_mean", "running_var"))}
     return codec.make(fp32, None, folder, batch_norm=tensors, **settings)
 

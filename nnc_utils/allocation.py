@@ -1,4 +1,4 @@
-"""Mixed precision: a width for each layer, so that the network harms least within a budget of bytes."""
+"""A setting for each layer, such as its bits or its share of zeros: the least harm within a budget."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-Table = Mapping[str, Mapping[int, float]]
+Table = Mapping[str, Mapping[float, float]]
 LARGEST = 1e3  # of the solver's objective, of which it sees no difference below 1e-6
 
 
-def allocate(cost: Table, harm: Table, *, budget: float) -> dict[str, int]:
-    """Choose a width for each layer: the smallest total harm that the budget pays for.
+def allocate(cost: Table, harm: Table, *, budget: float) -> dict[str, float]:
+    """Choose a setting for each layer: the smallest total harm that the budget pays for.
 
     Parameters
     ----------
-    cost : layer -> bits -> bytes.
-    harm : layer -> bits -> what this width of this layer does to the network, such as
+    cost : layer -> setting (a number: bits, or a share of zeros) -> bytes.
+    harm : layer -> setting -> what this setting of this layer does to the network, such as
         `sensitivity.loss_increase`; may be negative. The harms of layers are taken to add up.
     budget : bytes of all layers together, at most.
 
     Returns
     -------
-    Layer -> bits, in the order of `cost`. Of two widths that harm the same the smaller one is chosen.
+    Layer -> setting, in the order of `cost`. Of two that harm the same the cheaper one is chosen.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def allocate(cost: Table, harm: Table, *, budget: float) -> dict[str, int]:
 
     Notes
     -----
-    An integer linear program with a variable in {0, 1} for each width of each layer, exactly one of
+    An integer linear program with a variable in {0, 1} for each setting of each layer, exactly one of
     them 1 in each layer (Yao et al., 2021, HAWQ-V3, equation 9), solved by HiGHS to a total within
     about 1e-9 of the best.
 
@@ -49,39 +49,42 @@ def allocate(cost: Table, harm: Table, *, budget: float) -> dict[str, int]:
     {'conv1': 8, 'fc': 4}
     """
     _check(cost, harm)
-    smallest = sum(min(widths.values()) for widths in cost.values())
+    smallest = sum(min(settings.values()) for settings in cost.values())
     if not budget >= smallest:
         raise ValueError(
             f"the budget is {budget} bytes, the smallest allocation takes {smallest} bytes: "
-            "raise the budget or offer smaller widths"
+            "raise the budget or offer cheaper settings"
         )
     excess = {layer: _excess(cost[layer], harm[layer]) for layer in cost}
     chosen = {layer: min(excess[layer], key=cost[layer].__getitem__) for layer in cost}
-    # A width with more excess than some allocation has in total is not in the best one. Without it the
+    # A setting with more excess than some allocation has in total is not in the best one. Without it the
     # objective spans less, so that the solver sees smaller differences.
-    while total := sum(excess[layer][bits] for layer, bits in chosen.items()):
+    while total := sum(excess[layer][setting] for layer, setting in chosen.items()):
         useful = [
-            (layer, bits) for layer, widths in excess.items() for bits in widths if widths[bits] <= total
+            (layer, setting)
+            for layer, settings in excess.items()
+            for setting in settings
+            if settings[setting] <= total
         ]
-        objective = [excess[layer][bits] / total * LARGEST for layer, bits in useful]
-        chosen = _solve(useful, objective, [cost[layer][bits] for layer, bits in useful], budget)
-        if sum(excess[layer][bits] for layer, bits in chosen.items()) > total / 2:
+        objective = [excess[layer][setting] / total * LARGEST for layer, setting in useful]
+        chosen = _solve(useful, objective, [cost[layer][setting] for layer, setting in useful], budget)
+        if sum(excess[layer][setting] for layer, setting in chosen.items()) > total / 2:
             break
     return chosen
 
 
-def _excess(cost: Mapping[int, float], harm: Mapping[int, float]) -> dict[int, float]:
-    """Harm above the layer's least one, of the widths that no other beats in both cost and harm."""
+def _excess(cost: Mapping[float, float], harm: Mapping[float, float]) -> dict[float, float]:
+    """Harm above the layer's least one, of the settings that no other beats in both cost and harm."""
     best = {}
-    for bits in sorted(cost, key=lambda bits: (cost[bits], harm[bits], bits)):
-        if not best or harm[bits] < min(best.values()):
-            best[bits] = harm[bits]
-    return {bits: value - min(best.values()) for bits, value in best.items()}
+    for setting in sorted(cost, key=lambda setting: (cost[setting], harm[setting], setting)):
+        if not best or harm[setting] < min(best.values()):
+            best[setting] = harm[setting]
+    return {setting: value - min(best.values()) for setting, value in best.items()}
 
 
 def _solve(
-    options: list[tuple[str, int]], objective: list[float], cost: list[float], budget: float
-) -> dict[str, int]:
+    options: list[tuple[str, float]], objective: list[float], cost: list[float], budget: float
+) -> dict[str, float]:
     layers = list(dict.fromkeys(layer for layer, _ in options))
     one_each = np.array([[layer == name for name, _ in options] for layer in layers], float)
     with _silence():
@@ -94,7 +97,7 @@ def _solve(
         )
     if found.x is None:
         raise RuntimeError(f"the solver found no allocation: {found.message}")
-    return {layer: bits for (layer, bits), taken in zip(options, found.x) if taken > 0.5}
+    return {layer: setting for (layer, setting), taken in zip(options, found.x) if taken > 0.5}
 
 
 @contextlib.contextmanager
@@ -118,10 +121,10 @@ def _check(cost: Table, harm: Table) -> None:
     for layer in cost:
         if not cost[layer] or set(cost[layer]) != set(harm[layer]):
             raise ValueError(
-                f"{layer}: cost has the widths {sorted(cost[layer])}, harm {sorted(harm[layer])}: "
+                f"{layer}: cost has the settings {sorted(cost[layer])}, harm {sorted(harm[layer])}: "
                 "the same, and at least one, are needed"
             )
         for what, table in (("cost", cost), ("harm", harm)):
-            for bits, number in table[layer].items():
+            for setting, number in table[layer].items():
                 if not math.isfinite(number) or (what == "cost" and number < 0):
-                    raise ValueError(f"{layer}: the {what} of {bits} bits is {number}: a number is needed")
+                    raise ValueError(f"{layer}: the {what} of {setting} is {number}: a number is needed")

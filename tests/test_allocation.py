@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from nnc_utils.quantization import mixed_precision
+from nnc_utils import allocation
 
 
 def instance(seed, *, unit=1.0, layers=4):
@@ -36,11 +36,11 @@ def every_allocation(cost):
 @pytest.mark.parametrize("seed", range(8))
 def test_no_allocation_harms_less(seed, unit):
     cost, harm = instance(seed, unit=unit)
-    costs = sorted(total(cost, allocation) for allocation in every_allocation(cost))
+    costs = sorted(total(cost, chosen) for chosen in every_allocation(cost))
     for budget in (costs[0], costs[len(costs) // 4], costs[len(costs) // 2], costs[-1] - 1, costs[-1]):
         if budget < costs[0]:
             continue
-        found = mixed_precision.allocate(cost, harm, budget=budget)
+        found = allocation.allocate(cost, harm, budget=budget)
         assert list(found) == list(cost)
         assert total(cost, found) <= budget
         best = min(total(harm, a) for a in every_allocation(cost) if total(cost, a) <= budget)
@@ -53,7 +53,7 @@ def test_small_differences_beside_a_huge_harm_are_seen():
     cost = {f"layer{i}": {2: 200 + i, 4: 400 + i, 6: 600 + i, 8: 800 + i} for i in range(4)}
     harm = {layer: {2: 50.0} | {b: 1e-9 * random.random() / b for b in (4, 6, 8)} for layer in cost}
     for budget in range(1700, 3300, 200):
-        found = mixed_precision.allocate(cost, harm, budget=budget)
+        found = allocation.allocate(cost, harm, budget=budget)
         best = min(total(harm, a) for a in every_allocation(cost) if total(cost, a) <= budget)
         assert total(cost, found) <= budget
         assert total(harm, found) == pytest.approx(best, rel=1e-6)
@@ -62,11 +62,11 @@ def test_small_differences_beside_a_huge_harm_are_seen():
 def test_the_budget_is_kept_to_the_byte():
     cost = {f"layer{i}": {4: 1_000_003 + i, 8: 2_000_009 + 7 * i} for i in range(6)}
     harm = {layer: {4: 1.0 + i / 10, 8: 0.0} for i, layer in enumerate(cost)}
-    for allocation in list(every_allocation(cost))[::7]:
-        for budget in (total(cost, allocation) - 1, total(cost, allocation)):
+    for chosen in list(every_allocation(cost))[::7]:
+        for budget in (total(cost, chosen) - 1, total(cost, chosen)):
             if budget < total(cost, dict.fromkeys(cost, 4)):
                 continue
-            found = mixed_precision.allocate(cost, harm, budget=budget)
+            found = allocation.allocate(cost, harm, budget=budget)
             best = min(total(harm, a) for a in every_allocation(cost) if total(cost, a) <= budget)
             assert total(cost, found) <= budget
             assert total(harm, found) == pytest.approx(best, abs=1e-9)
@@ -81,7 +81,7 @@ def test_a_network_of_many_layers_is_quick_and_better_than_one_width():
         harm[layer] = {bits: mind * 4.0**-bits for bits in range(2, 9)}
     for bits in (3, 4, 5):
         one = dict.fromkeys(cost, bits)
-        found = mixed_precision.allocate(cost, harm, budget=total(cost, one))
+        found = allocation.allocate(cost, harm, budget=total(cost, one))
         assert total(cost, found) <= total(cost, one) and total(harm, found) < total(harm, one)
 
 
@@ -110,7 +110,7 @@ def test_twenty_layers_whose_bytes_all_buy_about_the_same(seed):
         }
     reached = least_harm(cost, harm)
     for budget in (7001, 9999, 12345):
-        found = mixed_precision.allocate(cost, harm, budget=budget)
+        found = allocation.allocate(cost, harm, budget=budget)
         best = min(suffered for spent, suffered in reached.items() if spent <= budget)
         assert total(cost, found) <= budget
         assert total(harm, found) == pytest.approx(best, rel=1e-8)
@@ -119,30 +119,30 @@ def test_twenty_layers_whose_bytes_all_buy_about_the_same(seed):
 def test_of_equal_harm_the_smaller_is_chosen_and_no_budget_means_least_harm():
     cost = {"a": {4: 10, 6: 15, 8: 20}, "b": {4: 10, 8: 20}}
     harm = {"a": {4: 0.5, 6: 0.0, 8: 0.0}, "b": {4: 0.0, 8: 0.0}}
-    assert mixed_precision.allocate(cost, harm, budget=float("inf")) == {"a": 6, "b": 4}
-    assert mixed_precision.allocate(cost, harm, budget=20) == {"a": 4, "b": 4}
+    assert allocation.allocate(cost, harm, budget=float("inf")) == {"a": 6, "b": 4}
+    assert allocation.allocate(cost, harm, budget=20) == {"a": 4, "b": 4}
 
 
 def test_a_budget_below_the_smallest_allocation_says_what_is_possible():
     cost, harm = {"a": {2: 30, 4: 60}, "b": {3: 45, 2: 30}}, {"a": {2: 1, 4: 0}, "b": {3: 0, 2: 1}}
-    assert mixed_precision.allocate(cost, harm, budget=60) == {"a": 2, "b": 2}
+    assert allocation.allocate(cost, harm, budget=60) == {"a": 2, "b": 2}
     for budget in (59, 0, -1, float("nan")):
         with pytest.raises(ValueError, match="smallest allocation takes 60 bytes"):
-            mixed_precision.allocate(cost, harm, budget=budget)
+            allocation.allocate(cost, harm, budget=budget)
 
 
 def test_tables_that_do_not_fit_are_refused():
     good = {"a": {2: 1.0, 4: 2.0}, "b": {2: 1.0}}
     with pytest.raises(ValueError, match="only in one: b"):
-        mixed_precision.allocate(good, {"a": good["a"]}, budget=9)
+        allocation.allocate(good, {"a": good["a"]}, budget=9)
     with pytest.raises(ValueError, match="no layer at all"):
-        mixed_precision.allocate({}, {}, budget=9)
+        allocation.allocate({}, {}, budget=9)
     with pytest.raises(ValueError, match=r"b: cost has the widths \[2\], harm \[\]"):
-        mixed_precision.allocate(good, good | {"b": {}}, budget=9)
+        allocation.allocate(good, good | {"b": {}}, budget=9)
     for broken in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"b: the harm of 2 bits is {broken}"):
-            mixed_precision.allocate(good, good | {"b": {2: broken}}, budget=9)
+            allocation.allocate(good, good | {"b": {2: broken}}, budget=9)
         with pytest.raises(ValueError, match=f"b: the cost of 2 bits is {broken}"):
-            mixed_precision.allocate(good | {"b": {2: broken}}, good, budget=9)
+            allocation.allocate(good | {"b": {2: broken}}, good, budget=9)
     with pytest.raises(ValueError, match="b: the cost of 2 bits is -1"):
-        mixed_precision.allocate(good | {"b": {2: -1}}, good, budget=9)
+        allocation.allocate(good | {"b": {2: -1}}, good, budget=9)

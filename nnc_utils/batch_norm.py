@@ -1,0 +1,64 @@
+"""Batch-norm re-estimated after weights were rounded or removed: needs pictures, but no training."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from nnc_utils import models
+
+
+@torch.no_grad()
+def reestimate(
+    changed: nn.Module, images: Tensor, *, original: nn.Module | None = None, batch_size: int = 256
+) -> nn.Module:
+    """A copy of a rounded or pruned network whose batch-norm statistics moved as its own activations did.
+
+    Changed weights give other sums than those whose mean and variance batch-norm remembers (Sun et al.,
+    2019, "Hybrid 8-bit floating point (HFP8) training and inference"). Both networks see the same batches:
+    what the change moved, the difference of the means and of the variances (the ratio of those that fell),
+    is known from few images, and a network that was not changed keeps its statistics.
+
+    Parameters
+    ----------
+    changed : the network with rounded or missing weights; not changed.
+    images : normalized training images, (n, channels, size, size).
+    original : the network before, with channels as many; not changed. Without one the statistics become those
+        of these images, which takes more of them.
+    batch_size : images a forward pass; a smaller last batch is left out unless it is the only one.
+
+    Raises
+    ------
+    ValueError
+        For fewer than 2 images, or images of another shape.
+    """
+    models.check_images(changed, images, least=2)
+    corrected, measured = copy.deepcopy(changed), _batch_norms(changed, images, batch_size)
+    norms = [module for module in corrected.modules() if isinstance(module, nn.BatchNorm2d)]
+    if original is None:
+        for norm, new in zip(norms, measured, strict=True):
+            norm.running_mean.copy_(new.running_mean)
+            norm.running_var.copy_(new.running_var)
+        return corrected
+    before = _batch_norms(original, images, batch_size)
+    for norm, new, old in zip(norms, measured, before, strict=True):
+        norm.running_mean += new.running_mean - old.running_mean
+        # A variance that grew from nearly nothing has a ratio that says nothing.
+        norm.running_var *= ((new.running_var + norm.eps) / (old.running_var + norm.eps)).clamp(max=1)
+        norm.running_var += (new.running_var - old.running_var).clamp(min=0)
+    return corrected
+
+
+def _batch_norms(model: nn.Module, images: Tensor, batch_size: int) -> list[nn.BatchNorm2d]:
+    """Batch-norms with the average statistics of these batches."""
+    network = copy.deepcopy(model).train()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    whole = len(images) // batch_size * batch_size or len(images)
+    for batch in images[:whole].split(batch_size):
+        network(batch.contiguous(memory_format=torch.channels_last))
+    return norms
