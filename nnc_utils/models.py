@@ -184,6 +184,20 @@ def resnet(
     return Spec(channels, size, classes, stem, scaled[0], block, tuple(map(tuple, stages)))
 
 
+def with_widths(spec: Spec, widths: Mapping[str, int]) -> Spec:
+    """The Spec with other output channels; `widths` names every convolution."""
+    numbers = iter(named_blocks(spec))
+    stages = []
+    for stage in spec.stages:
+        blocks = []
+        for block in stage:
+            name, _ = next(numbers)
+            new = tuple(widths[f"{name}.conv{i}"] for i in range(1, len(block.widths) + 1))
+            blocks.append(dataclasses.replace(block, widths=new))
+        stages.append(tuple(blocks))
+    return dataclasses.replace(spec, stem_width=widths["conv1"], stages=tuple(stages))
+
+
 # --- Reading a Spec -----------------------------------------------------------------------------
 
 

@@ -137,7 +137,7 @@ def test_tables_that_do_not_fit_are_refused():
         allocation.allocate(good, {"a": good["a"]}, budget=9)
     with pytest.raises(ValueError, match="no layer at all"):
         allocation.allocate({}, {}, budget=9)
-    with pytest.raises(ValueError, match=r"b: cost has the widths \[2\], harm \[\]"):
+    with pytest.raises(ValueError, match=r"b: cost has the settings \[2\], harm \[\]"):
         allocation.allocate(good, good | {"b": {}}, budget=9)
     for broken in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"b: the harm of 2 bits is {broken}"):

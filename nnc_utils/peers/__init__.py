@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RUNTIMES = ("ort_static", "nncf_ptq", "torchao_pt2e")
 CODECS = ("nncodec", "gzip", "xz", "zstd")
 NAMES = RUNTIMES + CODECS
+PRUNERS = ("torch_pruning",)  # give a network back, not a file: `peer(name).prune`
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def peer(name: str) -> ModuleType:
     ImportError
         When its library is missing or broken.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown peer {name!r}: one of {', '.join(NAMES)}")
+    if name not in NAMES + PRUNERS:
+        raise ValueError(f"unknown peer {name!r}: one of {', '.join(NAMES + PRUNERS)}")
     return importlib.import_module(f"nnc_utils.peers.{'plain' if name in ('gzip', 'xz', 'zstd') else name}")
 
 

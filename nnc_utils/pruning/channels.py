@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from nnc_utils import models
 from nnc_utils.models import Spec
-from nnc_utils.pruning.structured import groups, with_widths
+from nnc_utils.pruning.structured import groups
 
 SCORES = ("random", "l1", "l2", "bn_scale", "taylor", "fisher")
 
@@ -104,17 +104,25 @@ def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor, *, batch_si
 
 
 def within_macs(
-    spec: Spec, score: Mapping[str, Tensor], *, macs: float, multiple: int = 1, least: float = 0.05
+    spec: Spec,
+    score: Mapping[str, Tensor],
+    *,
+    macs: float,
+    everywhere: bool = False,
+    multiple: int = 1,
+    least: float = 0.05,
 ) -> dict[str, Tensor]:
     """The channels to keep so that a network has at most so many multiplications.
 
-    One threshold for all groups, on scores divided by their group's mean; it is found by bisection.
+    One threshold for all groups, on scores divided by their group's mean or replaced by their ranks in it; it
+    is found by bisection.
 
     Parameters
     ----------
     spec : the network's.
     score : group -> (channels,), as `scores` gives them.
     macs : multiplications for one picture, at most.
+    everywhere : the same share of each group (ranks), instead of more where scores are low.
     multiple : of which each width is to be, such as the 8 or 16 that integer kernels like, as far as the
         group has so many channels.
     least : share of each group's channels that stays in any case.
@@ -131,7 +139,10 @@ def within_macs(
     """
     if not 0 < least <= 1 or multiple < 1:
         raise ValueError(f"least is {least} and multiple {multiple}: (0, 1] and at least 1 are needed")
-    relative = {name: values / values.mean().clamp(min=1e-30) for name, values in score.items()}
+    if everywhere:
+        relative = {name: values.argsort().argsort() / len(values) for name, values in score.items()}
+    else:
+        relative = {name: values / values.mean().clamp(min=1e-30) for name, values in score.items()}
 
     def kept(threshold: float) -> dict[str, Tensor]:
         chosen = {}
@@ -163,4 +174,4 @@ def _narrowed(spec: Spec, chosen: Mapping[str, Tensor]) -> Spec:
     for name, group in groups(spec).items():
         if name in chosen:
             widths |= dict.fromkeys(group.writers, len(chosen[name]))
-    return with_widths(spec, widths)
+    return models.with_widths(spec, widths)

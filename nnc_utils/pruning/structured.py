@@ -82,7 +82,7 @@ def remove_channels(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
     rows = {layer: kept[name] for name in kept for layer in known[name].writers}
     columns = {layer: kept[name] for name in kept for layer in known[name].readers}
     widths = {name: len(rows[name]) if name in rows else layer.out_channels for name, layer in layers.items()}
-    narrow = models.build(with_widths(model.spec, widths)).eval()
+    narrow = models.build(models.with_widths(model.spec, widths)).eval()
     for name, layer in layers.items():
         values, mask = (
             tensor if tensor is None else _cut(tensor, rows.get(name), columns.get(name))
@@ -132,20 +132,6 @@ def remove_blocks(model: nn.Module, blocks: Iterable[str]) -> nn.Module:
     blocks = tuple(tuple(known[name] for name in names) for names in left)
     shallow.spec = dataclasses.replace(model.spec, stages=blocks)
     return shallow
-
-
-def with_widths(spec: Spec, widths: Mapping[str, int]) -> Spec:
-    """The Spec with other output channels; `widths` names every convolution."""
-    numbers = iter(models.named_blocks(spec))
-    stages = []
-    for stage in spec.stages:
-        blocks = []
-        for block in stage:
-            name, _ = next(numbers)
-            new = tuple(widths[f"{name}.conv{i}"] for i in range(1, len(block.widths) + 1))
-            blocks.append(dataclasses.replace(block, widths=new))
-        stages.append(tuple(blocks))
-    return dataclasses.replace(spec, stem_width=widths["conv1"], stages=tuple(stages))
 
 
 def _cut(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
