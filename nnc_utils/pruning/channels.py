@@ -56,8 +56,10 @@ def scores(
         generator = torch.Generator().manual_seed(seed)
         return {name: torch.rand(layers[name].out_channels, generator=generator) for name in known}
     if kind in ("taylor", "fisher"):
-        if images is None or labels is None or not len(images) or len(images) != len(labels):
-            raise ValueError(f"{kind} needs images and as many labels")
+        if images is None or labels is None:
+            raise ValueError(f"{kind} needs images and labels")
+        models.check_images(model, images)
+        models.check_labels(model, images, labels)
         gates = gate_gradients(model, images, labels, batch_size=batch_size)
         power = 1 if kind == "taylor" else 2
         return {name: gates[name].abs().pow(power).mean(0) for name in known}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnc_utils import encoding, models
+from nnc_utils import encoding, models, sensitivity
 
-SCORES = ("random", "magnitude", "gradient", "taylor")
+SCORES = ("random", "magnitude", "gradient", "taylor", "obd_fisher", "obd_hessian")
 KEPT, OF = 2, 4  # the pattern of sparse tensor cores: 2 of 4 neighbouring inputs
 
 
@@ -32,10 +32,15 @@ def scores(
     Parameters
     ----------
     model : a network of `models.build`, in evaluation mode; what a mask of it has cut scores below all.
-    kind : "random" (the control), "magnitude" |w| (Han et al., 2015), "gradient" |∂L/∂w|, or "taylor"
-        |w·∂L/∂w|, the first-order change of the loss without the weight (Molchanov et al., 2017).
-    images, labels : normalized training images (n, C, H, W) and classes, for the last two, whose gradient
-        is that of the mean loss.
+    kind : "random" (the control); "magnitude", |w| (Han et al., 2015); "gradient", |∂L/∂w|; "taylor",
+        |w·∂L/∂w|, the first-order change of the loss without the weight (Molchanov et al., 2017);
+        "obd_fisher" and "obd_hessian", w²·h/2 with h the curvature by the Fisher information's or the
+        Hessian's diagonal (Optimal Brain Damage; LeCun et al., 1989). A negative h of the Hessian, which
+        has no minimum there, counts as 0.
+    images, labels : normalized training images (n, C, H, W) and classes, int64, for all but the first two;
+        the loss is the mean of theirs.
+    seed : of what is drawn: scores, labels, or probes.
+    batch_size : images a pass; it changes the noise of "obd_fisher" and "obd_hessian".
 
     Returns
     -------
@@ -50,11 +55,21 @@ def scores(
         raise ValueError(f"unknown score {kind!r}: one of {', '.join(SCORES)}")
     modules = {layer.name: model.get_submodule(layer.name) for layer in models.layers(model.spec)}
     weights = {name: module.weight.detach() for name, module in modules.items()}
+    if kind not in ("random", "magnitude"):
+        if images is None or labels is None:
+            raise ValueError(f"{kind} needs images and labels")
+        models.check_images(model, images)
+        models.check_labels(model, images, labels)
     if kind in ("gradient", "taylor"):
-        if images is None or labels is None or not len(images) or len(images) != len(labels):
-            raise ValueError(f"{kind} needs images and as many labels")
         gradients = _gradients(model, weights, images, labels, batch_size)
         found = {n: (g if kind == "gradient" else g * weights[n]).abs() for n, g in gradients.items()}
+    elif kind.startswith("obd"):
+        if kind == "obd_fisher":
+            curved = sensitivity.fisher_diagonal(model, images, batch_size=batch_size, seed=seed)
+        else:
+            settings = {"probes": 1, "batch_size": batch_size, "seed": seed}
+            curved = sensitivity.hessian_diagonal(model, images, labels, **settings)
+        found = {name: weight.square() * curved[name].clamp(min=0) / 2 for name, weight in weights.items()}
     elif kind == "magnitude":
         found = {name: weight.abs() for name, weight in weights.items()}
     else:
