@@ -1,11 +1,12 @@
 """Optimal Brain Surgeon against the exact inverse Hessian of a small layer."""
 
+import numpy as np
 import pytest
 import torch
-from small_networks import PLAIN, images, kronecker, network, quantized
+from small_networks import ODD, PLAIN, images, kronecker, network, quantized
 
-from nnc_utils import curvature, encoding
-from nnc_utils.pruning import obs, unstructured
+from nnc_utils import curvature, encoding, models
+from nnc_utils.pruning import obs, structured, unstructured
 
 NONE = (0.0, 0.0)
 
@@ -50,7 +51,8 @@ def test_many_cut_weights_are_made_up_for_exactly(layer):
     wanted[stay] += moved
     mended = obs.corrected(weight, kept, found, damping=NONE, iterations=200)
     torch.testing.assert_close(mended.flatten().double(), wanted, rtol=1e-2, atol=1e-2)
-    assert added(hessian, weight, mended) < 0.7 * added(hessian, weight, weight * kept)
+    cut = added(hessian, weight, weight * kept)
+    assert added(hessian, weight, mended) < 0.7 * cut
     few = obs.corrected(weight, kept, found, damping=NONE, iterations=3)
     assert (
         added(hessian, weight, mended) <= added(hessian, weight, few) < added(hessian, weight, weight * kept)
@@ -89,8 +91,37 @@ def test_what_cannot_be_corrected_is_refused():
     model = network(PLAIN)
     known = curvature.curvatures(model, images(PLAIN, 50))
     cut = unstructured.masked(model, {"fc": torch.rand(model.fc.weight.shape) > 0.5})
-    for given in (cut, quantized(model)):
+    for given in (cut, quantized(network(PLAIN))):
         with pytest.raises(ValueError, match="masked or quantized: give the network before"):
             obs.prune_network(given, known, sparsity=0.5)
     with pytest.raises(ValueError, match=r"a share of zeros in \[0, 1\)"):
         obs.prune_network(model, known, sparsity=1.0)
+
+
+@pytest.mark.parametrize("spec", [PLAIN, ODD], ids=["ResNet-18", "odd"])
+def test_readers_make_up_for_channels_by_least_squares(spec):
+    """Against numpy's least squares on what the reader sees, and in the logits of the narrower network."""
+    model, pictures = network(spec), images(spec, 300)
+    known = curvature.curvatures(model, pictures, rows=10**7)
+    layers = {layer.name: layer for layer in models.layers(spec)}
+    name = next(name for name, group in structured.groups(spec).items() if "fc" in group.readers)
+    kept = torch.arange(layers[name].out_channels)[1::2]
+    mended = obs.compensated(model, {name: kept}, known, damping=1e-6)
+    with torch.no_grad():
+        features = {}
+        model.fc.register_forward_hook(lambda module, given, output: features.update(fc=given[0]))
+        wanted = model(pictures) - model.fc.bias
+    exact = np.linalg.lstsq(features["fc"][:, kept].numpy(), wanted.numpy(), rcond=None)[0].T
+    seen = features["fc"][:, kept].numpy()  # channels that are always 0 may have any weight
+    found = seen @ mended.fc.weight.detach()[:, kept].numpy().T
+    np.testing.assert_allclose(found, seen @ exact.T, rtol=0.01, atol=0.01)
+    assert (mended.fc.weight[:, ::2] == 0).all()
+
+    widths = {group: layers[group].out_channels for group in ("conv1", name)}
+    kept = {group: torch.arange(width)[: -(width // 3)] for group, width in widths.items()}
+    plain = structured.remove_channels(model, kept)
+    mended = structured.remove_channels(obs.compensated(model, kept, known), kept)
+    with torch.no_grad():
+        whole = model(pictures)
+        ours, theirs = ((net(pictures) - whole).square().mean() for net in (mended, plain))
+    assert mended.spec == plain.spec and ours < theirs

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nnc_utils import encoding, models
 from nnc_utils.curvature import Curvature, upper_factor
 from nnc_utils.pruning import schedules, unstructured
+from nnc_utils.pruning.structured import groups
 from nnc_utils.training import progress
 
 DAMPING = (0.05, 0.3)  # of H and of G, as for second-order rounding
@@ -135,11 +136,8 @@ def prune_network(
     ValueError
         For a share outside [0, 1), masks, quantized weights, a layer that would be empty.
     """
+    _check_plain(model)
     names = [layer.name for layer in models.layers(model.spec)]
-    for name in names:
-        stored = encoding.encoded(model.get_submodule(name))
-        if not isinstance(stored, encoding.Dense) or stored.mask is not None:
-            raise ValueError(f"{name} is masked or quantized: give the network before anything was cut")
     weights = {name: model.get_submodule(name).weight.detach() for name in names}
     now, kept = dict(weights), {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     for share in schedules.sparsities(sparsity, "iterative", rounds):
@@ -154,3 +152,47 @@ def prune_network(
     for name in names:
         encoding.attach(network.get_submodule(name), encoding.Dense(now[name] * kept[name], kept[name]))
     return network
+
+
+@torch.no_grad()
+def compensated(
+    model: nn.Module,
+    kept: Mapping[str, Tensor],
+    curvature: Mapping[str, Curvature],
+    *,
+    damping: float = DAMPING[0],
+) -> nn.Module:
+    """A copy of a network in which what reads a group's channels makes up for those that will be removed.
+
+    The readers' weights for the channels that stay become those of least squares (He, Zhang and Sun, 2017,
+    "Channel pruning", equation 1, second step); the others become 0. `structured.remove_channels` then takes
+    them away.
+
+    Parameters
+    ----------
+    model : a network of `models.build` without masks and quantizers; not changed.
+    kept : group -> the numbers of the channels that stay, as for `structured.remove_channels`.
+    curvature : of each layer; its second moments of the inputs are used.
+    damping : of these, see `curvature.upper_factor`.
+    """
+    _check_plain(model)
+    network, known = copy.deepcopy(model), groups(model.spec)
+    kernels = {layer.name: layer.kernel**2 for layer in models.layers(model.spec)}
+    for name, channels in kept.items():
+        for reader in known[name].readers:
+            moment, kernel = curvature[reader].inputs, kernels[reader]
+            raised = moment + damping * moment.diagonal().mean() * torch.eye(len(moment))
+            stay = (channels[:, None] * kernel + torch.arange(kernel)).flatten()
+            module = network.get_submodule(reader)
+            weight = module.weight.flatten(1)
+            mended = torch.zeros_like(weight)
+            mended[:, stay] = torch.linalg.solve(raised[stay][:, stay], raised[stay] @ weight.T).T
+            module.weight.copy_(mended.view(module.weight.shape))
+    return network
+
+
+def _check_plain(model: nn.Module) -> None:
+    for layer in models.layers(model.spec):
+        stored = encoding.encoded(model.get_submodule(layer.name))
+        if not isinstance(stored, encoding.Dense) or stored.mask is not None:
+            raise ValueError(f"{layer.name} is masked or quantized: give the network before anything was cut")
