@@ -549,9 +549,7 @@ for bits in (3, 2):
     network = quantized(model, lambda name, layer, bits=bits: nearest(name, bits))
     rows.append({"bits": bits, "rounded": accuracy(network)})
     rows[-1]["bias corrected"] = accuracy(correction.correct_bias(network, repair, original=model))
-    rows[-1]["batch-norm re-estimated"] = accuracy(
-        batch_norm.reestimate(network, repair, original=model)
-    )
+    rows[-1]["batch-norm re-estimated"] = accuracy(batch_norm.reestimate(network, repair, original=model))
 print(f"fp32: {accuracy(model):.1f} % of these pictures")
 pd.DataFrame(rows).round(1)
 
