@@ -45,8 +45,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nnc_utils import allocation, artifact, batch_norm, curvature, data, encoding, evaluation, figures
-from nnc_utils import models, results, runtimes, scoring, sensitivity
+# %%
+from nnc_utils import (
+    allocation,
+    artifact,
+    batch_norm,
+    curvature,
+    data,
+    encoding,
+    evaluation,
+    figures,
+    models,
+    results,
+    runtimes,
+    scoring,
+    sensitivity,
+)
 from nnc_utils import peers as counterparts
 from nnc_utils.quantization import (
     activations,

@@ -45,8 +45,20 @@ import onnx
 import pandas as pd
 import torch
 
-from nnc_utils import artifact, data, encoding, figures, measure, models, provenance
-from nnc_utils import results, runtimes, scoring, training
+# %%
+from nnc_utils import (
+    artifact,
+    data,
+    encoding,
+    figures,
+    measure,
+    models,
+    provenance,
+    results,
+    runtimes,
+    scoring,
+    training,
+)
 from nnc_utils.quantization import activations, uniform
 from nnc_utils.run import start
 from nnc_utils.runtimes import qdq
