@@ -37,6 +37,13 @@ NAMES = {
     "nncf_ptq": "NNCF",
     "torchao_pt2e": "torchao PT2E",
     "nncodec": "NNCodec",
+    "nm_2_4": "2:4",
+    "obd_fisher": "OBD, Fisher",
+    "obd_hessian": "OBD, Hessian",
+    "obs_block": "OBS",
+    "torch_pruning_magnitude": "Torch-Pruning magnitude",
+    "torch_pruning_taylor": "Torch-Pruning Taylor",
+    "torch_pruning_bn_scale": "Torch-Pruning BN scale",
 }
 
 
@@ -70,43 +77,69 @@ def name(value: str) -> str:
 def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
     """How small does the file get, and what does it cost? Accuracy with its paired interval."""
     axes = axes or plt.subplots()[1]
+    _accuracy_against(compression, compression["size_ratio"], axes)
+    axes.set(
+        xlabel="times smaller than the fp32 file (numbers: bits)", title="How small, and how much worse?"
+    )
+    return axes.figure
+
+
+def macs_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
+    """How much arithmetic is left away, and what does it cost? Masks leave it all; int8 rows are left out."""
+    axes = axes or plt.subplots()[1]
+    dense = compression[_is_reference(compression)]["macs"].max()
+    rows = compression[~compression["point"].str.contains("int8")]
+    _accuracy_against(rows, dense / rows["macs"], axes)
+    axes.set(
+        xlabel="times fewer multiplications (MACs)", title="How much less to compute, and how much worse?"
+    )
+    return axes.figure
+
+
+def _is_reference(compression: pd.DataFrame) -> pd.Series:
+    return (compression["technique"] == "baseline") & (compression["control"].fillna("") == "")
+
+
+def _series(compression: pd.DataFrame) -> pd.Series:
+    """What a line of a figure joins: a method, if pruned with its flags; a control apart from its method."""
+    pruned = (compression["technique"] == "pruning") | compression["method"].str.startswith("torch_pruning")
+    flags = compression["point"].where(pruned, "").str.replace(r"\S+=\S+\s*", "", regex=True)
     control = compression["control"].fillna("")
-    is_reference = (compression["technique"] == "baseline") & (control == "")
-    for value in compression[is_reference]["accuracy"]:
+    rivals = control.where(
+        control.isin(["small_dense", "from_scratch"]), ""
+    )  # open division: not on the line
+    labels = [
+        ", ".join(filter(None, (name(method), flag, name(rival) if rival != method else "")))
+        for method, flag, rival in zip(compression["method"], flags, rivals, strict=True)
+    ]
+    return pd.Series(labels, compression.index)
+
+
+def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -> None:
+    for value in compression[_is_reference(compression)]["accuracy"]:
         axes.axhline(value, color="grey", linewidth=1)
         axes.axhline(value - 0.3, color="grey", linewidth=1, linestyle=":")
         axes.annotate(
             "−0.3 points", (1, value - 0.3), xytext=(2, -11), textcoords="offset points", fontsize=8
         )
-    rivals = control.where(control == "small_dense", "")  # open division: not on the line of the method
-    for number, ((method, rival), rows) in enumerate(compression.groupby(["method", rivals], sort=True)):
-        rows = rows.sort_values("size_ratio")
+    table = compression.assign(ratio=ratio, series=_series(compression))
+    for number, (label, rows) in enumerate(table.groupby("series", sort=True)):
+        rows = rows.sort_values("ratio")
         below = (rows["accuracy_delta"] - rows["delta_ci_low"]).fillna(0)
         above = (rows["delta_ci_high"] - rows["accuracy_delta"]).fillna(0)
         marker = MARKERS[number % len(MARKERS)]
-        axes.errorbar(
-            rows["size_ratio"],
-            rows["accuracy"],
-            (below, above),
-            marker=marker,
-            capsize=3,
-            label=name(method) + (f", {name(rival)}" if rival else ""),
-        )
+        axes.errorbar(rows["ratio"], rows["accuracy"], (below, above), marker=marker, capsize=3, label=label)
         for _, row in rows[rows["point"].str.startswith("bits=")].iterrows():
-            place = (row["size_ratio"], row["accuracy"])
+            place = (row["ratio"], row["accuracy"])
             text = row["point"].removeprefix("bits=")
             axes.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=9)
-    ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * compression["size_ratio"].max()]
-    axes.set(
-        xscale="log", xlabel="times smaller than the fp32 file (numbers: bits)", ylabel="test accuracy (%)"
-    )
+    ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * ratio.max()]
+    axes.set(xscale="log", ylabel="test accuracy (%)")
     axes.set_xticks(ticks, [f"{t}×" for t in ticks])
     axes.minorticks_off()
-    axes.set_title("How small, and how much worse?")
     _cut(axes, compression["accuracy"])
     many = len(axes.get_legend_handles_labels()[0]) > 7
     axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
-    return axes.figure
 
 
 def _cut(axes: Axes, accuracies: pd.Series) -> None:

@@ -384,7 +384,9 @@ def _provenance(tables: Tables) -> str:
 
 
 def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
-    """Paired differences between methods (`RIVALS`) on the test images, from the stored predictions.
+    """Paired differences between methods on the test images, from the stored predictions.
+
+    `RIVALS` at equal settings, and the best channel pruning at equal MACs.
 
     Parameters
     ----------
@@ -400,7 +402,7 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
     stored = predictions / labels_name(dataset)
     labels = read_predictions(stored) if stored.is_file() else labels_of(dataset)
     arms = (compression["method"] + " " + compression["control"].fillna("")).str.strip()
-    lines = []
+    lines, pairs = [], []
     for ours, theirs in RIVALS:
         own = compression[arms == ours].sort_values("artifact_bytes")
         for _, other in compression[arms == theirs].iterrows():
@@ -409,21 +411,37 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
                 found = found[found["artifact_bytes"] <= other["artifact_bytes"]].tail(1)
             else:
                 found = found[found["point"].map(_setting) == other["point"]]
-            for _, mine in found.iterrows():
-                pair = [read_predictions(predictions / evidence(r["artifact_sha256"])) for r in (mine, other)]
-                delta = differences(compressed=pair[:1], reference=pair[1:], labels=labels)
-                above, reaches = delta["delta_ci_low"] > 0, delta["delta_ci_high"] >= 0
-                lines.append(
-                    {
-                        "ours": f"{ours} {mine['point']}",
-                        "bytes": mine["artifact_bytes"],
-                        "theirs": f"{other['method']} {other['point']}",
-                        "their bytes": other["artifact_bytes"],
-                        "points": _delta(delta),
-                        "verdict": "beats" if above else "not below" if reaches else "below",
-                    }
-                )
+            pairs += [(mine, other) for _, mine in found.iterrows()]
+    for mine, other in pairs + _best_at_each_macs(compression):
+        pair = [read_predictions(predictions / evidence(row["artifact_sha256"])) for row in (mine, other)]
+        delta = differences(compressed=pair[:1], reference=pair[1:], labels=labels)
+        above, reaches = delta["delta_ci_low"] > 0, delta["delta_ci_high"] >= 0
+        lines.append(
+            {
+                "ours": f"{mine['method']} {mine['point']}",
+                "bytes": mine["artifact_bytes"],
+                "theirs": f"{other['method']} {other['point']}",
+                "their bytes": other["artifact_bytes"],
+                "points": _delta(delta),
+                "verdict": "beats" if above else "not below" if reaches else "below",
+            }
+        )
     return pd.DataFrame(lines)
+
+
+def _best_at_each_macs(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
+    """Our best channel pruning and Torch-Pruning's, at equal MACs and training; both picked on test alike."""
+    found = compression[
+        (compression["control"].fillna("") == "") & ~compression["point"].str.contains("int8")
+    ]
+    found = found.assign(macs_point=found["point"].str.extract(r"(macs=\S+)", expand=False))
+    found = found.assign(tuned=found["point"].str.contains("tuned")).dropna(subset=["macs_point"])
+    pairs = []
+    for _, rows in found.groupby(["seed", "macs_point", "tuned"]):
+        sides = [rows[rows["method"].str.startswith(start)] for start in ("channels_", "torch_pruning_")]
+        if all(map(len, sides)):
+            pairs.append(tuple(side.loc[side["accuracy"].idxmax()] for side in sides))
+    return pairs
 
 
 def _setting(point: str) -> str:

@@ -73,23 +73,52 @@ class TestNotebook:
             assert re.search(r"  # \S", line), line
 
 
-def check_points(points, peers=()):
-    """Run the cell of 02_quantization that reads its operating points."""
+def check_points(points, peers=(), name="02_quantization"):
+    """Run the cells of a notebook that read its operating points."""
+    from nnc_utils import models
     from nnc_utils import peers as counterparts
+    from nnc_utils.pruning import channels
 
-    notebook = nbformat.read(ROOT / "notebooks" / "02_quantization.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     sources = [cell.source for cell in cells(notebook, "code")]
     [first] = [place for place, source in enumerate(sources) if "def parsed(" in source]
     namespace = {"points": list(points), "peers": list(peers), "counterparts": counterparts}
+    namespace |= {"channels": channels, "spec": models.resnet(18, channels=1, size=28, classes=10)}
     for source in sources[first : first + 2]:
         exec(source, namespace)
 
 
+@pytest.mark.parametrize("name", ["02_quantization", "03_pruning"])
 @pytest.mark.parametrize("profile", ["quick", "medium", "standard", "full"])
-def test_every_profile_names_known_operating_points(profile):
+def test_every_profile_names_known_operating_points(profile, name):
     path = ROOT / "workflow" / "profiles" / f"{profile}.yaml"
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))["parameters"]["02_quantization"]
-    check_points(given["points"], given.get("peers", []))
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))["parameters"]
+    check_points(given[name]["points"], given[name].get("peers", []), name)
+    if name == "03_pruning" and "07_deployment" in given:  # what 07 times by default has to be there
+        declared = (ROOT / "notebooks" / "src" / "07_deployment.py").read_text()
+        for wanted in re.findall(r'^(?:narrow|masked): str = "(.+?)"', declared, re.MULTILINE):
+            assert any(point.removesuffix(" int8") == wanted for point in given[name]["points"])
+
+
+@pytest.mark.parametrize(
+    ("points", "peers", "message"),
+    [
+        (["taylor:macs=4x"], [], "unknown point 'taylor:macs=4x'"),
+        (["channels_l3:macs=4x"], [], "unknown point"),
+        (["taylor:sparsity=0.9 tunde"], [], "unknown point"),
+        (["taylor:sparsity=1.0"], [], r"sparsity is '1.0', needed is a share of zeros in \[0, 1\)"),
+        (["taylor:sparsity=much"], [], "sparsity is 'much'"),
+        (["channels_l1:macs=4"], [], "macs is '4', needed is how many times fewer, such as 4x"),
+        (["blocks:removed=5"], [], "removed is '5', needed is whole blocks"),
+        (["magnitude_layerwise:rates=good"], [], "rates is 'good', needed is hand"),
+        (["taylor:sparsity=0.9 iterative"], [], "add 'tuned'"),
+        (["torch_pruning_taylor:macs=4x"], [], "belong into points"),
+        ([], ["channels_l1:macs=4x"], "belong into points"),
+    ],
+)
+def test_cuts_that_make_no_sense_are_refused(points, peers, message):
+    with pytest.raises(ValueError, match=message):
+        check_points(points, peers, "03_pruning")
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,14 @@
 points: list = ["uniform_per_channel:bits=7"]  # of 02_quantization; all but the first in ONNX Runtime only
 batches: list = [1, 16]  # [1, 4096] pictures at once
 in_runtimes: list = ["eager", "onnxruntime"]  # and openvino, executorch, inductor, where they are installed
-thin_width: float = 0.25  # [0.02, 1] of the small dense network, trained as the baseline was
+narrow: str = "channels_fisher:macs=4x mended tuned"  # of 03_pruning, which has it with " int8", too
+masked: str = "magnitude_global:sparsity=0.9 tuned"  # of 03_pruning
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
 rounds: int = 5  # [1, 1000] visits to each pair of runtime and network
 seconds: float = 4.0  # [1, 36000] for the timing, all rounds together
 again: bool = False  # take as long once more, and say whether the speed-ups hold
-upstream: list = []  # run folders of 01_baseline and 02_quantization; empty: those of their defaults
-seed: int = 1  # [0, 1000000] of the small dense network's training
+upstream: list = []  # run folders of 01_baseline, 02_quantization, 03_pruning; empty: those of their defaults
+seed: int = 1  # [0, 1000000] of the networks that are timed
 profile: str = "smoke"  # where the result belongs: smoke, quick, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/07_deployment
 
@@ -49,37 +50,41 @@ import torch
 from nnc_utils import (
     artifact,
     data,
-    encoding,
     figures,
     measure,
     models,
     provenance,
     results,
     runtimes,
-    scoring,
-    training,
 )
-from nnc_utils.quantization import activations, uniform
 from nnc_utils.run import start
 from nnc_utils.runtimes import qdq
 
 figures.style()
 # %%
-run = start("07_deployment", globals(), needs=("01_baseline", "02_quantization"))
-baseline, quantized = run.upstream
+run = start("07_deployment", globals(), needs=("01_baseline", "02_quantization", "03_pruning"))
+baseline, quantized, pruned = run.upstream
 reference = baseline.baseline
 if unknown := set(in_runtimes) - set(runtimes.NAMES):
     raise ValueError(f"unknown runtime {', '.join(unknown)}: one of {', '.join(runtimes.NAMES)}")
-made = {f"{row.method}:{row.point}": row for row in quantized.compression if row.technique == "quantization"}
-if unknown := set(points) - set(made):
-    raise ValueError(
-        f"no artifact of {quantized.run} is called {', '.join(unknown)}: it has {', '.join(made)}"
-    )
-paths = {name: quantized.folder / quantized.record.extra["files"][name] for name in made}
+made, paths = {}, {}
+for part, technique in ((quantized, "quantization"), (pruned, "pruning")):
+    found = {f"{row.method}:{row.point}": row for row in part.compression if row.technique == technique}
+    made |= found
+    paths |= {name: part.folder / part.record.extra["files"][name] for name in found}
+    asked = points if part is quantized else (narrow, f"{narrow} int8", masked)
+    if unknown := set(asked) - set(found):
+        raise ValueError(
+            f"no artifact of {part.run} is called {', '.join(unknown)}: it has {', '.join(found)}"
+        )
 claimed = [
-    n for n, row in made.items() if row.headline and artifact.read(paths[n]).ranges
+    n
+    for n, row in made.items()
+    if row.technique == "quantization" and row.headline and artifact.read(paths[n]).ranges
 ]  # in 8 bits, that is
 networks = [made[name] for name in dict.fromkeys([*points, *claimed])]
+narrow_row, narrow_int8_row, mask_row = (made[name] for name in (narrow, f"{narrow} int8", masked))
+cut = [narrow_row, narrow_int8_row, mask_row]
 files = {made[name].artifact_sha256: path for name, path in paths.items()}
 fp32 = artifact.read(baseline.artifact("fp32"))
 int8 = artifact.read(files[networks[0].artifact_sha256])
@@ -146,62 +151,17 @@ except RuntimeError as error:
     print("refused:", str(error).partition(" (")[0])
 
 # %% [markdown]
-# ## Two rivals
+# ## Two ways to leave weights away
 #
-# Channels can be left away: a ResNet-18 of another **width** (`thin_width`), trained as the baseline was. And half
-# of its weights can be set to zero: a **mask** keeps the larger half. Both are files like any other. *Predict*
-# for each how many bytes and how many multiplications are left.
+# In [03_pruning](03_pruning.ipynb) whole **channels** were removed, and most single weights set to zero by a **mask**.
+# Both are files like any other. *Predict* for each how many bytes and how many multiplications are left.
 
 # %%
-saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes}
-recipe = baseline.record.parameters
-keys = ("epochs", "batch_size", "learning_rate", "augment")
-about = {key: getattr(spec, key) for key in ("channels", "size", "classes", "stem")}
-torch.manual_seed(seed)
-thin = models.build(models.resnet(18, **about, width=thin_width))
-history = training.fit(
-    thin, pictures, seed=seed, checkpoint=run.path("checkpoint.pt"), **{key: recipe[key] for key in keys}
-)
-saved = artifact.save(thin, run.path("artifacts/thin.safetensors"), **saving)
-
-# %%
-masked = artifact.load(run.path("artifacts/thin.safetensors"))
-for layer in models.layers(thin.spec):
-    module = masked.get_submodule(layer.name)
-    weight = module.weight.detach()
-    kept = weight.abs() > weight.abs().median()
-    encoding.attach(module, encoding.Dense(weight * kept, kept))
-saved = artifact.save(masked, run.path("artifacts/masked.safetensors"), **saving)
-calibration = pictures.normalize(pictures.train.images[:256])
-rounded = activations.calibrate(uniform.quantize_network(thin, bits=7, per_channel=True), calibration)
-saved = artifact.save(rounded, run.path("artifacts/thin_int8.safetensors"), **saving)
-
-# %%
-scores = scoring.score(
-    [run.path(f"artifacts/{name}.safetensors") for name in ("masked", "thin", "thin_int8")],
-    dataset=reference.dataset,
-    folder=run.path("predictions"),
-)
-trained = {"train_images": history.images, "train_seconds": history.seconds}
-trained |= {"control": "small_dense", "division": "open"}
-named = (
-    {"technique": "pruning", "method": "magnitude", "point": f"width={thin_width:g} sparsity=0.5"},
-    {"technique": "baseline", "method": "train", "point": f"width={thin_width:g}"},
-    {"technique": "quantization", "method": "uniform_per_channel", "point": f"width={thin_width:g} bits=7"},
-)
-rivals = []
-for score, names in zip(scores, named, strict=True):
-    row = results.compression_row(
-        score, run=run, dataset=reference.dataset, model="resnet18", reference=baseline, **trained, **names
-    )
-    rivals.append(row)
-    files[row.artifact_sha256] = score["path"]
-mask_row, thin_row, thin_int8_row = rivals
-shown = ["method", "point", "control", "artifact_bytes", "size_ratio", "macs", "nonzeros", "accuracy"]
-pd.DataFrame([row.model_dump() for row in (reference, *rivals)])[shown]
+shown = ["method", "point", "artifact_bytes", "size_ratio", "macs", "nonzeros", "accuracy"]
+pd.DataFrame([row.model_dump() for row in (reference, narrow_row, narrow_int8_row, mask_row)])[shown]
 
 # %% [markdown]
-# **What it means.** Width counts twice in a convolution, in its inputs and in its outputs. The mask leaves all
+# **What it means.** Channels count twice in a convolution, in its inputs and in its outputs. The mask leaves all
 # multiplications where they were: a zero is multiplied like any other number.
 #
 # ## How much faster will it be?
@@ -232,8 +192,9 @@ requests = requested(reference, "fp32", in_runtimes) + requested(networks[0], "i
 requests += requested(reference, "bf16", [name for name in in_runtimes if name == "openvino"])
 for row in networks[1:]:
     requests += requested(row, "int8", ["onnxruntime"])
-requests += requested(thin_row, "fp32", in_runtimes) + requested(thin_int8_row, "int8", several)
-requests += requested(thin_int8_row, "s8s8", ["onnxruntime"]) + requested(mask_row, "fp32", ["onnxruntime"])
+requests += requested(narrow_row, "fp32", in_runtimes) + requested(narrow_int8_row, "int8", several)
+requests += requested(narrow_int8_row, "s8s8", ["onnxruntime"])
+requests += requested(mask_row, "fp32", ["onnxruntime"])
 
 # %%
 for part in run.upstream:  # the classes that each artifact gave in eager are known already
@@ -254,7 +215,7 @@ missing = {f"{m['runtime']} {m['precision']}": m["why"] for m in measured if "wh
 for name, why in missing.items():
     print(f"{name}: {why}")
 rows = results.latency_rows(
-    measured, [reference, *networks, *rivals], reference_sha256=reference.artifact_sha256
+    measured, [reference, *networks, *cut], reference_sha256=reference.artifact_sha256
 )
 table = pd.DataFrame(rows).reindex(columns=results.LatencyRow.columns())
 columns = ["runtime", "precision", "method", "point", "batch", "threads", "p50_ms", "p90_ms", "throughput"]
@@ -283,7 +244,7 @@ ratios.round(2)
 
 # %% [markdown]
 # **What it means.** The gain over eager contains what *fusing* gave, before any compression; the gain
-# over the best fp32 runtime is what *int8* gave. A thin network has the thinner baseline's speed-up in both.
+# over the best fp32 runtime is what *int8* gave. A network with fewer channels has what these gave in both.
 #
 # **What would fool you.** Quoting the larger ratio. Timing fp32 with one thread and int8 with two. A bf16
 # kernel called "fp32". An int8 graph on a processor without the instructions for it.
@@ -292,17 +253,18 @@ ratios.round(2)
 #
 # The same network with *signed* activations (`s8s8`) has the same codes but for a shift by 128. x86's
 # instructions multiply unsigned by signed numbers; ONNX Runtime does signed by signed without them. Where does
-# the time of one picture go? The runtime's own profile of the thin network, operator by operator. Predict: in which
+# the time of one picture go? The runtime's own profile, operator by operator. Predict: in which
 # line is the difference?
 
 # %%
 image = images[:1].numpy()
 profiles = {}
 for label, file, precision in (
-    ("fp32", files[thin_row.artifact_sha256], "fp32"),
-    ("fp32, half masked", files[mask_row.artifact_sha256], "fp32"),
-    ("int8 (u8s8)", files[thin_int8_row.artifact_sha256], "int8"),
-    ("int8 (s8s8)", files[thin_int8_row.artifact_sha256], "s8s8"),
+    ("fp32", baseline.artifact("fp32"), "fp32"),
+    ("fp32, masked", files[mask_row.artifact_sha256], "fp32"),
+    ("fp32, narrow", files[narrow_row.artifact_sha256], "fp32"),
+    ("int8, narrow (u8s8)", files[narrow_int8_row.artifact_sha256], "int8"),
+    ("int8, narrow (s8s8)", files[narrow_int8_row.artifact_sha256], "s8s8"),
 ):
     session = runtimes.prepare("onnxruntime", artifact.read(file), precision, 1)
     operators = session.profile(image, runs=20)
@@ -328,7 +290,7 @@ by_operator.sort_values("fp32", ascending=False).round(4)
 
 # %%
 one = first[(first["batch"] == 1) & (first["threads"] == min(threads)) & (first["control"] != "identity")]
-known = {row.artifact_sha256: row for row in (reference, *networks, *rivals)}
+known = {row.artifact_sha256: row for row in (reference, *networks, *cut)}
 one = one.assign(
     macs=[known[sha256].macs for sha256 in one["artifact_sha256"]],
     bytes=[known[sha256].artifact_bytes for sha256 in one["artifact_sha256"]],
@@ -447,7 +409,7 @@ else:
 
 # %%
 busy = max(record.get("cpu_busy_before", 0) for record in measured)
-finished = run.finish(compression=rivals, latency=rows, extra={"cpu_busy_before": busy, "missing": missing})
+finished = run.finish(latency=rows, extra={"cpu_busy_before": busy, "missing": missing})
 print(f"{finished.run} is finished: {len(rows)} rows")
 
 # %% [markdown]
@@ -477,5 +439,5 @@ else:
 # still the same.
 #
 # **Try it.** (1) Set `batches = [1, 8, 64]`: at which batch does int8 pay most? (2) Set `threads` to all your
-# cores: what happens to batch 1? (3) Add `openvino` and `executorch` to `in_runtimes`. (4) `thin_width = 0.5`:
-# predict its milliseconds in int8 before you run. (5) Export a network and classify a picture with it.
+# cores: what happens to batch 1? (3) Add `openvino` and `executorch` to `in_runtimes`. (4) Make a point of 03 with
+# `macs=8x` and name it in `narrow`: predict its milliseconds in int8 before you run. (5) Export a network and classify a picture with it.

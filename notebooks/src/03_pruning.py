@@ -1,0 +1,771 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,src//py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 03 · Pruning: fewer weights, fewer channels, fewer layers
+#
+# What can be cut from a trained network? The order is a practitioner's: a baseline, a score of **importance**
+# for each part, the **cut**, **fine-tuning**, and all that once more. Some cuts make a *file* smaller and leave the
+# arithmetic as it was; others give an ordinary, smaller network that every runtime makes faster. Each
+# network ends as a file that a fresh process loads.
+
+# %% tags=["parameters"]
+points: list = ["magnitude_global:sparsity=0.9 tuned", "channels_fisher:macs=4x mended tuned int8"]  # files
+peers: list = []  # production counterparts, such as torch_pruning_taylor:macs=4x even tuned
+scoring_images: int = 256  # [2, 100000] training pictures for gradients, curvature and batch-norm
+train_epochs: float = 1.5  # [0.001, 1000] of fine-tuning, all steps together, and of the dense control
+learning_rate: float = 0.02  # [0.00001, 1] peak of that training
+steps: int = 3  # [1, 100] cuts of an iterative or gradual schedule
+multiple: int = 8  # [1, 64] of which the number of channels is, as far as a layer has so many
+upstream: list = []  # run folder of 01_baseline; empty: the small network of its defaults
+seed: int = 1  # [0, 1000000] which pictures score, random scores, the order of training
+profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
+run_dir: str = ""  # folder of this run; empty: results/smoke/03_pruning
+
+# %%
+import copy
+import functools
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from scipy.stats import spearmanr
+
+# %%
+from nnc_utils import (
+    allocation,
+    artifact,
+    batch_norm,
+    curvature,
+    data,
+    encoding,
+    evaluation,
+    figures,
+    models,
+    results,
+    scoring,
+    sensitivity,
+)
+from nnc_utils import peers as counterparts
+from nnc_utils.pruning import channels, obs, schedules, structured, unstructured
+from nnc_utils.quantization import activations, uniform
+from nnc_utils.run import start
+from nnc_utils.training import fit
+
+figures.style()
+# %%
+run = start("03_pruning", globals(), needs=("01_baseline",))
+[baseline] = run.upstream
+reference = baseline.baseline
+model = artifact.load(baseline.artifact("fp32"), trainable=True).eval()
+spec = model.spec
+pictures = data.load(reference.dataset, size=spec.size)
+order = torch.randperm(len(pictures.train.labels), generator=torch.Generator().manual_seed(seed))
+chosen = order[:scoring_images]
+seen, seen_labels = pictures.normalize(pictures.train.images[chosen]), pictures.train.labels[chosen].long()
+print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
+
+# %%
+WEIGHTS = {f"{kind}_global": kind for kind in ("magnitude", "random")} | {"magnitude_layerwise": "magnitude"}
+WEIGHTS |= {kind: kind for kind in ("gradient", "taylor", "obd_fisher", "obd_hessian", "obs_block")}
+CHANNELS = {f"channels_{kind}": kind for kind in channels.SCORES}
+PEERS = {f"torch_pruning_{kind}": kind for kind in ("magnitude", "taylor", "bn_scale")}
+SETTINGS = dict.fromkeys(WEIGHTS, ("sparsity",)) | dict.fromkeys([*CHANNELS, *PEERS], ("macs",))
+SETTINGS |= {"magnitude_layerwise": ("sparsity", "rates"), "nm_2_4": ("keep",), "blocks": ("removed",)}
+SETTINGS |= {"from_scratch": ("macs",), "small_dense": ("macs",)}
+FLAGS = ("tuned", "iterative", "gradual", "bn", "mended", "even", "scanned", "int8")
+
+
+def parsed(point: str) -> tuple[str, str, dict[str, str]]:
+    """ "taylor:sparsity=0.9 bn" -> "taylor", "sparsity=0.9 bn", {"sparsity": "0.9", "bn": ""}."""
+    method, _, setting = point.partition(":")
+    values = dict(part.partition("=")[::2] for part in setting.split())
+    allowed = SETTINGS.get(method, ())
+    if not set(values) - set(FLAGS) <= set(allowed) or len(set(values) & set(allowed)) != 1:
+        known = ", ".join(f"{name}:{' or '.join(keys)}" for name, keys in SETTINGS.items())
+        raise ValueError(
+            f"unknown point {point!r}: one of {known}, with = and a value, and any of {', '.join(FLAGS)}, "
+            "as in 'taylor:sparsity=0.9 bn'"
+        )
+    return method, setting, values
+
+
+# %%
+ALLOWED = {  # whether a value makes sense, and what would
+    "sparsity": (lambda text: 0 <= float(text) < 1, "a share of zeros in [0, 1), such as 0.9"),
+    "macs": (lambda text: text[-1] == "x" and float(text[:-1]) >= 1, "how many times fewer, such as 4x"),
+    "rates": (lambda text: text == "hand", "hand"),
+    "keep": (lambda text: text == "2of4", "2of4"),
+    "removed": (lambda text: 1 <= int(text) <= sum(len(stage) - 1 for stage in spec.stages), "whole blocks"),
+}
+for point in (*points, *peers):  # before any work
+    method, _, values = parsed(point)
+    if (method in PEERS) != (point in peers):
+        raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
+    for key in set(values) & set(ALLOWED):
+        fits, wanted = ALLOWED[key]
+        try:
+            sensible = fits(values[key])
+        except (ValueError, IndexError):
+            sensible = False
+        if not sensible:
+            raise ValueError(f"{point!r}: {key} is {values[key]!r}, needed is {wanted}")
+    if {"iterative", "gradual"} & set(values) and "tuned" not in values:
+        raise ValueError(f"{point!r}: a schedule trains between its cuts, add 'tuned'")
+
+# %% [markdown]
+# ## 1 · What can be cut?
+#
+# Most weights are small. If they were spread like a bell curve, $|w| < \tfrac12\sigma$ would hold for
+# $\operatorname{erf}(0.5/\sqrt 2)$ of them. *Predict* that share, then count it in three layers.
+
+# %%
+weights = {x.name: model.get_submodule(x.name).weight.detach() for x in models.layers(spec)}
+predicted = math.erf(0.5 / 2**0.5)
+rows = []
+for name in ("conv1", "layer2.0.conv1", "layer4.1.conv2"):
+    measured = float((weights[name].abs() < 0.5 * weights[name].std()).float().mean())
+    rows.append({"layer": name, "predicted share": predicted, "measured": measured})
+    rows[-1]["ratio"] = measured / predicted
+pd.DataFrame(rows).round(3)
+
+# %% [markdown]
+# A **mask** $m$ says which weights stay: the network computes with $m \odot w$. Cut the smallest
+# 60 % of a 5×5 tensor by hand before you run the cell: which values stay?
+
+# %%
+small = torch.linspace(-0.9, 1.2, 25).view(5, 5)
+kept = unstructured.masks({"small": small.abs()}, 0.6)["small"]
+figure, panels = plt.subplots(1, 3, figsize=(10, 3))
+for axes, values, title in zip(
+    panels, (small, kept.float(), small * kept), ("weights", "mask", "masked"), strict=True
+):
+    axes.imshow(values, cmap="coolwarm", vmin=-1.2, vmax=1.2)
+    for (y, x), value in np.ndenumerate(values.numpy()):
+        axes.text(x, y, f"{value + 0.0:.2g}", ha="center", va="center", fontsize=8)
+    axes.set_title(title)
+    axes.axis("off")
+figures.show(figure, "A 5x5 tensor: its weights, a mask that keeps the ten largest, and the masked weights")
+
+# %% [markdown]
+# ## 2 · Importance: what would the loss say?
+#
+# A weight is important if the loss minds its absence. To second order, for a change $\delta$ of the weights
+#
+# $$\Delta L \approx g^\top \delta + \tfrac12\, \delta^\top H \delta, \qquad g = \partial L/\partial w$$
+#
+# and cutting one weight is $\delta = -w$. So there are scores of three orders: **magnitude** $|w|$ takes
+# every slope and curvature as equal; **Taylor** $|w \cdot g|$ is the first term; **Optimal Brain Damage** $\tfrac12 h w^2$
+# is the second, with the diagonal of $H$ alone, measured itself or as Fisher information. The **gradient's size**
+# $|g|$ is often called second-order. It is not: it holds no curvature, nor the weight. *Predict*: which
+# ranks single weights of the classifier as the loss does when they are cut, one at a time?
+
+# %%
+layer = "fc"
+places = torch.randperm(weights[layer].numel(), generator=torch.Generator().manual_seed(seed))[:60]
+known = {
+    kind: unstructured.scores(model, kind, images=seen[:64], labels=seen_labels[:64], seed=seed)
+    for kind in ("magnitude", "gradient", "taylor", "obd_fisher", "obd_hessian")
+}
+cut_one = {}
+for place in places.tolist():
+    cut_one[place] = weights[layer].clone()
+    cut_one[place].view(-1)[place] = 0
+harm = sensitivity.loss_increase(model, {layer: cut_one}, seen[:64], seen_labels[:64])[layer]
+measured = [abs(harm[place]) for place in places.tolist()]
+pd.DataFrame(
+    {"score": kind, "rank correlation": spearmanr(found[layer].flatten()[places], measured).statistic}
+    for kind, found in known.items()
+).round(2)
+
+# %% [markdown]
+# **What it means.** For one weight alone the slope is most of what happens, so a score with the slope ranks well. But cuts
+# come in millions, and slopes of either sign then cancel while curvatures add up. So look at many: cut 50 to 90 % at
+# one stroke, without any training, and count right answers on validation pictures.
+
+# %%
+some = data.Split(pictures.validation.images[:500], pictures.validation.labels[:500])
+
+
+def accuracy(network: torch.nn.Module) -> float:
+    """Percent of the first 500 validation pictures."""
+    predictions = evaluation.predict(network, some, normalize=pictures.normalize)
+    return evaluation.accuracy(predictions, some.labels)
+
+
+shares = (0.5, 0.8, 0.9)
+curves = {
+    kind: [accuracy(unstructured.masked(model, unstructured.masks(found, share))) for share in shares]
+    for kind, found in known.items()
+    if kind in ("magnitude", "taylor", "obd_fisher")
+}
+figure, axes = plt.subplots()
+for (kind, values), marker in zip(curves.items(), figures.MARKERS, strict=False):
+    axes.plot(shares, values, marker=marker, label=kind)
+axes.axhline(accuracy(model), color="grey", linewidth=1)
+axes.set(
+    xlabel="share of zeros", ylabel="validation accuracy (%)", title="One cut, no training: what is left?"
+)
+axes.legend()
+figures.show(
+    figure, "Accuracy after cutting a share of all weights at once, by three scores, falling with the share"
+)
+
+# %% [markdown]
+# A global threshold compares layers, and each score has its own idea of them. Where a score is small in all of a layer, the
+# layer is emptied: that is an error here and not a network. What do three of them keep of each stage at 90 %?
+
+# %%
+left = {}
+for kind in ("magnitude", "taylor", "gradient"):
+    scores = torch.cat([values.flatten() for values in known[kind].values()])
+    threshold = scores.kthvalue(round(0.9 * len(scores))).values
+    stages = {}
+    for name, values in known[kind].items():
+        stages.setdefault(name.split(".")[0], []).append((values > threshold).flatten())
+    left[kind] = {stage: 100 * float(torch.cat(parts).float().mean()) for stage, parts in stages.items()}
+pd.DataFrame(left).round(1)
+
+# %% [markdown]
+# ## 3 · Optimal Brain Surgeon: the others make up for it
+#
+# A weight that is cut need not be missed if the others take over. With the whole matrix $H$, the best answer to
+# cutting weight $q$ and what it costs are (Hassibi and Stork, 1993)
+#
+# $$\delta = -\frac{w_q}{[H^{-1}]_{qq}}\, H^{-1} e_q, \qquad \Delta L = \frac{w_q^2}{2\,[H^{-1}]_{qq}}$$
+#
+# Two weights of 1 whose inputs are correlated by 0.9. By hand: what does the second one become when the first is cut,
+# and how much of the damage is left?
+
+# %% tags=["nbval-check-output"]
+moment = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+inverse = torch.linalg.inv(moment)
+delta = -inverse[:, 0] / inverse[0, 0]
+print(f"the second weight becomes {1 + float(delta[1]):.2f}")
+print(f"loss {float(delta @ moment @ delta) / 2:.3f} instead of {float(moment[0, 0]) / 2:.3f}")
+
+# %% [markdown]
+# For a layer, $H$ is the Kronecker product of two second moments, of its inputs and of the loss's gradient at its
+# outputs ([`curvature`](../nnc_utils/curvature.py)); the surviving weights of all rows at once are found by
+# conjugate gradients ([`obs`](../nnc_utils/pruning/obs.py)). Cut 90 % of one layer. *Predict* the loss with and without
+# the correction, then measure it on pictures that the curvature has not seen.
+
+# %%
+curved = curvature.curvatures(model, seen, seed=seed)
+layer = "layer3.0.conv2"
+kept = unstructured.masks({layer: obs.scores({layer: weights[layer]}, curved)[layer]}, {layer: 0.9})[layer]
+candidates = {0: weights[layer] * kept, 1: obs.corrected(weights[layer], kept, curved[layer])}
+unseen = pictures.normalize(some.images[:128]), some.labels[:128].long()
+measured = sensitivity.loss_increase(model, {layer: candidates}, *unseen)[layer]
+pd.DataFrame(
+    {
+        "weights that stay": "as they are" if number == 0 else "corrected",
+        "predicted loss": curved[layer].loss(candidate - weights[layer]),
+        "measured": measured[number],
+    }
+    for number, candidate in candidates.items()
+).round(5)
+
+# %% [markdown]
+# **What would fool you.** The prediction holds for small changes around a minimum. And a correction fitted to few
+# pictures fits their noise, too: damping keeps it in check.
+#
+# ## 4 · One threshold, or a rate for each layer?
+#
+# **Global**: one threshold for all layers together. **Layer-wise**: a rate for each: the same everywhere, set by hand
+# (published recipes raise it from stage to stage), or from a **sensitivity scan**: cut one layer at several rates, the
+# others whole, and look at the loss on validation pictures. *Predict*: which stage minds most?
+
+# %%
+RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+HAND = {"conv1": 0.5, "layer1": 0.3, "layer2": 0.4, "layer3": 0.5, "layer4": 0.6, "fc": 0.7}
+
+
+@functools.cache
+def scan() -> tuple[dict[str, dict[float, float]], dict[str, dict[float, float]]]:
+    """Bytes of each layer at each rate (fp16 survivors), and the loss that it adds."""
+    candidates, cost = {}, {}
+    for name, weight in weights.items():
+        masks = {r: unstructured.masks({name: weight.abs()}, {name: r})[name] for r in RATES}
+        candidates[name] = {rate: weight * mask for rate, mask in masks.items()}
+        stored = {r: encoding.Dense((weight * mask).half(), mask) for r, mask in masks.items()}
+        cost[name] = {rate: encoding.payload_bits(dense) / 8 for rate, dense in stored.items()}
+    images, labels = pictures.normalize(some.images[:128]), some.labels[:128].long()
+    return cost, sensitivity.loss_increase(model, candidates, images, labels)
+
+
+def rates(values: dict[str, str]) -> dict[str, float]:
+    """A share of zeros for each layer."""
+    if "rates" in values:
+        return {name: HAND[name.split(".")[0]] for name in weights}
+    share = float(values["sparsity"])
+    if "scanned" not in values:
+        return dict.fromkeys(weights, share)
+    cost, harm = scan()
+    nearest = min(RATES, key=lambda rate: abs(rate - share))
+    return allocation.allocate(cost, harm, budget=sum(costs[nearest] for costs in cost.values()))
+
+
+# %%
+cost, harm = scan()
+by_scan = rates({"sparsity": "0.9", "scanned": ""})
+figure, panels = plt.subplots(1, 2, figsize=(13, 4))
+for name, colour in zip(weights, sns.color_palette("viridis", len(weights)), strict=True):
+    panels[0].plot(RATES, [harm[name][rate] for rate in RATES], color=colour, marker=".")
+panels[0].set(xlabel="share of zeros in one layer", ylabel="loss added (nats)", title="Which layer minds?")
+handles = [plt.Line2D([], [], color=c, label=n) for n, c in zip(("first", "last"), ("#440154", "#fde725"))]
+panels[0].legend(handles=handles, title="layer")
+names = list(weights)
+panels[1].plot(names, [by_scan[name] for name in names], marker="o", label="scanned, bytes as of 0.9")
+panels[1].plot(names, [HAND[name.split(".")[0]] for name in names], marker="s", label="by hand")
+panels[1].tick_params(axis="x", rotation=70, labelsize=7)
+panels[1].set(ylabel="share of zeros", title="Rates for each layer")
+panels[1].legend()
+figures.show(
+    figure, "Left: loss against the share of zeros, a line a layer. Right: rates from the scan, and by hand"
+)
+
+# %% [markdown]
+# ### A pattern that hardware likes: two of four
+#
+# Sparse tensor cores skip zeros if of four neighbouring inputs exactly two stay. The mask is then no free choice.
+# *Predict* what the restriction costs: what share of the squared weights is lost against the best free half?
+
+# %%
+free = unstructured.masks({layer: weights[layer].abs()}, 0.5)[layer]
+pattern = unstructured.two_of_four({layer: weights[layer].abs()})[layer]
+energy = float(weights[layer].square().sum())
+lost = {
+    n: float((weights[layer] * ~m).square().sum()) / energy for n, m in (("free", free), ("2:4", pattern))
+}
+print({name: f"{share:.1%} of the squares lost" for name, share in lost.items()})
+print("first fours:", pattern[0, :8, 0, 0].int().tolist(), "two of each stay")
+
+# %% [markdown]
+# **What would fool you.** Neither mask is faster here: no runtime of this suite has kernels for them, as
+# [07_deployment](07_deployment.ipynb) shows operator by operator.
+#
+# ## 5 · What does a mask save in the file?
+#
+# The file holds which weights stay and their values, as fp16. With a share $z$ of zeros, an entropy coder needs
+# $H(z) = -z\log_2 z - (1-z)\log_2(1-z)$ bits a weight for the mask, and $16\,(1-z)$ for the values:
+#
+# $$\text{ratio} = \frac{32}{H(z) + 16\,(1 - z)}$$
+#
+# *Predict* it for 90 %, then write the file.
+
+# %%
+saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes, "dtype": torch.float16}
+masked = unstructured.masked(model, unstructured.masks(known["magnitude"], 0.9))
+saved = artifact.save(masked, run.path("scratch/masked.safetensors"), **saving)
+entropy = -0.9 * math.log2(0.9) - 0.1 * math.log2(0.1)
+predicted = 32 / (entropy + 1.6)
+measured = artifact.fp32_bytes(spec) / saved.nbytes
+print(f"predicted {predicted:.1f} times smaller, measured {measured:.1f}, ratio {measured / predicted:.2f}")
+
+# %% [markdown]
+# **What it means.** A global threshold cuts the large late layers most, each layer has a mask of its own entropy, and that
+# helps; batch-norm and the header are in the file, too.
+#
+# ## 6 · Channels: a cut that makes an ordinary network
+#
+# Take a whole output channel away, and the layers that read it lose an input: the arithmetic shrinks on both sides.
+# But a residual addition needs the same channels from both its inputs, so layers are cut in **coupled groups**.
+# Before you look: which layers share their channels with the first convolution?
+
+# %%
+groups = structured.groups(spec)
+names = [x.name for x in models.layers(spec)]
+figure, axes = plt.subplots(figsize=(12, 3.8))
+streams = [group for group, members in groups.items() if len(members.writers) > 1]
+colours = dict(zip(groups, sns.color_palette("colorblind", 4) * len(groups), strict=False))
+for level, (group, members) in enumerate(groups.items()):
+    places = [names.index(writer) for writer in members.writers]
+    axes.plot(places, [level] * len(places), color=colours[group], marker="o", linewidth=2)
+    readers = [names.index(reader) for reader in members.readers]
+    axes.scatter(readers, [level] * len(readers), marker="|", s=120, color=colours[group])
+axes.set_xticks(range(len(names)), names, rotation=70, fontsize=7)
+axes.set_yticks(range(len(groups)), groups, fontsize=7)
+axes.set_title("Coupled groups: ● layers that write the same channels, | layers that read them")
+figures.show(
+    figure, "For each group of coupled channels, the layers that write them and those that read them"
+)
+
+# %% [markdown]
+# Now remove half of the channels of every group, for good: out comes a narrower Spec with its weights. MACs are
+# inputs times outputs. *Predict* how many are left; and predict how far its logits are from those of a twin that
+# keeps all channels but multiplies the removed ones by 0.
+
+# %%
+fisher = channels.scores(model, "fisher", images=seen, labels=seen_labels)
+half = {name: values.topk(len(values) // 2).indices.sort().values for name, values in fisher.items()}
+narrow = structured.remove_channels(model, half)
+twin = copy.deepcopy(model)
+norms = {x.name: x.batch_norm for x in models.layers(spec)}
+for name, kept in half.items():
+    for writer in groups[name].writers:
+        gone = torch.ones(len(fisher[name]), dtype=torch.bool)
+        gone[kept] = False
+        norm = twin.get_submodule(norms[writer])
+        norm.weight.data[gone], norm.bias.data[gone] = 0.0, 0.0
+with torch.inference_mode():
+    apart = float((narrow(seen[:32]) - twin(seen[:32])).abs().max())
+ratio = models.macs(narrow.spec) / models.macs(spec)
+print(f"MACs: predicted {0.25:.3f}, measured {ratio:.3f}; logits apart by {apart:.0e}")
+
+# %% [markdown]
+# ### The readers make up for it
+#
+# Cut half of everything and the network is lost, batch-norm re-estimated or not. But what a removed channel said can
+# mostly be said by those that stay: for each layer that reads the group, least squares gives the weights that come nearest to
+# the old sums, $W' = W H_{\cdot S} H_{SS}^{-1}$ with $H$ the second moment of its inputs and $S$ the channels that stay
+# (He et al., 2017). No gradient step is taken. *Predict*: how much of the accuracy comes back?
+
+# %%
+def narrowed(network, score, budget: float, known: dict | None = None, even: bool = False):
+    """Channels removed until the MACs are within the budget; with a curvature, the readers mended."""
+    kept = channels.within_macs(network.spec, score, macs=budget, everywhere=even, multiple=multiple)
+    network = network if known is None else obs.compensated(network, kept, known)
+    return structured.remove_channels(network, kept)
+
+
+rows = []
+for times in (2, 4, 8):
+    budget = models.macs(spec) / times
+    plain, mended = narrowed(model, fisher, budget), narrowed(model, fisher, budget, curved)
+    rows.append({"fewer MACs": f"{times}x", "cut": accuracy(plain)})
+    rows[-1]["batch-norm re-estimated"] = accuracy(batch_norm.reestimate(plain, seen))
+    rows[-1]["mended, too"] = accuracy(batch_norm.reestimate(mended, seen))
+print(f"dense: {accuracy(model):.1f} % of these pictures")
+pd.DataFrame(rows).round(1)
+
+# %% [markdown]
+# ## 7 · Layers: whole residual blocks
+#
+# A block with an identity connection can go: its input then passes it by. *Predict* which one the network misses
+# least: one early or one late in a stage of many channels?
+
+# %%
+able = [name for name, block in models.named_blocks(spec) if block.connection == "identity"]
+
+
+def without(network, gone: list[str]):
+    """The network without some blocks, its batch-norm re-estimated."""
+    return batch_norm.reestimate(structured.remove_blocks(network, gone), seen)
+
+
+def least_missed(count: int) -> list[str]:
+    """Blocks to remove, one after the other, each the one that validation pictures miss least."""
+    gone: list[str] = []
+    while len(gone) < count:
+        removable = [n for n in able if n not in gone and _stage_stays([*gone, n])]
+        gone.append(max(removable, key=lambda name: accuracy(without(model, [*gone, name]))))
+    return gone
+
+
+def _stage_stays(gone: list[str]) -> bool:
+    left = [name.split(".")[0] for name, _ in models.named_blocks(spec) if name not in gone]
+    return len(set(left)) == len(spec.stages)
+
+
+rows = []
+for name in able:
+    shallow = without(model, [name])
+    rows.append({"removed": name, "MACs left (%)": 100 * models.macs(shallow.spec) / models.macs(spec)})
+    rows[-1] |= {"parameters left (%)": 100 * models.parameters(shallow.spec) / models.parameters(spec)}
+    rows[-1]["accuracy"] = accuracy(shallow)
+pd.DataFrame(rows).round(1)
+
+# %% [markdown]
+# ## 8 · Fine-tune, and repeat
+#
+# After the cut the network trains on, its zeros held. Cutting **iteratively**, a bit at a time with training in
+# between, lets it adapt; the **gradual** schedule $z_t = z_{\text{end}}(1-(1-t)^3)$ cuts much while much is superfluous, and
+# little in the end. All see the same number of training pictures. Predict from the formula: after half the steps, what
+# share of the zeros is there?
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 3))
+for kind, marker in (("one_shot", "o"), ("iterative", "s"), ("gradual", "^")):
+    times = 1 if kind == "one_shot" else 6
+    planned = [0.0, *schedules.sparsities(0.9, kind, times)]
+    place = [0, 0] if kind == "one_shot" else np.linspace(0, 1, 7)
+    axes.plot([*place, 1], [*planned, planned[-1]], marker=marker, label=kind, drawstyle="steps-post")
+axes.set(xlabel="share of the fine-tuning", ylabel="share of zeros", title="When is how much cut?")
+axes.legend()
+figures.show(figure, "The share of zeros over the training for three schedules that end at 90 %")
+
+# %% [markdown]
+# ## Benchmark: the operating points
+#
+# A point is a method and its setting, such as `channels_fisher:macs=4x mended tuned`. Flags: `tuned`
+# fine-tunes (with `iterative` or `gradual` in several cuts), `bn` re-estimates batch-norm, `mended` lets the readers
+# make up for removed channels, `even` takes the same share of each group, `scanned` takes rates from the scan, and
+# `int8` adds the finished network in 7-bit integers, with which runtimes compute. The other files hold fp16.
+
+# %%
+def one_cut(network, method: str, values: dict[str, str], share: float):
+    """The network after one cut: `share` of the weights at 0, or `share` of the dense network's MACs left."""
+    about = {"images": seen, "labels": seen_labels, "seed": seed}
+    if method in CHANNELS:
+        known = curvature.curvatures(network, seen, seed=seed) if "mended" in values else None
+        score = channels.scores(network, CHANNELS[method], **about)
+        budget, even = share * models.macs(spec), "even" in values
+        cut = narrowed(network, score, budget, known, even)
+        return batch_norm.reestimate(cut, seen) if known else cut
+    if method == "obs_block":
+        return obs.prune_network(network, curved, sparsity=share)
+    if method == "nm_2_4":
+        return unstructured.masked(network, unstructured.two_of_four(known_scores(network, "magnitude")))
+    score = unstructured.scores(network, WEIGHTS[method], **about)
+    target = rates(values) if method == "magnitude_layerwise" else share
+    return unstructured.masked(network, unstructured.masks(score, target))
+
+
+def known_scores(network, kind: str) -> dict[str, torch.Tensor]:
+    """Scores of single weights on the scoring pictures."""
+    return unstructured.scores(network, kind, images=seen, labels=seen_labels, seed=seed)
+
+
+# %%
+training = {"seed": seed, "augment": baseline.record.parameters["augment"]}
+training |= {"batch_size": baseline.record.parameters["batch_size"]}
+
+
+def tuned(network, name: str, epochs: float = train_epochs, peak: float = learning_rate):
+    """The network trained on in place, and what that took."""
+    where = run.path(f"checkpoint_{name}.pt")
+    history = fit(network, pictures, epochs=epochs, learning_rate=peak, checkpoint=where, **training)
+    return {"train_images": history.images, "train_seconds": history.seconds}
+
+
+def shares_of(method: str, values: dict[str, str]) -> list[float]:
+    """The share of each cut: of zeros, or of MACs that are left."""
+    kind = next((flag for flag in ("iterative", "gradual") if flag in values), "one_shot")
+    count = 1 if kind == "one_shot" else steps
+    if method in CHANNELS:
+        return schedules.shares(1 / float(values["macs"][:-1]), kind, count)
+    return schedules.sparsities(float(values.get("sparsity", 0.5)), kind, count)
+
+
+# %%
+@functools.cache
+def finished(method: str, setting: str) -> tuple[torch.nn.Module, dict]:
+    """A point's network but for its rounding, and what its training took."""
+    values = dict(part.partition("=")[::2] for part in setting.split())
+    network, took, name = copy.deepcopy(model), {}, f"{method}_{setting}".replace(" ", "_")
+    if method in PEERS:
+        pruner, budget = counterparts.peer("torch_pruning"), models.macs(spec) / float(values["macs"][:-1])
+        about = {"images": seen, "labels": seen_labels, "everywhere": "even" in values}
+        network = pruner.prune(model, PEERS[method], macs=budget, **about)
+    elif method == "blocks":
+        network = structured.remove_blocks(model, least_missed(int(values["removed"])))
+    cuts = shares_of(method, values) if method in {**CHANNELS, **WEIGHTS, "nm_2_4": ""} else [None]
+    for number, share in enumerate(cuts, 1):
+        network = network if share is None else one_cut(network, method, values, share)
+        if "tuned" in values or method == "dense_finetuned":
+            step = tuned(network.train(), f"{name}_{number}", train_epochs / len(cuts))
+            took = {key: took.get(key, 0) + value for key, value in step.items()}
+    if "bn" in values:
+        same = network.spec == spec
+        network = batch_norm.reestimate(network, seen, original=model if same else None)
+    return network.eval(), took
+
+
+# %% [markdown]
+# The honest rivals: the dense network with the same extra training (`dense_finetuned`), random scores, the pruned
+# architecture **from scratch** with the baseline's training and the fine-tuning's together, and a plain narrow
+# network of as many MACs, trained as long (`small_dense`).
+
+# %%
+def from_the_start(method: str, values: dict[str, str]) -> tuple[torch.nn.Module, dict]:
+    """A network that was never pruned, trained for the whole budget."""
+    budget = models.macs(spec) / float(values["macs"][:-1])
+    if method == "small_dense":
+        about = {key: getattr(spec, key) for key in ("channels", "size", "classes", "stem")}
+        widths = np.arange(1.0, 0.0, -0.005)
+        depth = baseline.record.parameters["depth"]
+        plain = (models.resnet(depth, width=float(width), **about) for width in widths)
+        wanted_spec = next(candidate for candidate in plain if models.macs(candidate) <= budget)
+    else:
+        same = [p for p in wanted if p.startswith("channels_") and f"macs={values['macs']} " in f"{p} "]
+        wanted_spec = finished(*parsed(same[0])[:2])[0].spec
+    torch.manual_seed(seed)
+    network, recipe = models.build(wanted_spec), baseline.record.parameters
+    epochs = recipe["epochs"] + train_epochs
+    return network, tuned(network.train(), f"{method}_{values['macs']}", epochs, recipe["learning_rate"])
+
+
+# %%
+CONTROLS = {name: name for name in ("dense_finetuned", "from_scratch", "small_dense")}
+CONTROLS |= dict.fromkeys(("random_global", "channels_random"), "random")
+
+
+def candidate(point: str) -> dict:
+    """A point's network as a file, and what its row will say."""
+    method, setting, values = parsed(point) if ":" in point else (point, "", {})
+    row = {"technique": "peer" if method in PEERS else "pruning", "method": method, "point": setting}
+    row |= {"control": CONTROLS.get(method, "")} | (
+        {"technique": "baseline"} if method == "small_dense" else {}
+    )
+    if method in ("from_scratch", "small_dense"):
+        network, took = from_the_start(method, values)
+    else:
+        network, took = finished(method, " ".join(s for s in setting.split() if s != "int8"))
+    if "int8" in values:
+        rounded = uniform.quantize_network(network, bits=7, per_channel=True)
+        network = activations.calibrate(rounded, seen)
+    name = f"{method}_{setting}".replace("=", "").replace(" ", "_").rstrip("_")
+    path = run.path(f"artifacts/{name}.safetensors")
+    saved = artifact.save(network, path, **saving)
+    print(f"{point}: {saved.nbytes:,} bytes, {models.macs(network.spec):,} MACs", flush=True)
+    row |= {"division": "open" if took else "closed"} | took
+    return {"path": path, "bytes": saved.nbytes, "macs": models.macs(network.spec), "row": row}
+
+
+missing = {}
+if peers and (why := counterparts.available("torch_pruning")):
+    missing = dict.fromkeys(peers, why)
+    print(f"Torch-Pruning: {why}")
+learned = any("tuned" in parsed(point)[2] for point in (*points, *peers))
+plain = [[point.replace(" int8", ""), point] for point in points]  # int8 comes beside its float network
+wanted = [*(["dense_finetuned"] if learned else []), *dict.fromkeys(sum(plain, []))]
+wanted += [] if missing else peers
+candidates = [candidate(point) for point in wanted]
+
+# %% [markdown]
+# The **validation** pictures decide what is claimed, before the test set is looked at: in each division the smallest
+# masked file and the channel-pruned network with the fewest MACs that are likely without loss on test.
+# (There are fewer of them than of test pictures, so their paired interval is narrowed by the root of the ratio; its
+# lower end has to be at least −0.3.)
+
+# %%
+labels = pictures.validation.labels.numpy()
+
+
+def right(path) -> np.ndarray:
+    """Which validation pictures a file gets right."""
+    network = artifact.load(path)
+    return evaluation.predict(network, pictures.validation, normalize=pictures.normalize) == labels
+
+
+baseline_right = right(baseline.artifact("fp32"))
+dense = next((c for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
+dense_right = right(dense["path"]) if dense else baseline_right
+rival = dense if dense and dense_right.sum() > baseline_right.sum() else None
+against = {"closed": baseline_right, "open": dense_right if rival else baseline_right}
+KINDS = {"bytes": (*WEIGHTS, "nm_2_4"), "macs": (*CHANNELS, "blocks")}
+chosen_on = {}
+for division, (measure, methods) in ((d, kind) for d in against for kind in KINDS.items()):
+    able_to = [c for c in candidates if c["row"]["division"] == division and c["row"]["method"] in methods]
+    for c in sorted(able_to, key=lambda c: (c[measure], c["bytes"])):
+        if c["row"]["control"] or "int8" in c["row"]["point"]:
+            continue
+        interval = evaluation.paired_interval(
+            compressed_correct=right(c["path"]), reference_correct=against[division]
+        )
+        narrowed_by = (len(labels) / len(pictures.test.labels)) ** 0.5
+        chosen_on[c["path"].stem] = [interval.low, interval.mean, interval.high]
+        if interval.mean - narrowed_by * (interval.mean - interval.low) >= -evaluation.NO_LOSS_MARGIN:
+            c["row"]["headline"] = 1
+            print(f"claimed in the {division} division, fewest {measure}: {c['path'].stem}")
+            break
+
+# %% [markdown]
+# Now the test set, once, in a fresh process that gets nothing but the files' names.
+
+# %%
+scores = scoring.score(
+    [c["path"] for c in candidates], dataset=reference.dataset, folder=run.path("predictions")
+)
+of_rival = next((s for c, s in zip(candidates, scores, strict=True) if c is rival), baseline)
+rows = [
+    results.compression_row(
+        score,
+        run=run,
+        dataset=reference.dataset,
+        model=reference.model,
+        reference=of_rival if c["row"]["division"] == "open" and not c["row"]["control"] else baseline,
+        **c["row"],
+    )
+    for c, score in zip(candidates, scores, strict=True)
+]
+table = pd.DataFrame([row.model_dump() for row in rows])
+shown = ["method", "point", "control", "size_ratio", "macs", "nonzeros", "accuracy", "accuracy_delta"]
+table[[*shown, "delta_ci_low", "delta_ci_high", "headline"]].sort_values("macs", kind="stable")
+
+# %%
+everything = pd.concat([pd.DataFrame([reference.model_dump()]), table], ignore_index=True)
+figures.show(
+    figures.macs_against_accuracy(everything),
+    "Test accuracy against how many times fewer MACs, by method, with intervals",
+)
+
+# %% [markdown]
+# ### Who beats whom?
+#
+# At each number of MACs, the best of ours against the best of Torch-Pruning with the same training, on the same test
+# pictures (both sides picked on them, so neither is a claim). "Beats" means that the paired interval is above 0.
+
+# %%
+versus = results.comparisons(table, run.path("predictions"), dataset=reference.dataset)
+versus if len(versus) else "no two of these points are to be compared"
+
+# %% [markdown]
+# **What would fool you.** A ratio of MACs is no speed-up, a mask is none at all; how many milliseconds a narrower network
+# takes is the question of [07_deployment](07_deployment.ipynb). A pruned network that beats an under-trained baseline: the
+# dense network deserves the same extra training. And "90 % pruned" may be 90 % of one large layer.
+
+# %%
+files = {f"{c['row']['method']}:{c['row']['point']}": f"artifacts/{c['path'].name}" for c in candidates}
+done = run.finish(compression=rows, extra={"validation_delta": chosen_on, "files": files, "missing": missing})
+print(f"{done.run} is finished: {len(rows)} rows")
+
+# %% [markdown]
+# ## The committed results
+#
+# The same cells, run on ResNet-18 trained on Fashion-MNIST.
+
+# %%
+committed = results.committed_profile(profiles=results.ALL_PROFILES)
+if committed is None:
+    print("No committed tables yet: `make benchmark` makes them.")
+else:
+    full = figures.read_table(committed / "compression.csv")
+    cut = full[full["technique"].isin(["baseline", "pruning"]) | full["method"].isin(PEERS)]
+    figures.show(
+        figures.macs_against_accuracy(cut),
+        f"The committed results of the {committed.name} profile: accuracy against MACs",
+    )
+    masks_only = cut[~cut["method"].str.startswith(("channels", "torch_pruning", "blocks", "from_scratch"))]
+    figures.show(
+        figures.size_against_accuracy(masks_only),
+        f"The committed results of the {committed.name} profile: accuracy against size of masked files",
+    )
+    versus = results.comparisons(cut, committed / "predictions", dataset=full["dataset"].iloc[0])
+    display(versus if len(versus) else "no two of these points are to be compared")
+
+# %% [markdown]
+# ## What you can now measure
+#
+# What a weight, a channel or a block is worth to the loss; what a mask saves in the file, and what removing channels saves
+# in arithmetic; whether a pruned network is worse than the dense one with the same training.
+#
+# **Try it.** (1) Add `"obs_block:sparsity=0.9 bn"` and `"magnitude_global:sparsity=0.9 bn"`: predict what correcting is worth.
+# (2) Leave `mended` away. (3) `"channels_random:macs=4x mended tuned"`: how much is importance worth once the readers make up
+# for it? (4) Set `multiple = 1`: how many channels are left, and does the runtime like it?
