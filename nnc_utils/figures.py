@@ -214,7 +214,9 @@ def headline(profile_dir: Path) -> Figure:
     latency = read_table(profile_dir / "latency.csv")
     figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 8, 4.5))
     left, *rest = np.atleast_1d(panels)
-    size_against_accuracy(read_table(profile_dir / "compression.csv"), left)
+    compression = read_table(profile_dir / "compression.csv")
+    pruned = (compression["technique"] == "pruning") | compression["method"].str.startswith("torch_pruning")
+    size_against_accuracy(compression[~pruned | (compression["headline"] == 1)], left)
     for right in rest:
         frontier(latency, right, threads=int(latency["threads"].min()))
     figure.tight_layout()

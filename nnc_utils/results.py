@@ -61,6 +61,7 @@ RIVALS = (
     ("hessian_rounding", "nncodec"),
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
+OURS = "channels_fisher"  # what is held against Torch-Pruning, at every number of MACs
 RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
 RATIOS = (RATIO, "speedup_eager_fp32")
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
@@ -256,6 +257,7 @@ def _ranking(tables: Tables, division: str) -> str:
     chosen = tables.summary[tables.summary["division"] == division]
     chosen = chosen.sort_values(["no_loss", "size_ratio"], ascending=False, kind="stable")
     lines = []
+    dense = tables.compression[tables.compression["technique"] == "baseline"]["macs"].max()
     for _, row in chosen.iterrows():
         lines.append(
             {
@@ -269,6 +271,7 @@ def _ranking(tables: Tables, division: str) -> str:
                 "no loss": _yes(row["no_loss"] == 1),
                 "smaller": _times(row["size_ratio"]),
                 "bytes": f"{row['artifact_bytes']:,.0f}",
+                "fewer MACs": _times(dense / row["macs"]),
                 "seeds": str(row["seeds"]),
             }
         )
@@ -359,6 +362,8 @@ def _not_measured(tables: Tables) -> str:
     if tables.compression["seed"].nunique() == 1:
         missing.append("The spread between seeds: there is one, so intervals are about these networks.")
     for record in tables.provenance.values():
+        points = record["extra"].get("missing", {}).items()
+        missing += [f"{point}: {why}." for point, why in points if ":" in point]
         for entry in record["artifacts"]:
             if entry["headline"] and entry["committed"].startswith("not"):
                 why = entry["committed"].removeprefix("not: ")
@@ -386,7 +391,7 @@ def _provenance(tables: Tables) -> str:
 def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
     """Paired differences between methods on the test images, from the stored predictions.
 
-    `RIVALS` at equal settings, and the best channel pruning at equal MACs.
+    `RIVALS` at equal settings, and `OURS`, fixed before, against Torch-Pruning at equal MACs.
 
     Parameters
     ----------
@@ -412,7 +417,7 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
             else:
                 found = found[found["point"].map(_setting) == other["point"]]
             pairs += [(mine, other) for _, mine in found.iterrows()]
-    for mine, other in pairs + _best_at_each_macs(compression):
+    for mine, other in pairs + _against_torch_pruning(compression):
         pair = [read_predictions(predictions / evidence(row["artifact_sha256"])) for row in (mine, other)]
         delta = differences(compressed=pair[:1], reference=pair[1:], labels=labels)
         above, reaches = delta["delta_ci_low"] > 0, delta["delta_ci_high"] >= 0
@@ -429,18 +434,18 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
     return pd.DataFrame(lines)
 
 
-def _best_at_each_macs(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """Our best channel pruning and Torch-Pruning's, at equal MACs and training; both picked on test alike."""
-    found = compression[
-        (compression["control"].fillna("") == "") & ~compression["point"].str.contains("int8")
-    ]
-    found = found.assign(macs_point=found["point"].str.extract(r"(macs=\S+)", expand=False))
-    found = found.assign(tuned=found["point"].str.contains("tuned")).dropna(subset=["macs_point"])
-    pairs = []
-    for _, rows in found.groupby(["seed", "macs_point", "tuned"]):
-        sides = [rows[rows["method"].str.startswith(start)] for start in ("channels_", "torch_pruning_")]
-        if all(map(len, sides)):
-            pairs.append(tuple(side.loc[side["accuracy"].idxmax()] for side in sides))
+def _against_torch_pruning(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
+    """`OURS` in one cut, with and without mending, and each counterpart of equal MACs and training."""
+    usual = (compression["control"].fillna("") == "") & ~compression["point"].str.contains("int8|iterative")
+    found = compression[usual].assign(
+        macs_point=compression["point"].str.extract(r"(macs=\S+)", expand=False),
+        tuned=compression["point"].str.contains("tuned"),
+    )
+    same, pairs = ["seed", "macs_point", "tuned"], []
+    for _, rows in found.dropna(subset=["macs_point"]).groupby(same):
+        peers = rows[rows["method"].str.startswith("torch_pruning_")]
+        for _, mine in rows[rows["method"] == OURS].iterrows():
+            pairs += [(mine, other) for _, other in peers.iterrows()]
     return pairs
 
 

@@ -74,6 +74,15 @@ def test_two_batches_are_averaged(model):
     assert torch.allclose(fixed.bn1.running_mean, mean, atol=1e-6)
 
 
+def test_without_an_original_the_statistics_are_those_of_the_pictures(model):
+    fixed = batch_norm.reestimate(model, IMAGES, batch_size=64)
+    with torch.no_grad():
+        out = outputs(model, "conv1", IMAGES)
+    assert torch.allclose(fixed.bn1.running_mean, out.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(fixed.bn1.running_var, out.var((0, 2, 3)), rtol=1e-3)
+    assert fixed.bn1.momentum == model.bn1.momentum and not fixed.training
+
+
 def test_bias_correction_restores_the_mean_of_each_output(model):
     rounded = uniform.quantize_network(model, bits=3, per_channel=True)
     fixed = correction.correct_bias(rounded, IMAGES, original=model, batch_size=32)

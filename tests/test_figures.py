@@ -24,6 +24,7 @@ COMPRESSION = pd.DataFrame(
         "method": ["train", "uniform_per_channel", "uniform_per_channel"],
         "point": ["", "bits=8", "bits=4"],
         "control": ["", "", ""],
+        "headline": [0, 1, 0],
         "accuracy": [92.0, 91.9, 80.0],
         "accuracy_delta": [0.0, -0.1, -12.0],
         "delta_ci_low": [0.0, -0.2, -12.5],
@@ -58,6 +59,30 @@ def test_size_against_accuracy_holds_every_row_with_its_interval():
     assert ends == {(92.0, 92.0), (91.8, 92.0), (79.5, 80.5)}
     assert {text.get_text() for text in axes.texts} >= {"8", "4", "↓ 1 more down to 80.0 %"}
     assert axes.get_ylim()[0] == pytest.approx(88.0)
+
+
+def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():
+    rows = [
+        ("baseline", "train", "", "", 800, 92.0),
+        ("pruning", "channels_l1", "macs=2x tuned", "", 400, 91.9),
+        ("pruning", "channels_l1", "macs=4x tuned", "", 200, 91.0),
+        ("pruning", "channels_l1", "macs=4x tuned int8", "", 200, 90.9),
+        ("pruning", "channels_l1", "macs=4x", "", 200, 89.5),
+        ("pruning", "from_scratch", "macs=4x", "from_scratch", 200, 91.2),
+        ("baseline", "small_dense", "macs=4x", "small_dense", 200, 91.1),
+    ]
+    columns = ("technique", "method", "point", "control", "macs", "accuracy")
+    table = pd.DataFrame(rows, columns=columns)
+    table = table.assign(accuracy_delta=0.0, delta_ci_low=-0.1, delta_ci_high=0.1, size_ratio=1.0)
+    axes = figures.macs_against_accuracy(table).axes[0]
+    lines = {c.get_label(): sorted(c.lines[0].get_xdata()) for c in axes.containers}
+    assert lines == {
+        "ResNet, fp32": [1.0],
+        "channels l1, tuned": [2.0, 4.0],
+        "channels l1": [4.0],
+        "from scratch": [4.0],
+        "small dense": [4.0],
+    }
 
 
 def test_latency_bars_are_the_medians_at_batch_one_without_the_identity():

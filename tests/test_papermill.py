@@ -73,6 +73,59 @@ def test_your_own_pictures_through_training_and_quantization(pictures, tmp_path)
     assert rows[1]["size_ratio"] > rows[0]["size_ratio"] > 2
 
 
+def test_every_way_to_cut(pictures, tmp_path):
+    about = {"dataset": f"imagefolder:{pictures}", "size": 16, "width": 0.125}
+    execute("01_baseline", tmp_path / "baseline", **about, epochs=2, batch_size=16, learning_rate=0.02)
+    points = [
+        "magnitude_global:sparsity=0.5 gradual tuned",
+        "random_global:sparsity=0.5 tuned",
+        "magnitude_global:sparsity=0.9999",  # empties a layer: no row, and no reason to stop
+        "taylor:sparsity=0.2 bn",
+        "obd_hessian:sparsity=0.2 tuned bn",
+        "obs_block:sparsity=0.5 bn",
+        "magnitude_layerwise:rates=hand bn",
+        "magnitude_layerwise:sparsity=0.5 scanned bn",
+        "nm_2_4:keep=2of4 tuned",
+        "channels_fisher:macs=2x mended iterative tuned",
+        "channels_l1:macs=2x even tuned int8",
+        "blocks:removed=1",
+        "from_scratch:macs=2x",
+        "small_dense:macs=2x int8",
+    ]
+    settings = {"train_epochs": 1.0, "steps": 2, "multiple": 1, "scoring_images": 48, "points": points}
+    upstream = [str(tmp_path / "baseline")]
+    made = execute("03_pruning", tmp_path / "pruned", upstream=upstream, **settings)
+    rows = {f"{row['method']}:{row['point']}": row for row in made["compression"]}
+    assert list(made["extra"]["missing"]) == ["magnitude_global:sparsity=0.9999"]
+    expected = {p for point in points for p in (point, point.replace(" int8", ""))} | {"dense_finetuned:"}
+    assert set(rows) == expected - {"magnitude_global:sparsity=0.9999"}
+    dense = rows["dense_finetuned:"]
+    weights = dense["nonzeros"]
+    assert dense["train_images"] == 5 * 16  # one epoch of whole batches
+    for name, row in rows.items():
+        tuned, narrow = "tuned" in name, row["macs"] < dense["macs"]
+        assert row["division"] == ("open" if tuned or narrow else "closed"), name
+        assert narrow == ("macs=" in name or "blocks" in name), name
+        if "macs=2x" in name:
+            assert 0.25 * dense["macs"] < row["macs"] <= dense["macs"] / 2, name
+        if tuned:
+            whole = "iterative" not in name and "gradual" not in name  # half an epoch ends with a batch
+            assert row["train_images"] == (dense["train_images"] if whole else 4 * 16), name
+        if "sparsity=0.5" in name and "scanned" not in name:
+            assert 0.4 < row["nonzeros"] / weights < 0.6, name
+    assert rows["from_scratch:macs=2x"]["train_images"] == 3 * 5 * 16
+    controls = {name: row["control"] for name, row in rows.items() if row["control"]}
+    assert controls == {
+        "dense_finetuned:": "dense_finetuned",
+        "random_global:sparsity=0.5 tuned": "random",
+        "from_scratch:macs=2x": "from_scratch",
+        "small_dense:macs=2x": "small_dense",
+        "small_dense:macs=2x int8": "small_dense",
+    }
+    references = {row["reference_sha256"] for row in rows.values() if row["division"] == "open"}
+    assert len(references - {dense["reference_sha256"]}) <= 1
+
+
 def test_a_value_out_of_range_stops_before_any_work(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="epochs"):
         execute("01_baseline", tmp_path / "refused", epochs=0)

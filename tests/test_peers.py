@@ -224,3 +224,36 @@ def test_nncodec_says_what_is_wrong(sources, tmp_path):
     with pytest.raises(RuntimeError, match="unexpected keyword argument 'speed'"):
         nncodec.encode(state(), tmp_path / "a.nnc", qp=-20, settings={"speed": 1})
     assert not (tmp_path / "a.nnc").exists()
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "taylor", "bn_scale"])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_torch_pruning_gives_a_narrower_network_within_the_budget(kind, everywhere):
+    """What it keeps computes what the masked network computes: every kept filter is one of the given ones."""
+    need("torch_pruning")
+    spec = models.resnet(18, channels=1, size=8, classes=10, stem="small", width=0.25)
+    model = network(spec)
+    pictures, labels = images(model.spec, 32), torch.arange(32) % 10
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruner, budget = peers.peer("torch_pruning"), models.macs(model.spec) / 3
+    about = {"images": pictures, "labels": labels, "everywhere": everywhere}
+    narrow = pruner.prune(model, kind, macs=budget, **about)
+    assert 0.6 * budget < models.macs(narrow.spec) <= budget and not narrow.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.isfinite(narrow(pictures)).all()
+    # one input channel: a filter of the first convolution is one of the given filters
+    given = model.conv1.weight.detach().flatten(1)
+    apart = torch.cdist(narrow.conv1.weight.detach().flatten(1), given).amin(1)
+    assert (apart == 0).all()
+    widths = [layer.out_channels for layer in models.layers(narrow.spec)]
+    assert min(widths) >= 1 and (everywhere or len(set(widths)) > 4)
+
+
+def test_torch_pruning_says_what_is_wrong():
+    need("torch_pruning")
+    model, pruner = network(PLAIN), peers.peer("torch_pruning")
+    about = {"images": images(model.spec, 4), "labels": torch.arange(4)}
+    with pytest.raises(ValueError, match="unknown importance 'l3': one of magnitude, taylor, bn_scale"):
+        pruner.prune(model, "l3", macs=1e5, **about)
+    with pytest.raises(ValueError, match="10 are wanted: allow more"):
+        pruner.prune(model, "magnitude", macs=10, **about)

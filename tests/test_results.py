@@ -400,3 +400,32 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
     # by hand: d is 1 for 100 of 1000 pictures
     half = 1.96 * np.sqrt(0.1 * 0.9 * 1000 / 999) / np.sqrt(1000) * 100
     assert found["points"][0] == f"+10.00 [{10 - half:+.2f}, {10 + half:+.2f}]"
+
+
+def test_fisher_channels_meet_each_counterpart_at_equal_macs_and_training(tmp_path):
+    labels = np.tile(np.arange(10, dtype=np.uint8), 100)
+    np.save(tmp_path / tables.labels_name("digits"), labels)
+    made = []
+    for method, point, wrong, control in (
+        ("channels_fisher", "macs=4x mended tuned", 50, ""),
+        ("channels_fisher", "macs=4x tuned", 90, ""),
+        ("channels_l2", "macs=4x mended tuned", 10, ""),  # not what was fixed before
+        ("channels_fisher", "macs=4x mended tuned int8", 0, ""),  # another precision
+        ("channels_fisher", "macs=4x mended iterative tuned", 0, ""),  # another schedule
+        ("channels_fisher", "macs=4x mended", 20, ""),  # not tuned: nothing of theirs to compare with
+        ("channels_fisher", "macs=8x mended tuned", 90, ""),
+        ("torch_pruning_taylor", "macs=4x even tuned", 80, ""),
+        ("torch_pruning_taylor", "macs=8x even tuned", 10, ""),
+    ):
+        sha256 = f"{len(made) + 1:016x}" + "0" * 48
+        predictions = labels.copy()
+        predictions[:wrong] = (predictions[:wrong] + 1) % 10
+        np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
+        made.append({"method": method, "point": point, "artifact_bytes": 100, "artifact_sha256": sha256})
+        made[-1] |= {"seed": 1, "control": control}
+    found = results.comparisons(pd.DataFrame(made), tmp_path, dataset="digits")
+    assert found[["ours", "theirs", "verdict"]].values.tolist() == [
+        ["channels_fisher macs=4x mended tuned", "torch_pruning_taylor macs=4x even tuned", "beats"],
+        ["channels_fisher macs=4x tuned", "torch_pruning_taylor macs=4x even tuned", "below"],
+        ["channels_fisher macs=8x mended tuned", "torch_pruning_taylor macs=8x even tuned", "below"],
+    ]

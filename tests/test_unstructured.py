@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from small_networks import PLAIN, images, network, quantized, saved
 from torch.nn import functional
 
-from nnc_utils import artifact, data, encoding, training
+from nnc_utils import artifact, data, encoding, sensitivity, training
 from nnc_utils.pruning import unstructured
 
 
@@ -40,6 +40,19 @@ def test_scores_are_the_formulas(model, seen):
         torch.testing.assert_close(gradient[layer], exact.abs(), rtol=1e-3, atol=1e-6)
         weight = model.get_submodule(layer).weight.detach()
         torch.testing.assert_close(taylor[layer], (exact * weight).abs(), rtol=1e-3, atol=1e-7)
+
+
+def test_optimal_brain_damage_is_half_the_curvature_times_the_square(model, seen):
+    about = {"images": seen[0], "labels": seen[1], "seed": 3}
+    fisher = sensitivity.fisher_diagonal(model, seen[0], batch_size=64, seed=3)
+    settings = {"probes": unstructured.PROBES, "batch_size": 64, "seed": 3}
+    hessian = sensitivity.hessian_diagonal(model, *seen, **settings)
+    for kind, curved in (("obd_fisher", fisher), ("obd_hessian", hessian)):
+        found = unstructured.scores(model, kind, **about)
+        for name, score in found.items():
+            weight = model.get_submodule(name).weight.detach()
+            torch.testing.assert_close(score, (curved[name] * weight**2).abs() / 2)
+    assert any((curved < 0).any() for curved in hessian.values())
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ A score says what the network would miss; it is apart from the removal (`structu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -25,7 +26,7 @@ def scores(
     images: Tensor | None = None,
     labels: Tensor | None = None,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 64,
 ) -> dict[str, Tensor]:
     """A score for each channel of each group; larger means keep.
 
@@ -34,8 +35,8 @@ def scores(
     model : a network of `models.build`, in evaluation mode.
     kind : "random" (the control); "l1" and "l2", norms of the filters that write the channel (Li et al.,
         2017); "bn_scale", |γ| of their batch-norms (Liu et al., 2017); "taylor", the first-order change
-        of the loss without the channel, |∂L/∂gate| (Molchanov et al., 2019); "fisher", its second moment
-        (Theis et al., 2018). The last two are means over batches of the images.
+        of a picture's loss without the channel, |∂L/∂gate| (Molchanov et al., 2017, equation 8); "fisher",
+        half its square (Theis et al., 2018, equation 5). The last two are means over the images.
     images, labels : normalized training images (n, C, H, W) and classes; for "taylor" and "fisher".
 
     Returns
@@ -61,8 +62,9 @@ def scores(
         models.check_images(model, images)
         models.check_labels(model, images, labels)
         gates = gate_gradients(model, images, labels, batch_size=batch_size)
-        power = 1 if kind == "taylor" else 2
-        return {name: gates[name].abs().pow(power).mean(0) for name in known}
+        if kind == "taylor":
+            return {name: gates[name].abs().mean(0) for name in known}
+        return {name: gates[name].square().mean(0) / 2 for name in known}
     found = {}
     for name, group in known.items():
         each = [_norm(model, layers[writer], kind) for writer in group.writers]
@@ -77,28 +79,34 @@ def _norm(model: nn.Module, layer: models.Layer, kind: str) -> Tensor:
 
 
 def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int) -> dict[str, Tensor]:
-    """The derivative of the loss by a factor on each channel of a group, at 1: (batches, channels).
+    """The derivative of each picture's loss by a factor on each channel of a group, at 1: (n, channels).
 
-    A factor on batch-norm's output is one on its γ and β: the derivative is γ·∂L/∂γ + β·∂L/∂β.
+    A factor on what batch-norm puts out: the derivative is the sum over pixels of output times gradient, and
+    over all layers that write the channel.
     """
-    layers = {layer.name: layer for layer in models.layers(model.spec)}
-    norms = {
-        name: [model.get_submodule(layers[writer].batch_norm) for writer in group.writers]
-        for name, group in groups(model.spec).items()
-    }
-    parameters = [p for several in norms.values() for norm in several for p in (norm.weight, norm.bias)]
-    training = model.training
-    model.eval()
-    found: dict[str, list[Tensor]] = {name: [] for name in norms}
+    writers = {layer.name: layer.batch_norm for layer in models.layers(model.spec)}
+    of_norm = {writers[w]: name for name, group in groups(model.spec).items() for w in group.writers}
+    network, found = copy.deepcopy(model).eval(), {}
+
+    def watch(norm: str):
+        def hook(module: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+            values = output.detach().clone()  # what follows works in place
+            output.register_hook(lambda slope: gates.append((of_norm[norm], (values * slope).sum((2, 3)))))
+
+        return hook
+
+    for norm in of_norm:
+        network.get_submodule(norm).register_forward_hook(watch(norm))
     for start in range(0, len(images), batch_size):
-        batch = slice(start, start + batch_size)
-        loss = functional.cross_entropy(model(images[batch]), labels[batch])
-        gradients = dict(zip(map(id, parameters), torch.autograd.grad(loss, parameters), strict=True))
-        for name, several in norms.items():
-            gates = [n.weight * gradients[id(n.weight)] + n.bias * gradients[id(n.bias)] for n in several]
-            found[name].append(torch.stack(gates).sum(0).detach())
-    model.train(training)
-    stacked = {name: torch.stack(gates) for name, gates in found.items()}
+        batch, gates = slice(start, start + batch_size), []
+        pictures = images[batch].detach().requires_grad_()
+        functional.cross_entropy(network(pictures), labels[batch], reduction="sum").backward()
+        sums: dict[str, Tensor] = {}
+        for name, gate in gates:
+            sums[name] = sums.get(name, 0.0) + gate
+        for name, gate in sums.items():
+            found.setdefault(name, []).append(gate)
+    stacked = {name: torch.cat(found[name]) for name in groups(model.spec)}
     for name, gates in stacked.items():
         if not gates.isfinite().all():
             raise ValueError(f"{name}: gradients are not finite; has the network diverged?")

@@ -32,7 +32,8 @@ def scores(
     """The loss, in nats an image, that cutting one weight adds after the layer has made up for it.
 
     ``w**2 / (2 * [G^-1]_rr * [H^-1]_cc)`` for the weight in row r and column c: the saliency of Optimal Brain
-    Surgeon (Hassibi and Stork, 1993, equation 5).
+    Surgeon (Hassibi and Stork, 1993, equation 5). All other weights may move: where some are cut already it
+    is too low, and ranks what is left only about right.
 
     Parameters
     ----------
@@ -165,8 +166,8 @@ def compensated(
     """A copy of a network in which what reads a group's channels makes up for those that will be removed.
 
     The readers' weights for the channels that stay become those of least squares (He, Zhang and Sun, 2017,
-    "Channel pruning", equation 1, second step); the others become 0. `structured.remove_channels` then takes
-    them away.
+    "Channel pruning", equation 1, second step), but with the inputs of the network before, for all layers at
+    once; the others become 0. `structured.remove_channels` then takes them away.
 
     Parameters
     ----------

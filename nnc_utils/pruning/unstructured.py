@@ -1,6 +1,6 @@
 """Single weights are set to 0: a score for each, a mask of those that stay, a network that keeps the mask.
 
-The zeros stay in the file and in memory: a mask makes a file smaller, and no runtime here faster.
+The zeros stay in memory: a mask makes a file smaller, not the arithmetic.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional
 from nnc_utils import encoding, models, sensitivity
 
 SCORES = ("random", "magnitude", "gradient", "taylor", "obd_fisher", "obd_hessian")
+PROBES = 8  # for the Hessian's diagonal; each costs as much as three passes
 KEPT, OF = 2, 4  # the pattern of sparse tensor cores: 2 of 4 neighbouring inputs
 
 
@@ -35,8 +36,8 @@ def scores(
     kind : "random" (the control); "magnitude", |w| (Han et al., 2015); "gradient", |∂L/∂w|; "taylor",
         |w·∂L/∂w|, the first-order change of the loss without the weight (Molchanov et al., 2017);
         "obd_fisher" and "obd_hessian", w²·h/2 with h the curvature by the Fisher information's or the
-        Hessian's diagonal (Optimal Brain Damage; LeCun et al., 1989). A negative h of the Hessian, which
-        has no minimum there, counts as 0.
+        Hessian's diagonal (Optimal Brain Damage; LeCun et al., 1989). Of a negative h, where the loss has no
+        minimum, the size counts.
     images, labels : normalized training images (n, C, H, W) and classes, int64, for all but the first two;
         the loss is the mean of theirs.
     seed : of what is drawn: scores, labels, or probes.
@@ -67,9 +68,9 @@ def scores(
         if kind == "obd_fisher":
             curved = sensitivity.fisher_diagonal(model, images, batch_size=batch_size, seed=seed)
         else:
-            settings = {"probes": 1, "batch_size": batch_size, "seed": seed}
+            settings = {"probes": PROBES, "batch_size": batch_size, "seed": seed}
             curved = sensitivity.hessian_diagonal(model, images, labels, **settings)
-        found = {name: weight.square() * curved[name].clamp(min=0) / 2 for name, weight in weights.items()}
+        found = {name: weight.square() * curved[name].abs() / 2 for name, weight in weights.items()}
     elif kind == "magnitude":
         found = {name: weight.abs() for name, weight in weights.items()}
     else:
