@@ -332,6 +332,10 @@ def _twice(tables: Tables) -> str:
         f"Batch {', '.join(map(str, sorted(pairs['batch'].unique())))} was timed twice, in new processes. "
         f"Both speed-ups of {len(pairs) - len(far)} of {len(pairs)} rows are within {APART} % of each other; "
         f"half of the rows are less than {pairs['apart'].median():.1f} % apart. "
+        + "".join(
+            f"With threads={count}: {rows['holds'].sum()} of {len(rows)}. "
+            for count, rows in pairs.groupby("threads")
+        )
         + ("Further apart, by the ratio that differs more:" if len(far) else "None is further apart.")
     )
     if not len(far):
@@ -493,11 +497,14 @@ def report(profile_dir: Path) -> str:
     return text
 
 
-def committed_profile(folder: Path | None = None, profiles: Iterable[str] = PROFILES) -> Path | None:
-    """The tables of the best profile that has some, in this clone or another; None without any."""
+def committed_profile(
+    folder: Path | None = None, profiles: Iterable[str] = PROFILES, technique: str = ""
+) -> Path | None:
+    """The tables of the best profile that has some (of a technique), in this clone or another, or None."""
     for profile in profiles:
         profile_dir = (folder or root()) / "results" / profile
-        if (profile_dir / "compression.csv").is_file():
+        table = profile_dir / "compression.csv"
+        if table.is_file() and (not technique or technique in set(pd.read_csv(table)["technique"])):
             return profile_dir
     return None
 

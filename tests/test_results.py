@@ -402,6 +402,13 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
     assert found["points"][0] == f"+10.00 [{10 - half:+.2f}, {10 + half:+.2f}]"
 
 
+def test_a_profile_is_chosen_by_what_its_table_holds(published):
+    root = published.parent.parent
+    assert results.committed_profile(root, ("full", "quick")) == published
+    assert results.committed_profile(root, ("full", "quick"), technique="quantization") == published
+    assert results.committed_profile(root, ("full", "quick"), technique="pruning") is None
+
+
 def test_fisher_channels_meet_each_counterpart_at_equal_macs_and_training(tmp_path):
     labels = np.tile(np.arange(10, dtype=np.uint8), 100)
     np.save(tmp_path / tables.labels_name("digits"), labels)

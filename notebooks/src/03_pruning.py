@@ -334,7 +334,7 @@ def rates(values: dict[str, str]) -> dict[str, float]:
 # %%
 cost, harm = scan()
 by_scan = rates({"sparsity": "0.9", "scanned": ""})
-figure, panels = plt.subplots(1, 2, figsize=(13, 4))
+figure, panels = plt.subplots(1, 2, figsize=(11, 3.4))
 for name, colour in zip(weights, sns.color_palette("viridis", len(weights)), strict=True):
     panels[0].plot(RATES, [harm[name][rate] for rate in RATES], color=colour, marker=".")
 panels[0].set(xlabel="share of zeros in one layer", ylabel="loss added (nats)", title="Which layer minds?")
@@ -401,7 +401,7 @@ print(f"predicted {predicted:.1f} times smaller, measured {measured:.1f}, ratio 
 # %%
 groups = structured.groups(spec)
 names = [x.name for x in models.layers(spec)]
-figure, axes = plt.subplots(figsize=(12, 3.8))
+figure, axes = plt.subplots(figsize=(10, 3.4))
 colours = dict(zip(groups, sns.color_palette("colorblind", 4) * len(groups), strict=False))
 for level, (group, members) in enumerate(groups.items()):
     places = [names.index(writer) for writer in members.writers]
@@ -764,7 +764,7 @@ print(f"{done.run} is finished: {len(rows)} rows")
 # The same cells, run on ResNet-18 trained on Fashion-MNIST.
 
 # %%
-committed = results.committed_profile(profiles=results.ALL_PROFILES)
+committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="pruning")
 if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
