@@ -345,7 +345,7 @@ panels[1].plot(names, [by_scan[name] for name in names], marker="o", label="scan
 panels[1].plot(names, [HAND[name.split(".")[0]] for name in names], marker="s", label="by hand, other bytes")
 panels[1].tick_params(axis="x", rotation=70, labelsize=7)
 panels[1].set(ylabel="share of zeros", title="Rates for each layer")
-panels[1].legend()
+panels[1].legend(fontsize=8, loc="lower right")
 figures.show(
     figure, "Left: loss against the share of zeros, a line a layer. Right: rates from the scan, and by hand"
 )
@@ -514,9 +514,9 @@ pd.DataFrame(rows).round(1)
 figure, axes = plt.subplots(figsize=(6, 3))
 for kind, marker in (("one_shot", "o"), ("iterative", "s"), ("gradual", "^")):
     times = 1 if kind == "one_shot" else 6
-    planned = [0.0, *schedules.sparsities(0.9, kind, times)]
-    place = [0, 0] if kind == "one_shot" else np.linspace(0, 1, 7)
-    axes.plot([*place, 1], [*planned, planned[-1]], marker=marker, label=kind, drawstyle="steps-post")
+    planned = schedules.sparsities(0.9, kind, times)
+    cuts = np.arange(times) / times  # each cut comes before its part of the training
+    axes.plot([0, *cuts, 1], [0, *planned, 0.9], marker=marker, label=kind, drawstyle="steps-post")
 axes.set(xlabel="share of the fine-tuning", ylabel="share of zeros", title="When is how much cut?")
 axes.legend()
 figures.show(figure, "The share of zeros over the training for three schedules that end at 90 %")
