@@ -140,9 +140,9 @@ def test_tables_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"b: cost has the settings \[2\], harm \[\]"):
         allocation.allocate(good, good | {"b": {}}, budget=9)
     for broken in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"b: the harm of 2 bits is {broken}"):
+        with pytest.raises(ValueError, match=f"b: the harm of 2 is {broken}"):
             allocation.allocate(good, good | {"b": {2: broken}}, budget=9)
-        with pytest.raises(ValueError, match=f"b: the cost of 2 bits is {broken}"):
+        with pytest.raises(ValueError, match=f"b: the cost of 2 is {broken}"):
             allocation.allocate(good | {"b": {2: broken}}, good, budget=9)
-    with pytest.raises(ValueError, match="b: the cost of 2 bits is -1"):
+    with pytest.raises(ValueError, match="b: the cost of 2 is -1"):
         allocation.allocate(good | {"b": {2: -1}}, good, budget=9)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_networks import ODD, PLAIN, POOLED, images, network, quantized, saved
 
-from nnc_utils import artifact, models, runtimes
+from nnc_utils import artifact, models, provenance, runtimes
 from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes.children import ChildError, worker
 from nnc_utils.runtimes.worker import peak_rss
@@ -218,11 +218,27 @@ def test_wide_codes_do_not_saturate_a_sum(tmp_path):
         with torch.inference_mode():
             eager = artifact.network(file)(bright).numpy()
         session = runtimes.prepare("onnxruntime", file, "int8", 1)
-        asked = session._session.get_session_options().get_session_config_entry("session.x64quantprecision")
-        assert asked == "1"  # processors with VNNI need none of it
         error = session.predict(bright.numpy()) - eager
         logits[bits] = np.abs(error).max() / np.abs(eager).max()
     assert logits[7] < 0.05 and logits[8] < 0.05
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_exact_sums_are_asked_for_where_the_processor_lacks_vnni(stored, monkeypatch, lacks):
+    adapter = runtimes.adapter("onnxruntime")
+    monkeypatch.setattr(adapter, "_may_saturate", lambda: lacks)
+    options = runtimes.prepare("onnxruntime", stored, "int8", 1)._session.get_session_options()
+    if lacks:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="does not have"):
+            options.get_session_config_entry("session.x64quantprecision")
+
+
+def test_vnni_is_read_off_the_processor():
+    adapter = runtimes.adapter("onnxruntime")
+    flags = provenance.hardware()["flags"]
+    assert adapter._may_saturate() == (not {"avx512_vnni", "avx_vnni"} & set(flags))
 
 
 @pytest.mark.parametrize("name", runtimes.NAMES)
