@@ -188,7 +188,10 @@ def _asked(
 
 
 def _jobs(present: Sequence[tuple[str, str, str]], *, dataset: str, folder: Path) -> list[_Job]:
-    """The networks as their runtimes load them, converted by a process for each runtime, some at a time."""
+    """The networks as their runtimes load them, converted by a process for each runtime, some at a time.
+
+    The same files are loaded whenever they are timed, so their integer operators are counted once, here.
+    """
     networks = {path: artifacts.read(path) for path, _, _ in present}
     made = {}
 
@@ -197,6 +200,10 @@ def _jobs(present: Sequence[tuple[str, str, str]], *, dataset: str, folder: Path
             for path, precision in ((p, kind) for p, runtime, kind in present if runtime == name):
                 source = os.path.abspath(path)
                 file = process.ask("convert", source=source, precision=precision, folder=str(folder))
+                if precision in runtimes.INTEGERS:  # counted here, where the compiler is loaded already
+                    process.ask("load", key=file, path=file, precision=precision, threads=1)
+                    found, kinds = process.ask("operators", key=file), runtimes.adapter(name).INTEGER
+                    qdq.check_integer(networks[path].spec, found, kinds)
                 made[path, name, precision] = Path(file)
                 print(f"made {Path(path).stem} for {name} {precision}", flush=True)
 
@@ -216,17 +223,11 @@ def _pictures(path: str, network: Artifact, dataset: str, folder: Path) -> Path:
 
 
 def _probe(job: _Job, threads: int) -> dict[str, Any]:
-    """Load time and memory of a network in a process of its own, after one prediction of one picture.
-
-    The same file is loaded whenever it is timed, so this is where its operators are counted, too.
-    """
+    """Load time and memory of a network in a process of its own, after one prediction of one picture."""
     with worker(job.runtime, job.file.parent) as probe:
         loaded = probe.ask("load", key="", path=str(job.file), precision=job.precision, threads=threads)
         probe.ask("time", key="", images=str(job.images), batch=1, seconds=0.0)
         memory = probe.ask("memory")
-        if job.precision in runtimes.INTEGERS:
-            kinds = runtimes.adapter(job.runtime).INTEGER
-            qdq.check_integer(job.network.spec, probe.ask("operators", key=""), kinds)
     return {
         "control": "",
         "load_ms": round(loaded["load_ms"], 3),
