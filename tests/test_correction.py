@@ -1,11 +1,10 @@
-"""Repairs after rounding, against statistics that are computed by hand."""
+"""Bias correction against means that are computed by hand."""
 
 import copy
 
 import pytest
 import torch
 
-from nnc_utils import batch_norm
 from nnc_utils.quantization import correction, uniform
 from tests import small_networks
 
@@ -15,72 +14,6 @@ IMAGES = small_networks.images(small_networks.PLAIN, 64)
 @pytest.fixture
 def model():
     return small_networks.network(small_networks.PLAIN)
-
-
-def outputs(network, name, images):
-    seen = []
-    handle = network.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.detach()))
-    with torch.no_grad():
-        network(images)
-    handle.remove()
-    return seen[0]
-
-
-def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
-    model.train()
-    for norm in (x for x in model.modules() if isinstance(x, torch.nn.BatchNorm2d)):
-        norm.momentum = 1.0
-    model(IMAGES)  # now the float network's statistics are those of these pictures
-    model.eval()
-    rounded = uniform.quantize_network(model, bits=2, per_channel=True)
-    before = copy.deepcopy(rounded.state_dict())
-    fixed = batch_norm.reestimate(rounded, IMAGES, original=model, batch_size=64)
-    with torch.no_grad():  # by hand, layer after layer in training mode
-        by_hand = copy.deepcopy(rounded).train()
-        out = outputs(by_hand, "layer2.0.conv2", IMAGES)
-    assert torch.allclose(fixed.layer2[0].bn2.running_mean, out.mean((0, 2, 3)), atol=1e-4)
-    assert torch.allclose(fixed.layer2[0].bn2.running_var, out.var((0, 2, 3)), rtol=1e-3)
-    assert all(torch.equal(a, before[name]) for name, a in rounded.state_dict().items())
-    assert not fixed.training and fixed.bn1.momentum == model.bn1.momentum
-
-
-def test_variances_that_grow_are_added_to_and_those_that_fall_shrink_in_proportion(model):
-    """By hand, behind the first layer, with statistics that are those of neither network."""
-    generator = torch.Generator().manual_seed(0)
-    model.bn1.running_var.copy_(torch.rand(model.bn1.running_var.shape, generator=generator) + 0.1)
-    rounded = uniform.quantize_network(model, bits=2, per_channel=True)
-    with torch.no_grad():
-        old, new = (network.conv1(IMAGES).var((0, 2, 3)) for network in (model, rounded))
-    fixed = batch_norm.reestimate(rounded, IMAGES, original=model)
-    grew = new > old
-    assert grew.any() and not grew.all()
-    wanted = torch.where(grew, model.bn1.running_var + new - old, model.bn1.running_var * new / old)
-    assert torch.allclose(fixed.bn1.running_var, wanted, rtol=1e-3)
-
-
-def test_few_pictures_move_nothing_that_rounding_did_not_move(model):
-    fixed = batch_norm.reestimate(copy.deepcopy(model), IMAGES[:8], original=model)
-    for name, statistic in model.state_dict().items():
-        assert torch.allclose(fixed.state_dict()[name], statistic, rtol=1e-5), name
-
-
-def test_two_batches_are_averaged(model):
-    rounded = uniform.quantize_network(model, bits=3, per_channel=True)
-    fixed = batch_norm.reestimate(rounded, IMAGES, original=model, batch_size=32)
-    halves = [
-        batch_norm.reestimate(rounded, half, original=model, batch_size=32) for half in IMAGES.split(32)
-    ]
-    mean = (halves[0].bn1.running_mean + halves[1].bn1.running_mean) / 2
-    assert torch.allclose(fixed.bn1.running_mean, mean, atol=1e-6)
-
-
-def test_without_an_original_the_statistics_are_those_of_the_pictures(model):
-    fixed = batch_norm.reestimate(model, IMAGES, batch_size=64)
-    with torch.no_grad():
-        out = outputs(model, "conv1", IMAGES)
-    assert torch.allclose(fixed.bn1.running_mean, out.mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(fixed.bn1.running_var, out.var((0, 2, 3)), rtol=1e-3)
-    assert fixed.bn1.momentum == model.bn1.momentum and not fixed.training
 
 
 def test_bias_correction_restores_the_mean_of_each_output(model):
@@ -103,11 +36,5 @@ def test_bias_correction_restores_the_mean_of_each_output(model):
 
 
 def test_too_few_images_are_refused(model):
-    for repair in (
-        lambda images: batch_norm.reestimate(model, images, original=model),
-        lambda images: correction.correct_bias(model, images, original=model),
-    ):
-        with pytest.raises(ValueError, match="at least"):
-            repair(IMAGES[:0])
-    with pytest.raises(ValueError, match=r"of shape \(1, 8, 8\)"):
-        batch_norm.reestimate(model, torch.zeros(4, 3, 8, 8), original=model)
+    with pytest.raises(ValueError, match="at least"):
+        correction.correct_bias(model, IMAGES[:0], original=model)
