@@ -46,7 +46,8 @@ class Current:
     @property
     def name(self) -> str:
         """How rows name this run."""
-        return f"{self.profile}/{self.notebook}/seed={self.seed}"
+        part = self.parameters.get("part")
+        return f"{self.profile}/{self.notebook}/seed={self.seed}" + (f",{part}" if part else "")
 
     @property
     def profile(self) -> str:

@@ -19,7 +19,7 @@ FLOORS = [
     # the fifth floor has steps: from processes and hashes over rows and tables to what runs notebooks
     {"processes", "provenance"},
     {"parameters", "rows"},
-    {"scoring", "tables", "figures"},
+    {"scoring", "tables", "figures", "claims"},
     {"measure"},  # scores before it times
     {"results", "audit", "notebook"},
     {"benchmark"},

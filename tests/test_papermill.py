@@ -89,16 +89,19 @@ def test_every_way_to_cut(pictures, tmp_path):
         "channels_fisher:macs=2x mended iterative tuned",
         "channels_l1:macs=2x even tuned int8",
         "blocks:removed=1",
-        "from_scratch:macs=2x",
-        "small_dense:macs=2x int8",
     ]
-    settings = {"train_epochs": 1.0, "steps": 2, "multiple": 1, "scoring_images": 48, "points": points}
-    upstream = [str(tmp_path / "baseline")]
-    made = execute("03_pruning", tmp_path / "pruned", upstream=upstream, **settings)
-    rows = {f"{row['method']}:{row['point']}": row for row in made["compression"]}
+    controls = ["from_scratch:macs=2x", "small_dense:macs=2x int8", "magnitude_global:sparsity=0.4 tuned"]
+    settings = {"train_epochs": 1.0, "steps": 2, "multiple": 1, "scoring_images": 48}
+    upstream = [str(tmp_path / "baseline"), str(tmp_path / "cuts")]
+    made = execute("03_pruning", tmp_path / "cuts", upstream=upstream[:1], points=points, **settings)
+    about = {"upstream": upstream, "points": controls, "part": "controls"}
+    rest = execute("03_pruning", tmp_path / "controls", **about, **settings)
+    rows = {f"{row['method']}:{row['point']}": row for row in made["compression"] + rest["compression"]}
     assert list(made["extra"]["missing"]) == ["magnitude_global:sparsity=0.9999"]
-    expected = {p for point in points for p in (point, point.replace(" int8", ""))} | {"dense_finetuned:"}
-    assert set(rows) == expected - {"magnitude_global:sparsity=0.9999"}
+    expected = {p for point in points + controls for p in (point, point.replace(" int8", ""))}
+    assert set(rows) == expected - {"magnitude_global:sparsity=0.9999"} | {"dense_finetuned:"}
+    assert rest["run"] == "smoke/03_pruning/seed=1,controls"
+    assert "dense_finetuned" not in {row["method"] for row in rest["compression"]}  # that of the first part
     dense = rows["dense_finetuned:"]
     weights = dense["nonzeros"]
     assert dense["train_images"] == 5 * 16  # one epoch of whole batches
@@ -123,7 +126,9 @@ def test_every_way_to_cut(pictures, tmp_path):
         "small_dense:macs=2x int8": "small_dense",
     }
     references = {row["reference_sha256"] for row in rows.values() if row["division"] == "open"}
-    assert len(references - {dense["reference_sha256"]}) <= 1
+    assert references <= {dense["reference_sha256"], dense["artifact_sha256"]}
+    with pytest.raises(papermill.PapermillExecutionError, match="parts share a training"):
+        execute("03_pruning", tmp_path / "other", **about, **settings | {"train_epochs": 2.0})
 
 
 def test_a_value_out_of_range_stops_before_any_work(tmp_path):

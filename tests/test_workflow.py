@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -124,6 +125,35 @@ def test_killed_and_started_again(two_stages):
     what_reruns_what(two_stages)
 
 
+def test_a_divided_notebook_builds_on_its_earlier_parts(two_stages):
+    parts = {"first": {"small": {"seconds": 0.2}, "large": {"seconds": 0.1}}}
+    content = {"seeds": [1, 2], "stages": STAGES, "parts": parts}
+    content["parameters"] = {"second": {"seconds": 0.1}}
+    two_stages.profile.write_text(yaml.safe_dump(content, sort_keys=False))
+    for name in STAGES:
+        path = two_stages.root / f"notebooks/{name}.ipynb"
+        about = 'upstream: list = []  # run folders\npart: str = ""  # of a divided benchmark\n'
+        content = json.loads(path.read_text())
+        [given] = [c for c in content["cells"] if c["metadata"].get("tags") == ["parameters"]]
+        given["source"] = [
+            *"".join(given["source"]).replace("upstream: list = []  # run folders\n", "").splitlines(True),
+            about,
+        ]
+        path.write_text(json.dumps(content))
+    status, output = complete()
+    assert status == 0, output
+    runs = two_stages.root / "results/runs/tiny"
+    made = {folder.name: json.loads((folder / "result.json").read_text()) for folder in runs.glob("first/*")}
+    assert sorted(made) == ["seed=1,large", "seed=1,small", "seed=2,large", "seed=2,small"]
+    assert made["seed=2,large"]["run"] == "tiny/first/seed=2,large"
+    assert made["seed=2,large"]["parameters"]["seconds"] == 0.1
+    assert list(made["seed=2,large"]["upstream"]) == ["results/runs/tiny/first/seed=2,small"]
+    assert not made["seed=2,small"]["upstream"]
+    last = json.loads((runs / "second/seed=1/result.json").read_text())
+    assert sorted(Path(folder).name for folder in last["upstream"]) == sorted(made)
+    assert jobs() == []
+
+
 def what_reruns_what(place):
     """Dry runs on the finished workflow."""
     first, second = (place.root / f"notebooks/{name}.ipynb" for name in STAGES)
@@ -174,6 +204,10 @@ def test_profiles_give_only_parameters_that_notebooks_declare(path):
 
     profile = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert profile["seeds"] and all(isinstance(seed, int) for seed in profile["seeds"])
-    for name, given in (profile.get("parameters") or {}).items():
+    given = list((profile.get("parameters") or {}).items())
+    given += [
+        (name, values) for name, parts in (profile.get("parts") or {}).items() for values in parts.values()
+    ]
+    for name, values in given:
         notebook_file = provenance.PACKAGE.parent / "notebooks" / f"{name}.ipynb"
-        assert check(declared(notebook_file), given, notebook=name) == given
+        assert check(declared(notebook_file), values, notebook=name) == values

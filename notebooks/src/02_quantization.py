@@ -39,6 +39,7 @@ import functools
 import heapq
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,6 +51,7 @@ from nnc_utils import (
     allocation,
     artifact,
     batch_norm,
+    claims,
     curvature,
     data,
     encoding,
@@ -693,50 +695,34 @@ for method, setting, values in learned:
 
 # %% [markdown]
 # The **validation** pictures decide what is claimed (`headline`): in each division the smallest file that
-# is likely without loss on test. There are fewer of them than of test pictures, so their paired interval
-# is wider by the root of the ratio; narrowed by that, its lower end has to be at least −0.3. From the
+# is likely without loss on test ([`claims`](../nnc_utils/claims.py)). There are fewer of them than of test pictures,
+# so their paired interval is narrowed by the root of the ratio; its lower end has to be at least −0.3. From the
 # smallest file up, the first that passes is claimed. Only then is the test set looked at.
 
 # %%
-labels = pictures.validation.labels.numpy()
-scored = functools.partial(scoring.score, dataset=reference.dataset, folder=run.path("predictions"))
-
-
-def right(path) -> np.ndarray:
-    """Which validation pictures a file gets right."""
-    network = artifact.load(path)
-    return evaluation.predict(network, pictures.validation, normalize=pictures.normalize) == labels
-
-
-baseline_right = right(baseline.artifact("fp32"))
-dense = next((c for c in candidates if c["method"] == "dense_finetuned"), None)
-dense_right = right(dense["path"]) if dense else baseline_right
-rival = dense if dense and dense_right.sum() > baseline_right.sum() else None
-chosen_on = {}
-for division, against in (("closed", baseline_right), ("open", dense_right if rival else baseline_right)):
-    for c in sorted((c for c in candidates if c["division"] == division), key=lambda c: c["bytes"]):
-        if c["control"]:
-            continue
-        interval = evaluation.paired_interval(compressed_correct=right(c["path"]), reference_correct=against)
-        narrowed = (len(labels) / len(pictures.test.labels)) ** 0.5 * (interval.mean - interval.low)
-        chosen_on[c["path"].stem] = [interval.low, interval.mean, interval.high]
-        if interval.mean - narrowed >= -evaluation.NO_LOSS_MARGIN:
-            c["headline"] = 1
-            print(f"claimed in the {division} division: {c['path'].stem}, {interval.mean:+.2f} points")
-            break
+dense = next((c["path"] for c in candidates if c["method"] == "dense_finetuned"), None)
+orders = {("closed", "bytes"): [], ("open", "bytes"): []}
+for c in sorted(candidates, key=lambda c: c["bytes"]):
+    if not c["control"]:
+        orders[c["division"], "bytes"].append(c["path"])
+decided = claims.choose(orders, baseline=baseline.artifact("fp32"), dense=dense, pictures=pictures)
+for (division, _), path in decided.claimed.items():
+    print(f"claimed in the {division} division: {path.stem}, {decided.looked[path.stem][1]:+.2f} points")
 
 # %% [markdown]
 # Now the test set, once, in a fresh process that gets nothing but the files' names.
 
 # %%
+scored = functools.partial(scoring.score, dataset=reference.dataset, folder=run.path("predictions"))
 scores = scored([c["path"] for c in candidates])
-of_rival = next((s for c, s in zip(candidates, scores, strict=True) if c is rival), baseline)
-columns = ("method", "point", "division", "control", "headline", "train_images", "train_seconds")
+of_rival = next((s for s in scores if Path(s["path"]) == decided.reference), baseline)
+columns = ("method", "point", "division", "control", "train_images", "train_seconds")
 common = {"run": run, "dataset": reference.dataset, "model": reference.model}
 rows = [
     results.compression_row(
         score,
         technique="quantization",
+        headline=c["path"] in decided.claimed.values(),
         reference=of_rival if c["division"] == "open" and not c["control"] else baseline,
         **{column: c[column] for column in columns if column in c},
         **common,
@@ -860,7 +846,7 @@ pd.DataFrame(lines)
 
 # %%
 files = {f"{c['method']}:{c['point']}": f"artifacts/{c['path'].name}" for c in candidates}
-done = run.finish(compression=rows, extra={"validation_delta": chosen_on, "files": files})
+done = run.finish(compression=rows, extra={"validation_delta": decided.looked, "files": files})
 print(f"{done.run} is finished: {len(rows)} rows")
 
 # %% [markdown]

@@ -29,7 +29,8 @@ train_epochs: float = 1.5  # [0.001, 1000] of fine-tuning, all steps together, a
 learning_rate: float = 0.02  # [0.00001, 1] peak of that training
 steps: int = 3  # [1, 100] cuts of an iterative or gradual schedule
 multiple: int = 8  # [1, 64] of which the number of channels is, as far as a layer has so many
-upstream: list = []  # run folder of 01_baseline; empty: the small network of its defaults
+upstream: list = []  # run folder of 01_baseline, and of the parts before; empty: 01 with its defaults
+part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 seed: int = 1  # [0, 1000000] which pictures score, random scores, the order of training
 profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/03_pruning
@@ -37,7 +38,9 @@ run_dir: str = ""  # folder of this run; empty: results/smoke/03_pruning
 # %%
 import copy
 import functools
+import itertools
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -51,6 +54,7 @@ from nnc_utils import (
     allocation,
     artifact,
     batch_norm,
+    claims,
     curvature,
     data,
     encoding,
@@ -70,7 +74,7 @@ from nnc_utils.training import TrainingError, fit
 figures.style()
 # %%
 run = start("03_pruning", globals(), needs=("01_baseline",))
-[baseline] = run.upstream
+baseline, *before = run.upstream
 reference = baseline.baseline
 model = artifact.load(baseline.artifact("fp32"), trainable=True).eval()
 spec = model.spec
@@ -85,6 +89,8 @@ WEIGHTS = {f"{kind}_global": kind for kind in ("magnitude", "random")}
 WEIGHTS |= {kind: kind for kind in ("gradient", "taylor", "obd_fisher", "obd_hessian")}
 CHANNELS = {f"channels_{kind}": kind for kind in channels.SCORES}
 PEERS = {f"torch_pruning_{kind}": kind for kind in ("magnitude", "taylor", "bn_scale")}
+CONTROLS = {name: name for name in ("dense_finetuned", "from_scratch", "small_dense")}
+CONTROLS |= dict.fromkeys(("random_global", "channels_random"), "random")
 MASK, CUTS = ("tuned", "bn"), ("iterative", "gradual")  # flags
 SETTINGS = dict.fromkeys(WEIGHTS, (("sparsity",), (*MASK, *CUTS))) | {"obs_block": (("sparsity",), MASK)}
 SETTINGS |= {"magnitude_layerwise": (("sparsity", "rates"), (*MASK, "scanned")), "nm_2_4": (("keep",), MASK)}
@@ -114,7 +120,12 @@ ALLOWED = {  # whether a value makes sense, and what would
     "keep": (lambda text: text == "2of4", "2of4"),
     "removed": (lambda text: 1 <= int(text) <= sum(len(stage) - 1 for stage in spec.stages), "whole blocks"),
 }
-for place, point in enumerate([*points, *peers]):  # before any work
+for made in before:  # before any work
+    if (epochs := made.record.parameters["train_epochs"]) != train_epochs:
+        raise ValueError(
+            f"train_epochs is {train_epochs}, but {epochs} in {made.run}: parts share a training"
+        )
+for place, point in enumerate([*points, *peers]):
     method, _, values = parsed(point)
     if (method in PEERS) != (place >= len(points)):
         raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
@@ -133,7 +144,7 @@ for place, point in enumerate([*points, *peers]):  # before any work
     like = [
         p for p in points[:place] if p.startswith("channels_") and parsed(p)[2]["macs"] == values.get("macs")
     ]
-    if method == "from_scratch" and not like:
+    if method == "from_scratch" and not like and not before:
         raise ValueError(
             f"{point!r}: name the point of channels with as many MACs, whose widths it takes, before"
         )
@@ -579,6 +590,9 @@ def shares_of(values: dict[str, str]) -> list[float]:
 
 # %%
 widths = {}  # MACs -> the Spec that a method of channels found, for from_scratch
+for row, path in ((row, made.artifact(row.artifact_sha256)) for made in before for row in made.compression):
+    if row.method in CHANNELS and not row.control:
+        widths.setdefault(parsed(f"{row.method}:{row.point}")[2]["macs"], artifact.read(path).spec)
 
 
 @functools.lru_cache(maxsize=2)  # int8 comes behind its float network
@@ -598,7 +612,7 @@ def finished(method: str, setting: str) -> tuple[torch.nn.Module, dict]:
             took = {key: took.get(key, 0) + value for key, value in step.items()}
     if "bn" in values:
         network = batch_norm.reestimate(network, seen, original=None if took else model)
-    if method in CHANNELS:
+    if method in CHANNELS and method not in CONTROLS:
         widths.setdefault(values["macs"], network.spec)
     return network.eval(), took
 
@@ -627,8 +641,6 @@ def from_the_start(method: str, times: str) -> tuple[torch.nn.Module, dict]:
 
 
 # %%
-CONTROLS = {name: name for name in ("dense_finetuned", "from_scratch", "small_dense")}
-CONTROLS |= dict.fromkeys(("random_global", "channels_random"), "random")
 TECHNIQUES = {"small_dense": "baseline"} | dict.fromkeys(PEERS, "peer")
 
 
@@ -659,7 +671,10 @@ if peers and (why := counterparts.available("torch_pruning")):
     print(f"Torch-Pruning: {why}")
 learned = any("tuned" in parsed(point)[2] for point in (*points, *peers))
 plain = [[point.replace(" int8", ""), point] for point in points]  # int8 comes beside its float network
-wanted = [*(["dense_finetuned"] if learned else []), *dict.fromkeys(sum(plain, []))]
+wanted = list(dict.fromkeys(sum(plain, [])))
+has_dense = [made for made in before if "dense_finetuned" in {row.method for row in made.compression}]
+if learned and not has_dense:
+    wanted = ["dense_finetuned", *wanted]
 candidates = []
 for point in wanted + ([] if missing else peers):
     try:
@@ -670,43 +685,25 @@ for point in wanted + ([] if missing else peers):
 
 # %% [markdown]
 # The **validation** pictures decide what is claimed, before the test set is looked at: in each division the smallest
-# masked file and the channel-pruned network with the fewest MACs that are likely without loss on test.
-# (There are fewer of them than of test pictures, so their paired interval is narrowed by the root of the ratio; its
-# lower end has to be at least −0.3.)
+# masked file and the channel-pruned network with the fewest MACs that are likely without loss on test
+# ([`claims`](../nnc_utils/claims.py)).
 
 # %%
-labels = pictures.validation.labels.numpy()
-
-
-def right(path) -> np.ndarray:
-    """Which validation pictures a file gets right."""
-    network = artifact.load(path)
-    return evaluation.predict(network, pictures.validation, normalize=pictures.normalize) == labels
-
-
-# %%
-baseline_right = right(baseline.artifact("fp32"))
-dense = next((c for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
-dense_right = right(dense["path"]) if dense else baseline_right
-rival = dense if dense and dense_right.sum() > baseline_right.sum() else None
-against = {"closed": baseline_right, "open": dense_right if rival else baseline_right}
+dense = next((c["path"] for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
+if has_dense:  # an earlier part trained it
+    dense = has_dense[0].artifact("dense_finetuned")
 MASKS = (*WEIGHTS, "magnitude_layerwise", "obs_block", "nm_2_4")
-KINDS = {"bytes": MASKS, "macs": (*CHANNELS, "blocks")}
-chosen_on = {}
-for division, (measure, methods) in ((d, kind) for d in against for kind in KINDS.items()):
+orders = {}
+for division, (counted, methods) in itertools.product(
+    ("closed", "open"), (("bytes", MASKS), ("macs", (*CHANNELS, "blocks")))
+):
     able_to = [c for c in candidates if c["row"]["division"] == division and c["row"]["method"] in methods]
-    for c in sorted(able_to, key=lambda c: (c[measure], c["bytes"])):
-        if c["row"]["control"] or "int8" in c["row"]["point"]:
-            continue
-        interval = evaluation.paired_interval(
-            compressed_correct=right(c["path"]), reference_correct=against[division]
-        )
-        narrowed_by = (len(labels) / len(pictures.test.labels)) ** 0.5
-        chosen_on[c["path"].stem] = [interval.low, interval.mean, interval.high]
-        if interval.mean - narrowed_by * (interval.mean - interval.low) >= -evaluation.NO_LOSS_MARGIN:
-            c["row"]["headline"] = 1
-            print(f"claimed in the {division} division, fewest {measure}: {c['path'].stem}")
-            break
+    able_to = [c for c in able_to if not c["row"]["control"] and "int8" not in c["row"]["point"]]
+    able_to.sort(key=lambda c: (c[counted], c["bytes"]))
+    orders[division, counted] = [c["path"] for c in able_to]
+decided = claims.choose(orders, baseline=baseline.artifact("fp32"), dense=dense, pictures=pictures)
+for (division, counted), path in decided.claimed.items():
+    print(f"claimed in the {division} division, fewest {counted}: {path.stem}")
 
 # %% [markdown]
 # Now the test set, once, in a fresh process that gets nothing but the files' names.
@@ -715,14 +712,18 @@ for division, (measure, methods) in ((d, kind) for d in against for kind in KIND
 scores = scoring.score(
     [c["path"] for c in candidates], dataset=reference.dataset, folder=run.path("predictions")
 )
-of_rival = next((s for c, s in zip(candidates, scores, strict=True) if c is rival), baseline)
+against = {"closed": baseline, "open": baseline}
+if decided.reference == dense:
+    of_dense = [made.score("dense_finetuned") for made in has_dense]
+    [against["open"]] = of_dense or [s for s in scores if Path(s["path"]) == dense]
 rows = [
     results.compression_row(
         score,
         run=run,
         dataset=reference.dataset,
         model=reference.model,
-        reference=baseline if c["row"]["division"] == "closed" or c is dense else of_rival,
+        reference=baseline if c["path"] == dense else against[c["row"]["division"]],
+        headline=c["path"] in decided.claimed.values(),
         **c["row"],
     )
     for c, score in zip(candidates, scores, strict=True)
@@ -755,7 +756,9 @@ versus if len(versus) else "no two of these points are to be compared"
 
 # %%
 files = {f"{c['row']['method']}:{c['row']['point']}": f"artifacts/{c['path'].name}" for c in candidates}
-done = run.finish(compression=rows, extra={"validation_delta": chosen_on, "files": files, "missing": missing})
+done = run.finish(
+    compression=rows, extra={"validation_delta": decided.looked, "files": files, "missing": missing}
+)
 print(f"{done.run} is finished: {len(rows)} rows")
 
 # %% [markdown]

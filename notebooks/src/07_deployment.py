@@ -63,20 +63,22 @@ from nnc_utils.runtimes import qdq
 figures.style()
 # %%
 run = start("07_deployment", globals(), needs=("01_baseline", "02_quantization", "03_pruning"))
-baseline, quantized, pruned = run.upstream
+baseline, quantized, *pruned = run.upstream  # pruning may be in parts
 reference = baseline.baseline
 if unknown := set(in_runtimes) - set(runtimes.NAMES):
     raise ValueError(f"unknown runtime {', '.join(unknown)}: one of {', '.join(runtimes.NAMES)}")
 made, paths = {}, {}
-for part, technique in ((quantized, "quantization"), (pruned, "pruning")):
-    found = {f"{row.method}:{row.point}": row for row in part.compression if row.technique == technique}
+for technique, parts in (("quantization", [quantized]), ("pruning", pruned)):
+    found = {}
+    for part in parts:
+        own = {f"{row.method}:{row.point}": row for row in part.compression if row.technique == technique}
+        found |= own
+        paths |= {name: part.folder / part.record.extra["files"][name] for name in own}
     made |= found
-    paths |= {name: part.folder / part.record.extra["files"][name] for name in found}
-    asked = points if part is quantized else (narrow, f"{narrow} int8", masked)
+    asked = points if technique == "quantization" else (narrow, f"{narrow} int8", masked)
     if unknown := set(asked) - set(found):
-        raise ValueError(
-            f"no artifact of {part.run} is called {', '.join(unknown)}: it has {', '.join(found)}"
-        )
+        runs = ", ".join(part.run for part in parts)
+        raise ValueError(f"no artifact of {runs} is called {', '.join(unknown)}: it has {', '.join(found)}")
 claimed = [
     n
     for n, row in made.items()
