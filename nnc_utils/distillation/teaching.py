@@ -1,0 +1,257 @@
+"""A student's loss for `training.fit` with a teacher in it, who looks beside it or has looked before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnc_utils import models
+from nnc_utils.data import Data, Split
+from nnc_utils.data import augment as crop_and_flip
+from nnc_utils.distillation import soft_labels
+from nnc_utils.distillation.attention import attention_transfer
+from nnc_utils.distillation.features import check_stages, hint, outputs, similarity
+from nnc_utils.training import Loss, default_device, fast_bf16, progress
+
+STAGES = ("layer2", "layer3", "layer4")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a student learns from its teacher, and how much each part weighs.
+
+    ``(1 - alpha) * cross-entropy + alpha * soft labels + attention * ... + hints * ... + similarity * ...``
+
+    Parameters
+    ----------
+    soft : "kd", "dkd" or "" for none; see `soft_labels`.
+    alpha : weight of the soft labels, in [0, 1]; what is left is the label term's.
+    temperature : of the soft labels, above 0.
+    attention, hints, similarity : weights, 0 or more; of the sum over `stages`, of `similarity` at the last.
+    stages : whose outputs are compared.
+    smoothing : of the labels in the label term, in [0, 1); a control that needs no teacher.
+    shuffled : each picture gets the teaching of another one of its batch; a control that must not help.
+    """
+
+    soft: str = "kd"
+    alpha: float = 0.9
+    temperature: float = 4.0
+    attention: float = 0.0
+    hints: float = 0.0
+    similarity: float = 0.0
+    stages: tuple[str, ...] = STAGES
+    smoothing: float = 0.0
+    shuffled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.soft not in ("kd", "dkd", ""):
+            raise ValueError(f"soft is {self.soft!r}: one of 'kd', 'dkd', or '' for no soft labels")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha!r}: the share of the soft labels, in [0, 1], is needed")
+        soft_labels.check_temperature(self.temperature)
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing is {self.smoothing!r}: a share in [0, 1) is needed")
+        for name in ("attention", "hints", "similarity"):
+            if not 0 <= getattr(self, name) < torch.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: a weight of 0 or more is needed")
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The stages whose outputs are needed."""
+        if self.attention or self.hints:
+            return self.stages
+        return self.stages[-1:] if self.similarity else ()
+
+
+class Ensemble(nn.Module):
+    """Several networks as one teacher: the mean of their logits."""
+
+    def __init__(self, networks: Sequence[models.ResNet]) -> None:
+        super().__init__()
+        classes = {network.spec.classes for network in networks}
+        if len(classes) != 1:
+            raise ValueError(
+                f"teachers of {sorted(classes)} classes: networks of the same classes are needed"
+            )
+        self.networks, self.spec = nn.ModuleList(networks), networks[0].spec
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (images, classes)."""
+        return torch.stack([network(images).float() for network in self.networks]).mean(0)
+
+
+def taught_by(teacher: nn.Module, recipe: Recipe, student: models.Spec) -> Loss:
+    """The loss of a student whose teacher looks at every batch beside it.
+
+    Parameters
+    ----------
+    teacher : on the device of the training; put into eval mode, and never changed. Its forward pass is part
+        of the cost of each step.
+    recipe : what is learned.
+    student : the student's Spec. For hints the model given to `fit` is `features.WithRegressors`.
+
+    Raises
+    ------
+    ValueError
+        Where the two have other classes or pictures, a stage that is compared is missing, or features of an
+        ensemble are asked for.
+    """
+    _check_pair(teacher.spec, student)
+    stages = check_stages(teacher.spec, check_stages(student, recipe.compared))
+    if stages and isinstance(teacher, Ensemble):
+        raise ValueError("an ensemble has logits only: use soft labels, or one teacher for features")
+    teacher.eval()
+
+    def taught(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        teacher.eval()
+        with torch.inference_mode():
+            teacher_logits, theirs = outputs(teacher, images, stages)
+        # inference tensors cannot take part in a backward pass, their copies can
+        teacher_logits, theirs = teacher_logits.float().clone(), {n: f.clone() for n, f in theirs.items()}
+        if recipe.shuffled:
+            other = torch.randperm(len(images), device=images.device)
+            teacher_logits, theirs = teacher_logits[other], {n: f[other] for n, f in theirs.items()}
+        student_logits, ours = outputs(model, images, stages)
+        value = soft_and_hard(
+            recipe, student_logits=student_logits.float(), teacher_logits=teacher_logits, labels=labels
+        )
+        for stage in stages:
+            student_features, teacher_features = ours[stage], theirs[stage]
+            pair = {"student": student_features, "teacher": teacher_features}
+            if recipe.attention:
+                value = value + recipe.attention * attention_transfer(**pair)
+            if recipe.hints:
+                regressed = model.regressors[stage](student_features)
+                value = value + recipe.hints * hint(student=regressed, teacher=teacher_features)
+            if recipe.similarity and stage == stages[-1]:
+                value = value + recipe.similarity * similarity(**pair)
+        return value
+
+    return taught
+
+
+def soft_and_hard(
+    recipe: Recipe, *, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+) -> Tensor:
+    """The label term and the soft labels of a recipe, mean over the images.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : float (images, classes).
+    labels : int64 (images,).
+    """
+    hard = functional.cross_entropy(student_logits, labels, label_smoothing=recipe.smoothing)
+    if not recipe.soft:
+        return hard
+    about = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    about["temperature"] = recipe.temperature
+    soft = soft_labels.kd(**about) if recipe.soft == "kd" else soft_labels.dkd(labels=labels, **about)
+    return (1 - recipe.alpha) * hard + recipe.alpha * soft
+
+
+def smoothed(smoothing: float) -> Loss:
+    """Cross-entropy with smoothed labels (Szegedy et al., 2016): what soft labels are without a teacher."""
+    recipe = Recipe(soft="", smoothing=smoothing)
+
+    def label_smoothing(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        logits = model(images).float()
+        return soft_and_hard(recipe, student_logits=logits, teacher_logits=logits, labels=labels)
+
+    return label_smoothing
+
+
+# --- A teacher that has looked before -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Training pictures in fixed augmentations, and what the teacher said of each.
+
+    Parameters
+    ----------
+    pictures : a data set for `fit`, with `augment=False`: its training labels are row numbers of the two
+        tensors, so that pictures and teaching cannot part, however they are shuffled.
+    logits : the teacher's, float16 (rows, classes).
+    labels : the true classes, int64 (rows,).
+    copies : augmentations of each picture; an epoch over them is so many over the data set.
+    """
+
+    pictures: Data
+    logits: Tensor
+    labels: Tensor
+    copies: int
+
+
+def remember(
+    teacher: nn.Module, pictures: Data, *, copies: int = 8, seed: int = 0, batch_size: int = 512
+) -> Remembered:
+    """Let the teacher look once at each picture in several fixed augmentations.
+
+    Students then train at their own speed, however large the teacher; they see `copies` augmentations instead
+    of ever new ones.
+
+    Parameters
+    ----------
+    teacher : put into eval mode.
+    pictures : the training split is used.
+    copies : 1 or more; memory and the teacher's time grow with it.
+    seed : of the augmentations.
+    batch_size : pictures at once, a matter of memory and speed.
+    """
+    if copies < 1:
+        raise ValueError(f"copies is {copies}: at least one augmentation of each picture is needed")
+    device, home = default_device(), next(teacher.parameters()).device
+    teacher.eval().to(device=device, memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(seed)
+    images, said = [], []
+    every = pictures.train.images.repeat(copies, 1, 1, 1).split(batch_size)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+        for batch in progress(every, "the teacher looks"):
+            images.append(crop_and_flip(batch, generator, flip=pictures.flip))
+            shown = pictures.normalize(images[-1].to(device)).to(memory_format=torch.channels_last)
+            said.append(teacher(shown).float().half().cpu())
+    teacher.to(device=home, memory_format=torch.contiguous_format)
+    labels = pictures.train.labels.repeat(copies)
+    train = Split(torch.cat(images), torch.arange(len(labels)))
+    return Remembered(replace(pictures, train=train), torch.cat(said).clone(), labels, copies)
+
+
+def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Loss:
+    """The loss of a student on `memory.pictures`, by the teacher's stored logits.
+
+    Raises
+    ------
+    ValueError
+        For a recipe that compares features, which are not stored, or a student of other classes.
+    """
+    if recipe.compared:
+        raise ValueError("features are not stored: use taught_by for attention, hints and similarity")
+    if memory.logits.shape[1] != student.classes:
+        raise ValueError(
+            f"the teacher has {memory.logits.shape[1]} classes, the student {student.classes}: "
+            "the same classes are needed"
+        )
+
+    def taught(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        rows = labels.cpu()
+        teacher_logits = memory.logits[rows].float().to(images.device)
+        if recipe.shuffled:
+            teacher_logits = teacher_logits[torch.randperm(len(images))]
+        truth = memory.labels[rows].to(images.device)
+        logits = model(images).float()
+        return soft_and_hard(recipe, student_logits=logits, teacher_logits=teacher_logits, labels=truth)
+
+    return taught
+
+
+def _check_pair(teacher: models.Spec, student: models.Spec) -> None:
+    for field in ("classes", "channels", "size"):
+        theirs, ours = getattr(teacher, field), getattr(student, field)
+        if theirs != ours:
+            raise ValueError(
+                f"the teacher has {theirs} {field}, the student {ours}: the same {field} are needed"
+            )
