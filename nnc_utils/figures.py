@@ -39,6 +39,11 @@ NAMES = {
     "nncf_ptq": "NNCF",
     "torchao_pt2e": "torchao PT2E",
     "nncodec": "NNCodec",
+    "kd": "soft labels",
+    "dkd": "soft labels, decoupled",
+    "kd_attention": "soft labels + attention",
+    "kd_hints": "soft labels + hints",
+    "self": "taught by itself",
     "nm_2_4": "2:4",
     "obd_fisher": "OBD, Fisher",
     "obd_hessian": "OBD, Hessian",
@@ -99,6 +104,37 @@ def macs_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
     axes.set(
         xlabel="times fewer multiplications (MACs)", title="How much less to compute, and how much worse?"
     )
+    return axes.figure
+
+
+def parameters_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
+    """Does a teacher help a small network? Students' accuracy with intervals; grey: without its help."""
+    axes = axes or plt.subplots(figsize=(8, 4.2))[1]
+    rows = compression.assign(
+        arm=compression["control"].where(compression["control"] != "", compression["method"])
+    )
+    dense = _is_reference(rows)
+    for value in rows[dense]["accuracy"]:
+        axes.axhline(value, color="grey", linewidth=1)
+    arms = rows[~dense].groupby("arm", sort=False)
+    for number, (arm, found) in enumerate(arms):
+        # side by side, since all students of a width have as many parameters
+        places = found["params"] * 1.07 ** (number - (len(arms) - 1) / 2)
+        spread = [
+            found["accuracy_delta"] - found["delta_ci_low"],
+            found["delta_ci_high"] - found["accuracy_delta"],
+        ]
+        helped = (found["control"] == "").all()
+        style = {"marker": MARKERS[number % len(MARKERS)], "capsize": 3, "linestyle": "none"}
+        style |= {} if helped else {"markerfacecolor": "none", "color": "grey"}
+        axes.errorbar(places, found["accuracy"], spread, label=name(arm), **style)
+    axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)")
+    axes.set_title("Does a teacher help a small network?")
+    counts = sorted(set(rows[~dense]["params"]))
+    axes.set_xticks(counts, [f"{count / 1e6:.2g} M" for count in counts])
+    axes.minorticks_off()
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="grey: without its help")
+    _cut(axes, compression["accuracy"])
     return axes.figure
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from nnc_utils.provenance import code_sha256, root, write_atomically
@@ -41,6 +42,7 @@ __all__ = [
     "committed_profile",
     "comparisons",
     "compression_row",
+    "gaps",
     "latency_rows",
     "publish",
     "read_run",
@@ -62,6 +64,7 @@ RIVALS = (
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
 OURS = "channels_fisher"  # what is held against Torch-Pruning, at every number of MACs
+ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
 RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
 RATIOS = (RATIO, "speedup_eager_fp32")
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
@@ -395,7 +398,8 @@ def _provenance(tables: Tables) -> str:
 def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
     """Paired differences between methods on the test images, from the stored predictions.
 
-    `RIVALS` at equal settings, and `OURS`, fixed before, against Torch-Pruning at equal MACs.
+    `RIVALS` at equal settings, `OURS`, fixed before, against Torch-Pruning at equal MACs, and each taught
+    student against the same student alone. Seeds are taken together.
 
     Parameters
     ----------
@@ -405,13 +409,14 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
 
     Returns
     -------
-    A row for each pair: both points, their bytes, the difference in percentage points with its 95 %
-    interval, and the verdict: "beats" (interval above 0), "not below" (upper end at least 0) or "below".
+    A row for each pair: both points, their bytes (mean over the seeds), the difference in percentage points
+    with its 95 % interval, and the verdict: "beats" (interval above 0), "not below" (upper end at least 0) or
+    "below".
     """
     stored = predictions / labels_name(dataset)
     labels = read_predictions(stored) if stored.is_file() else labels_of(dataset)
     arms = (compression["method"] + " " + compression["control"].fillna("")).str.strip()
-    lines, pairs = [], []
+    lines, pairs, together = [], [], {}
     for ours, theirs in RIVALS:
         own = compression[arms == ours].sort_values("artifact_bytes")
         for _, other in compression[arms == theirs].iterrows():
@@ -421,21 +426,82 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
             else:
                 found = found[found["point"].map(_setting) == other["point"]]
             pairs += [(mine, other) for _, mine in found.iterrows()]
-    for mine, other in pairs + _against_torch_pruning(compression):
-        pair = [read_predictions(predictions / evidence(row["artifact_sha256"])) for row in (mine, other)]
-        delta = differences(compressed=pair[:1], reference=pair[1:], labels=labels)
+    for mine, other in pairs + _against_torch_pruning(compression) + _against_alone(compression):
+        names = tuple(f"{row['method']} {row['point']}" for row in (mine, other))
+        together.setdefault(names, []).append((mine, other))
+    for (ours, theirs), found in together.items():
+        sides = [pd.DataFrame(side) for side in zip(*found, strict=True)]
+        delta = _between(*sides, predictions, labels)
         above, reaches = delta["delta_ci_low"] > 0, delta["delta_ci_high"] >= 0
+        sizes = [round(side["artifact_bytes"].mean()) for side in sides]
         lines.append(
             {
-                "ours": f"{mine['method']} {mine['point']}",
-                "bytes": mine["artifact_bytes"],
-                "theirs": f"{other['method']} {other['point']}",
-                "their bytes": other["artifact_bytes"],
+                "ours": ours,
+                "bytes": sizes[0],
+                "theirs": theirs,
+                "their bytes": sizes[1],
                 "points": _delta(delta),
                 "verdict": "beats" if above else "not below" if reaches else "below",
             }
         )
     return pd.DataFrame(lines)
+
+
+def gaps(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
+    """What share of the gap between a student alone and the uncompressed network its teacher closes.
+
+    Parameters
+    ----------
+    compression, predictions, dataset : as for `comparisons`.
+
+    Returns
+    -------
+    A row for each taught student, over its seeds: the gap to the uncompressed network in percentage points,
+    what the teacher gained, and the share in percent; "no gap" where the gap's interval holds 0.
+    """
+    stored = predictions / labels_name(dataset)
+    labels = read_predictions(stored) if stored.is_file() else labels_of(dataset)
+    plain = (compression["technique"] == "baseline") & (compression["control"].fillna("") == "")
+    whole = compression[plain].set_index("seed")
+    together: dict[str, list] = {}
+    for mine, alone in _against_alone(compression):
+        if mine["seed"] in whole.index:
+            name = f"{mine['method']} {mine['point']}"
+            together.setdefault(name, []).append((mine, alone, whole.loc[mine["seed"]]))
+    lines = []
+    for name, found in together.items():
+        mine, alone, dense = (pd.DataFrame(side) for side in zip(*found, strict=True))
+        gap = _between(dense, alone, predictions, labels)
+        gained = _between(mine, alone, predictions, labels)
+        share = 100 * gained["accuracy_delta"] / gap["accuracy_delta"] if gap["delta_ci_low"] > 0 else None
+        closed = "no gap" if share is None else f"{share:.0f} %"
+        lines.append({"student": name, "gap": _delta(gap), "gained": _delta(gained), "closed": closed})
+    return pd.DataFrame(lines)
+
+
+def _between(
+    ours: pd.DataFrame, theirs: pd.DataFrame, predictions: Path, labels: np.ndarray
+) -> dict[str, float]:
+    """The paired difference between rows of the same seeds."""
+    read = [
+        [read_predictions(predictions / evidence(sha256)) for sha256 in side["artifact_sha256"]]
+        for side in (ours, theirs)
+    ]
+    return differences(compressed=read[0], reference=read[1], labels=labels)
+
+
+def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
+    """Each taught student and the one of the same width and seed that was trained alone, as long."""
+    students = compression.assign(
+        control=compression["control"].fillna(""),
+        width=compression["point"].str.extract(r"(width=[^,]+)", expand=False),
+    )
+    pairs = []
+    for _, rows in students.dropna(subset=["width"]).groupby(["seed", "width"]):
+        taught = rows[~rows["control"].isin(ALONE)]
+        for _, alone in rows[rows["control"] == "student_alone"].iterrows():
+            pairs += [(mine, alone) for _, mine in taught.iterrows()]
+    return pairs
 
 
 def _against_torch_pruning(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:

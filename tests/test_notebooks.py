@@ -73,7 +73,7 @@ class TestNotebook:
             assert re.search(r"  # \S", line), line
 
 
-def check_points(points, peers=(), name="02_quantization"):
+def check_points(points, peers=(), name="02_quantization", before=(), **others):
     """Run the cells of a notebook that read its operating points."""
     from nnc_utils import models
     from nnc_utils import peers as counterparts
@@ -84,7 +84,10 @@ def check_points(points, peers=(), name="02_quantization"):
     [first] = [place for place, source in enumerate(sources) if "def parsed(" in source]
     namespace = {"points": list(points), "peers": list(peers), "counterparts": counterparts}
     namespace |= {"channels": channels, "spec": models.resnet(18, channels=1, size=28, classes=10)}
-    for source in sources[first : first + 2]:
+    namespace |= {"before": before, **others}
+    if "METHODS = {" in sources[first - 1]:
+        first -= 1
+    for source in sources[first : first + (3 if name.startswith("04") else 2)]:
         exec(source, namespace)
 
 
@@ -92,12 +95,18 @@ def check_points(points, peers=(), name="02_quantization"):
 @pytest.mark.parametrize("profile", ["quick", "medium", "standard", "full"])
 def test_every_profile_names_known_operating_points(profile, name):
     path = ROOT / "workflow" / "profiles" / f"{profile}.yaml"
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))["parameters"]
-    check_points(given[name]["points"], given[name].get("peers", []), name)
+    profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given, points = profile["parameters"], []
+    for part in (profile.get("parts") or {}).get(name, {"": {}}).values():
+        values = given[name] | part
+        check_points(
+            values["points"], values.get("peers", []), name, before=["an earlier part"] if points else []
+        )
+        points += values["points"]
     if name == "03_pruning" and "07_deployment" in given:  # what 07 times by default has to be there
         declared = (ROOT / "notebooks" / "src" / "07_deployment.py").read_text()
         for wanted in re.findall(r'^(?:narrow|masked): str = "(.+?)"', declared, re.MULTILINE):
-            assert any(point.removesuffix(" int8") == wanted for point in given[name]["points"])
+            assert any(point.removesuffix(" int8") == wanted for point in points)
 
 
 @pytest.mark.parametrize(
@@ -140,3 +149,21 @@ def test_cuts_that_make_no_sense_are_refused(points, peers, message):
 def test_operating_points_that_make_no_sense_are_refused(points, peers, message):
     with pytest.raises(ValueError, match=message):
         check_points(points, peers)
+
+
+@pytest.mark.parametrize(
+    ("points", "controls", "message"),
+    [
+        (["kl:width=0.25"], [], "unknown point 'kl:width=0.25': one of kd:width=...,T=...,alpha=..."),
+        (["kd:T=4"], [], "unknown point"),
+        (["kd:width=0.25,beta=2"], [], "unknown point"),
+        (["attention:width=0.25,cached"], [], "unknown point"),
+        (["kd:width=small"], [], "settings are numbers, as in width=0.25"),
+        (["student_alone:width=0.25"], [], "those without its help into controls"),
+        ([], ["kd:width=0.25"], "students of a teacher belong into points"),
+        (["kd:width=0.25,shuffled"], [], "belong into points"),
+    ],
+)
+def test_students_that_make_no_sense_are_refused(points, controls, message):
+    with pytest.raises(ValueError, match=message):
+        check_points(points, name="04_distillation", controls=controls)

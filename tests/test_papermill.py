@@ -127,8 +127,50 @@ def test_every_way_to_cut(pictures, tmp_path):
     }
     references = {row["reference_sha256"] for row in rows.values() if row["division"] == "open"}
     assert references <= {dense["reference_sha256"], dense["artifact_sha256"]}
-    with pytest.raises(papermill.PapermillExecutionError, match="parts share a training"):
+    with pytest.raises(papermill.PapermillExecutionError, match="parts share it"):
         execute("03_pruning", tmp_path / "other", **about, **settings | {"train_epochs": 2.0})
+
+
+def test_every_way_to_teach(pictures, tmp_path):
+    about = {"dataset": f"imagefolder:{pictures}", "size": 16, "width": 0.25}
+    for seed in (1, 2):
+        execute("01_baseline", tmp_path / f"baseline{seed}", **about, epochs=2, batch_size=16, seed=seed)
+    methods = (
+        "kd",
+        "dkd",
+        "hints",
+        "similarity",
+        "attention",
+        "kd_attention",
+        "kd_hints",
+        "self",
+        "ensemble",
+    )
+    points = [f"{method}:width=0.125" for method in methods] + ["kd:width=0.125,T=2,alpha=1,cached"]
+    controls = [f"{name}:width=0.125" for name in ("student_alone", "label_smoothing", "student_longer")]
+    controls.append("kd:width=0.125,cached,shuffled")
+    settings = {"epochs": 1.0, "copies": 2, "controls": controls}
+    upstream = [str(tmp_path / f"baseline{seed}") for seed in (1, 2)]
+    made = execute("04_distillation", tmp_path / "taught", upstream=upstream, points=points, **settings)
+    rows = {f"{row['method']}:{row['point']}": row for row in made["compression"]}
+    assert set(rows) == {*points, *controls} and not made["extra"]["missing"]
+    assert len({row["artifact_sha256"] for row in rows.values()}) == len(rows)  # each learns something else
+    assert len({row["artifact_bytes"] for row in rows.values()}) < 4  # and all are the same network
+    for name, row in rows.items():
+        longer = 2 if row["method"] == "student_longer" else 1
+        assert row["train_images"] == longer * rows["student_alone:width=0.125"]["train_images"], name
+        assert (row["division"], row["technique"]) == ("open", "distillation")
+    controls = {name: row["control"] for name, row in rows.items() if row["control"]}
+    assert controls == {
+        "student_alone:width=0.125": "student_alone",
+        "label_smoothing:width=0.125": "label_smoothing",
+        "student_longer:width=0.125": "student_longer",
+        "kd:width=0.125,cached,shuffled": "shuffled_teacher",
+    }
+    [claimed] = [name for name, row in rows.items() if row["headline"]]
+    assert claimed in points
+    one = execute("04_distillation", tmp_path / "one", upstream=upstream[:1], points=points[8:9], controls=[])
+    assert list(one["extra"]["missing"]) == ["ensemble:width=0.125"] and not one["compression"]
 
 
 def test_a_value_out_of_range_stops_before_any_work(tmp_path):

@@ -64,6 +64,8 @@ from nnc_utils import (
     sensitivity,
 )
 from nnc_utils import peers as counterparts
+
+# %%
 from nnc_utils.quantization import (
     activations,
     codebook,

@@ -75,6 +75,9 @@ figures.style()
 # %%
 run = start("03_pruning", globals(), needs=("01_baseline",))
 baseline, *before = run.upstream
+for earlier in before:
+    if (epochs := earlier.record.parameters["train_epochs"]) != train_epochs:
+        raise ValueError(f"train_epochs is {train_epochs}, but {epochs} in {earlier.run}: parts share it")
 reference = baseline.baseline
 model = artifact.load(baseline.artifact("fp32"), trainable=True).eval()
 spec = model.spec
@@ -120,12 +123,7 @@ ALLOWED = {  # whether a value makes sense, and what would
     "keep": (lambda text: text == "2of4", "2of4"),
     "removed": (lambda text: 1 <= int(text) <= sum(len(stage) - 1 for stage in spec.stages), "whole blocks"),
 }
-for made in before:  # before any work
-    if (epochs := made.record.parameters["train_epochs"]) != train_epochs:
-        raise ValueError(
-            f"train_epochs is {train_epochs}, but {epochs} in {made.run}: parts share a training"
-        )
-for place, point in enumerate([*points, *peers]):
+for place, point in enumerate([*points, *peers]):  # before any work
     method, _, values = parsed(point)
     if (method in PEERS) != (place >= len(points)):
         raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")

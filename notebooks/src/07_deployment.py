@@ -79,6 +79,8 @@ for technique, parts in (("quantization", [quantized]), ("pruning", pruned)):
     if unknown := set(asked) - set(found):
         runs = ", ".join(part.run for part in parts)
         raise ValueError(f"no artifact of {runs} is called {', '.join(unknown)}: it has {', '.join(found)}")
+
+# %%
 claimed = [
     n
     for n, row in made.items()

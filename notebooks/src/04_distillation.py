@@ -1,0 +1,539 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,src//py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · Distillation: when is a teacher worth its cost?
+#
+# A small network, the **student**, learns from a large one, the **teacher**: from its probabilities, from what its stages
+# compute, or from where they look. It is said to help; in many reports the student alone, trained as long, is missing.
+# Here each student stands beside the same network without a teacher, beside one whose teacher talks about other pictures,
+# and beside what the teacher costs.
+
+# %% tags=["parameters"]
+points: list = ["kd:width=0.25,T=4,alpha=0.9", "attention:width=0.25,beta=100"]  # students
+controls: list = ["student_alone:width=0.25", "kd:width=0.25,shuffled"]  # without a teacher's help
+epochs: float = 2.0  # [0.001, 1000] of each student's training
+learning_rate: float = 0.05  # [0.00001, 1] peak of that training
+copies: int = 2  # [1, 64] augmentations of each picture in which a teacher looks before ("cached")
+upstream: list = []  # run folders of 01_baseline, and of the parts before; empty: 01 with its defaults
+part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
+seed: int = 1  # [0, 1000000] of the students' weights, the order and the augmentation
+profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
+run_dir: str = ""  # folder of this run; empty: results/smoke/04_distillation
+
+# %%
+import copy
+import functools
+import shutil
+import statistics
+import time
+import warnings
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional
+
+# %%
+from nnc_utils import artifact, data, evaluation, figures, models, results, scoring, training
+from nnc_utils.distillation import attention, calibration, features, soft_labels, teaching
+from nnc_utils.run import start
+
+figures.style()
+run = start("04_distillation", globals(), needs=("01_baseline",))
+baseline, *before = run.upstream
+reference, recipe_of_01 = baseline.baseline, baseline.record.parameters
+teacher = artifact.load(baseline.artifact("fp32")).eval()
+pictures = data.load(reference.dataset, size=teacher.spec.size)
+print(f"the teacher: {reference.model} on {reference.dataset}, made by {baseline.run}")
+
+# %%
+METHODS = {  # what is taught -> the settings it has beside the width
+    "kd": {"T": 4.0, "alpha": 0.9},
+    "dkd": {"T": 4.0, "alpha": 0.5},
+    "hints": {"beta": 1.0},
+    "similarity": {"beta": 100.0},
+    "attention": {"beta": 100.0},
+    "kd_attention": {"T": 4.0, "alpha": 0.9, "beta": 100.0},
+    "kd_hints": {"T": 4.0, "alpha": 0.9, "beta": 1.0},
+    "self": {"T": 4.0, "alpha": 0.9},
+    "ensemble": {"T": 4.0, "alpha": 0.9},
+}
+ALONE = {"student_alone": {}, "label_smoothing": {"smoothing": 0.1}, "student_longer": {"times": 2.0}}
+FLAGS = ("cached", "shuffled")  # for what has soft labels alone
+PLAIN = [name for name, settings in METHODS.items() if "T" in settings and "beta" not in settings]
+
+# %%
+def parsed(point: str) -> tuple[str, dict[str, float], set[str]]:
+    """ "kd:width=0.25,T=2,cached" -> "kd", its settings with the defaults, {"cached"}."""
+    method, _, setting = point.partition(":")
+    given = dict(part.partition("=")[::2] for part in setting.split(","))
+    defaults = (METHODS | ALONE).get(method)
+    flags = {flag for flag in given if flag in FLAGS}
+    allowed = {"width", *(defaults or ()), *(FLAGS if method in PLAIN else ())}
+    if defaults is None or "width" not in given or not set(given) <= allowed:
+        known = ", ".join(
+            f"{name}:width=...{''.join(f',{k}=...' for k in v)}" for name, v in (METHODS | ALONE).items()
+        )
+        raise ValueError(
+            f"unknown point {point!r}: one of {known}; {', '.join(PLAIN)} also {', '.join(FLAGS)}"
+        )
+    try:
+        settings = {key: float(value) for key, value in given.items() if key not in FLAGS}
+    except ValueError:
+        raise ValueError(f"{point!r}: settings are numbers, as in width=0.25") from None
+    return method, defaults | settings, flags
+
+
+# %%
+for place, point in enumerate([*points, *controls]):  # before any work
+    method, settings, flags = parsed(point)
+    if (method in ALONE or "shuffled" in flags) != (place >= len(points)):
+        raise ValueError(
+            f"{point!r}: students of a teacher belong into points, those without its help into controls"
+        )
+
+# %% [markdown]
+# ## 1 · What does a teacher know that a label does not say?
+#
+# A label says "shirt". The teacher's probabilities say how much like a coat it is. Most of that is hidden in tiny numbers;
+# a **temperature** $T$ brings it out, $p_i = e^{z_i/T} / \sum_j e^{z_j/T}$. *Predict*: on a picture of which the teacher is
+# 99 % sure, with ten classes, what does the largest probability tend to as $T$ grows?
+
+# %%
+some = data.Split(pictures.validation.images[:500], pictures.validation.labels[:500])
+known = evaluation.logits(teacher, some, normalize=pictures.normalize)
+doubt = known.softmax(1).max(1).values
+number = int((doubt - 0.99).abs().argmin())
+figure, panels = plt.subplots(1, 4, figsize=(12, 2.8))
+panels[0].imshow(some.images[number].permute(1, 2, 0).squeeze(), cmap="gray")
+panels[0].set_title(f"label: {pictures.classes[some.labels[number]]}", fontsize=9)
+panels[0].axis("off")
+for axes, temperature in zip(panels[1:], (1, 4, 20), strict=True):
+    axes.bar(range(len(pictures.classes)), (known[number] / temperature).softmax(0))
+    axes.set_xticks(range(len(pictures.classes)), pictures.classes, rotation=90, fontsize=7)
+    axes.set_title(f"T = {temperature}", fontsize=9)
+panels[1].set_ylabel("probability")
+figures.show(figure, "A picture, and the teacher's probabilities of its classes at temperatures 1, 4 and 20")
+
+# %% [markdown]
+# ## 2 · Soft labels
+#
+# The student's softened probabilities $q$ shall be the teacher's, $p$ (Hinton et al., 2015):
+#
+# $$L = (1-\alpha)\,\text{CE}(q^{T=1}, y) + \alpha\, T^2\, \frac1n \sum_{\text{images}} \sum_i p_i \log\frac{p_i}{q_i}$$
+#
+# Why $T^2$? The gradient of the softened divergence by the student's logits is $(q-p)/T$, and $q-p$ itself shrinks with
+# $1/T$. *Predict*: from $T = 2$ to $T = 8$, by which factor does the gradient fall without the $T^2$?
+
+# %% tags=["nbval-check-output"]
+draw = torch.Generator().manual_seed(0)
+student_logits, teacher_logits = (torch.randn(64, 10, generator=draw) for _ in range(2))
+norms = {}
+for temperature in (2.0, 8.0):
+    leaf = student_logits.clone().requires_grad_()
+    value = soft_labels.kd(student_logits=leaf, teacher_logits=teacher_logits, temperature=temperature)
+    [gradient] = torch.autograd.grad(value, leaf)
+    norms[temperature] = (float((gradient / temperature**2).norm()), float(gradient.norm()))
+plain, scaled = (norms[2.0][i] / norms[8.0][i] for i in (0, 1))
+print(f"without T²: predicted 16, measured {plain:.1f}; with it: predicted 1, measured {scaled:.2f}")
+
+# %% [markdown]
+# ### The bugs that say nothing
+#
+# Distillation that is wrong still trains: the label term carries it. What does each of the usual mistakes do to the loss and
+# to its gradient, against the label term's gradient of the same student? (`mean` divides by the classes, too; the two
+# networks swapped; a teacher left in train mode, whose batch-norm looks at the batch; teachings that were computed for
+# pictures in another order.)
+
+# %%
+images, labels = pictures.normalize(some.images[:64]), some.labels[:64]
+torch.manual_seed(seed)
+about = {key: getattr(teacher.spec, key) for key in ("channels", "size", "classes", "stem")}
+novice = models.build(models.resnet(18, width=0.25, **about)).eval()
+with torch.no_grad():
+    ours, theirs = novice(images), teacher(images)
+    in_train_mode = copy.deepcopy(teacher).train()(images)
+T = 4.0
+
+
+def kl(student, teacher, reduction="batchmean"):
+    return functional.kl_div((student / T).log_softmax(1), (teacher / T).softmax(1), reduction=reduction)
+
+
+variants = {
+    "right": lambda s: T**2 * kl(s, theirs),
+    "mean instead of batchmean": lambda s: T**2 * kl(s, theirs, "mean"),
+    "T² left out": lambda s: kl(s, theirs),
+    "student and teacher swapped": lambda s: T**2 * kl(theirs, s),
+    "teacher in train mode": lambda s: T**2 * kl(s, in_train_mode),
+    "another picture's teaching": lambda s: T**2 * kl(s, theirs.roll(1, 0)),
+    "(the label term)": lambda s: functional.cross_entropy(s, labels),
+}
+
+# %%
+rows = []
+for name, loss in variants.items():
+    leaf = ours.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of `mean`: it is one of the bugs
+        value = loss(leaf)
+    [gradient] = torch.autograd.grad(value, leaf)
+    rows.append({"variant": name, "loss": value.item(), "gradient": gradient})
+right, label_term = rows[0]["gradient"], rows[-1]["gradient"]
+for row in rows:
+    gradient = row.pop("gradient")
+    row["gradient / label term's"] = float(gradient.norm() / label_term.norm())
+    row["cosine to the right one"] = float(
+        functional.cosine_similarity(gradient.flatten(), right.flatten(), 0)
+    )
+pd.DataFrame(rows).round(3)
+
+# %% [markdown]
+# **What it means.** Two of them turn the teacher's voice down until the label term drowns it; the others point elsewhere. None
+# raises an error. [`soft_labels`](../nnc_utils/distillation/soft_labels.py) takes its logits by name only, and each
+# row of this table is a test.
+#
+# ### Decoupled
+#
+# The divergence is a sum: "right class or not", and $(1 - p_y)$ times the divergence among the *other* classes
+# (Zhao et al., 2022). *Predict*: with a teacher that is as sure as this one, how much weight do the other classes have?
+
+# %%
+confident = known.softmax(1)[torch.arange(len(some)), some.labels]
+print(f"the mean of 1 - p(right class): {1 - float(confident.mean()):.3f}; at T = {T:g}:", end=" ")
+softened = (known / T).softmax(1)[torch.arange(len(some)), some.labels]
+print(f"{1 - float(softened.mean()):.3f}")
+
+# %% [markdown]
+# **What it means.** Plain soft labels pass on what the teacher knows of the other classes only where it doubts the right one.
+# `dkd` gives that part a weight of its own.
+#
+# ## 3 · Features
+#
+# A student can be asked to compute what the teacher computes, stage by stage. Their widths differ, so a trained 1×1
+# convolution, the **regressor**, stands between (FitNets). Or only the *relations* are compared: which pictures of a batch are
+# alike, $G = \text{rows}(QQ^\top)$ (Tung and Mori, 2019): any two networks have that in common. Pictures sorted by class:
+# where is $G$ bright in a trained network, and where in one that knows nothing?
+
+# %%
+order = labels.argsort(stable=True)
+figure, panels = plt.subplots(1, 2, figsize=(8, 3.6))
+for axes, network, title in zip(panels, (teacher, novice), ("teacher", "student, untrained"), strict=True):
+    with torch.no_grad():
+        _, kept = features.outputs(network, images[order], ["layer4"])
+    flat = kept["layer4"].flatten(1)
+    axes.imshow(functional.normalize(flat @ flat.T, dim=1), cmap="viridis")
+    axes.set_title(title, fontsize=10)
+    axes.axis("off")
+figures.show(
+    figure,
+    "Similarity of 64 pictures, sorted by class, in the last stage: blocks for the teacher alone",
+)
+
+# %% [markdown]
+# ## 4 · Attention
+#
+# Where is a stage active on a picture? The mean square over its channels, $A = \frac1C\sum_c F_c^2$, each map at unit length. The
+# student's maps shall be the teacher's (Zagoruyko and Komodakis, 2017); no regressor is needed, since the channels are gone.
+# We draw them again after training.
+
+# %%
+STAGE = "layer2"
+
+
+def maps(network: torch.nn.Module, shown: torch.Tensor) -> np.ndarray:
+    """Attention of one stage, a picture each."""
+    with torch.no_grad():
+        _, kept = features.outputs(network, shown, [STAGE])
+    side = kept[STAGE].shape[-1]
+    return attention.attention_map(kept[STAGE]).view(-1, side, side).numpy()
+
+
+def draw_maps(networks: dict[str, torch.nn.Module]):
+    """A row of pictures, and a row of attention maps for each network."""
+    figure, panels = plt.subplots(1 + len(networks), 8, figsize=(10, 1.3 * (1 + len(networks))))
+    for axes, image in zip(panels[0], some.images[:8], strict=True):
+        axes.imshow(image.permute(1, 2, 0).squeeze(), cmap="gray")
+    for row, (name, network) in zip(panels[1:], networks.items(), strict=True):
+        for axes, map in zip(row, maps(network, images[:8]), strict=True):
+            axes.imshow(map, cmap="magma")
+        row[0].set_title(name, fontsize=8, loc="left")
+    for axes in panels.flat:
+        axes.axis("off")
+    return figure
+
+
+figures.show(
+    draw_maps({"teacher": teacher, "student, untrained": novice}),
+    "Pictures and attention maps of teacher and untrained student",
+)
+
+# %% [markdown]
+# ## 5 · What does a teacher cost?
+#
+# A student's step is a forward and a backward pass, about three times its MACs; the teacher adds one forward pass of its own.
+# *Predict* from the MACs how much longer a step takes, then measure. A teacher that **has looked before**
+# ([`remember`](../nnc_utils/distillation/teaching.py)) costs nothing in the step, but its students see fixed augmentations.
+
+# %%
+def step_seconds(loss, drawn) -> float:
+    """Median seconds of a training step with a loss, without the optimizer."""
+    taken = []
+    student = copy.deepcopy(novice).train().to(memory_format=torch.channels_last)
+    for images, labels in drawn:
+        begin = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.fast_bf16(torch.device("cpu"))):
+            loss(student, images, labels).backward()
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[2:])
+
+
+device = torch.device("cpu")
+few = data.Split(pictures.train.images[:640], pictures.train.labels[:640])
+few = type(pictures)(**{**vars(pictures), "train": few})
+beside = list(training.batches(few, 1, seed, 64, True, device))
+memory = teaching.remember(teacher, few, copies=1, seed=seed)
+stored = list(training.batches(memory.pictures, 1, seed, 64, False, device))
+seconds = {
+    "alone": step_seconds(training.cross_entropy, beside),
+    "teacher beside": step_seconds(teaching.taught_by(teacher, teaching.Recipe(), novice.spec), beside),
+    "teacher before": step_seconds(teaching.taught_from(memory, teaching.Recipe(), novice.spec), stored),
+}
+predicted = 1 + models.macs(teacher.spec) / (3 * models.macs(novice.spec))
+print(f"predicted {predicted:.1f} times longer with the teacher beside")
+pd.DataFrame(
+    {"seconds a step": seconds, "times alone": {n: s / seconds["alone"] for n, s in seconds.items()}}
+).round(4)
+
+# %% [markdown]
+# **What would fool you.** Reports of distillation count the student's epochs and not the teacher's passes. The table at the end
+# has `train_seconds` with the teacher's share in it.
+#
+# ## Benchmark: the students
+#
+# All students of a width start from the same weights and see as many pictures; what differs is the loss. Controls: the student
+# **alone**; with smoothed labels, which are soft labels without a teacher; with a teacher that speaks of **other pictures**
+# (`shuffled`, must not help); the student trained **longer**. `self`: the teacher is the student alone, of the same size.
+# `ensemble`: the baselines of all seeds together.
+
+# %%
+def built(width: float) -> models.ResNet:
+    """A student before training, the same for every method."""
+    torch.manual_seed(seed)
+    return models.build(models.resnet(18, width=width, **about))
+
+
+@functools.cache
+def teachers(method: str, width: float) -> torch.nn.Module:
+    """Who teaches."""
+    if method == "self":
+        return made(f"student_alone:width={width:g}")[0]
+    if method == "ensemble":
+        own = [run for run in before if run.record.notebook == "01_baseline"]
+        if not own:
+            raise ValueError("an ensemble needs the baselines of other seeds in upstream")
+        return teaching.Ensemble([teacher, *(artifact.load(run.artifact("fp32")) for run in own)]).eval()
+    return copy.deepcopy(teacher)
+
+
+@functools.cache
+def remembered(method: str, width: float) -> tuple[teaching.Remembered, float]:
+    """What the teacher said, and the seconds that it took."""
+    begin = time.perf_counter()
+    return teaching.remember(
+        teachers(method, width), pictures, copies=copies, seed=seed
+    ), time.perf_counter() - begin
+
+
+# %%
+def lesson(method: str, settings: dict, flags: set, student: models.Spec):
+    """A student's loss, its pictures, whether to augment them, their copies, seconds of the teacher's looking."""
+    fresh = (pictures, recipe_of_01["augment"], 1, 0.0)
+    if method in ALONE:
+        smoothing = settings.get("smoothing", 0.0)
+        return teaching.smoothed(smoothing) if smoothing else training.cross_entropy, *fresh
+    taught = {"soft": "dkd" if method == "dkd" else "kd" if "T" in settings else ""}
+    taught |= {"temperature": settings.get("T", 4.0), "alpha": settings.get("alpha", 0.0)}
+    taught |= {part: settings["beta"] for part in ("attention", "hints", "similarity") if part in method}
+    recipe = teaching.Recipe(**taught, shuffled="shuffled" in flags)
+    if "cached" not in flags:
+        return teaching.taught_by(teachers(method, settings["width"]), recipe, student), *fresh
+    memory, seconds = remembered(method, settings["width"])
+    return teaching.taught_from(memory, recipe, student), memory.pictures, False, copies, seconds
+
+
+# %%
+@functools.cache
+def made(point: str) -> tuple[torch.nn.Module, dict]:
+    """A trained student, and what that took."""
+    method, settings, flags = parsed(point)
+    student = built(settings["width"])
+    loss, train, augment, times, looked = lesson(method, settings, flags, student.spec)
+    model = features.WithRegressors(student, teacher.spec, teaching.STAGES) if "hints" in method else student
+    history = training.fit(
+        model,
+        train,
+        epochs=epochs * settings.get("times", 1) / times,
+        loss=loss,
+        learning_rate=learning_rate,
+        augment=augment,
+        seed=seed,
+        batch_size=recipe_of_01["batch_size"],
+        checkpoint=run.path(f"checkpoint_{point.replace(':', '_')}.pt"),
+    )
+    return student.eval(), {"train_images": history.images, "train_seconds": history.seconds + looked}
+
+
+# %%
+saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes}
+candidates, missing = [], {}
+for point in dict.fromkeys([*controls, *points]):
+    method, settings, flags = parsed(point)
+    try:
+        student, took = made(point)
+    except (ValueError, training.TrainingError) as error:  # one that cannot be made costs no other
+        missing[point] = str(error)
+        print(f"{point}: {error}", flush=True)
+        continue
+    control = method if method in ALONE else "shuffled_teacher" if "shuffled" in flags else ""
+    path = run.path(f"artifacts/{point.replace(':', '_').replace('=', '').replace(',', '_')}.safetensors")
+    saved = artifact.save(student, path, **saving)
+    print(f"{point}: {saved.nbytes:,} bytes, {took['train_seconds']:.0f} s", flush=True)
+    row = {
+        "method": method,
+        "point": point.partition(":")[2],
+        "control": control,
+        "technique": "distillation",
+    }
+    candidates.append({"path": path, "width": settings["width"], "row": row | {"division": "open"} | took})
+
+# %% [markdown]
+# The **validation** pictures decide which method is claimed at each width: the best one. Beside accuracy stand two things that
+# a teacher may change, too: whether the student is as sure as it is right (**expected calibration error**), and how often it says
+# what the teacher says.
+
+# %%
+looked, kinds = [], {}
+teacher_said = evaluation.logits(teacher, pictures.validation, normalize=pictures.normalize)
+for c in candidates:
+    said = evaluation.logits(artifact.load(c["path"]), pictures.validation, normalize=pictures.normalize)
+    labels = pictures.validation.labels
+    c["validation"] = 100 * float((said.argmax(1) == labels).double().mean())
+    looked.append({key: c["row"][key] for key in ("method", "point", "control")})
+    looked[-1] |= {
+        "validation accuracy": c["validation"],
+        "agrees with the teacher": calibration.agreement(said, teacher_said),
+    }
+    looked[-1]["calibration error"] = calibration.expected_calibration_error(said, labels)
+for width in {c["width"] for c in candidates}:
+    taught = [c for c in candidates if c["width"] == width and not c["row"]["control"]]
+    if taught:
+        max(taught, key=lambda c: c["validation"])["row"]["headline"] = 1
+pd.DataFrame(looked).round(2)
+
+# %% [markdown]
+# Now the test set, once, in a fresh process that gets nothing but the files' names.
+
+# %%
+scores = scoring.score(
+    [c["path"] for c in candidates], dataset=reference.dataset, folder=run.path("predictions")
+)
+common = {"run": run, "dataset": reference.dataset, "model": reference.model, "reference": baseline}
+rows = [
+    results.compression_row(score, **common, **c["row"]) for c, score in zip(candidates, scores, strict=True)
+]
+table = pd.DataFrame([row.model_dump() for row in rows])
+shown = [
+    "method",
+    "point",
+    "control",
+    "params",
+    "accuracy",
+    "accuracy_delta",
+    "train_images",
+    "train_seconds",
+]
+table[[*shown, "headline"]]
+
+# %%
+everything = pd.concat([pd.DataFrame([reference.model_dump()]), table], ignore_index=True)
+figures.show(
+    figures.parameters_against_accuracy(everything),
+    "Test accuracy against parameters, students with and without a teacher, by method, with intervals",
+)
+
+# %% [markdown]
+# ### Does the teacher help?
+#
+# On the same test pictures and at the same number of training pictures, each taught student against the student alone; and what
+# share of the gap to the teacher it closes, where that gap is one. "Beats" means that the paired interval is above 0.
+
+# %%
+where = {"predictions": run.path("predictions"), "dataset": reference.dataset}
+shutil.copy(baseline.score("fp32")["predictions"], where["predictions"])
+display(results.comparisons(everything, **where))
+results.gaps(everything, **where)
+
+# %% [markdown]
+# ### Where do they look now?
+
+# %%
+drawn = {"teacher": teacher}
+for c in candidates:
+    if c["row"]["control"] in ("", "student_alone"):
+        drawn[f"{c['row']['method']}, {c['row']['point']}"] = artifact.load(c["path"])
+figures.show(
+    draw_maps(dict(list(drawn.items())[:5])),
+    "Pictures and the attention maps of the teacher and of trained students",
+)
+
+# %% [markdown]
+# **What would fool you.** A student that is compared with one trained for fewer epochs, or at other hyper-parameters. A teacher
+# that helps a student which is too small or trained too briefly, and no longer when both are trained to the end. One seed: at
+# these sizes, seeds differ by as much as methods do.
+
+# %%
+files = {f"{c['row']['method']}:{c['row']['point']}": f"artifacts/{c['path'].name}" for c in candidates}
+done = run.finish(compression=rows, extra={"validation": looked, "files": files, "missing": missing})
+print(f"{done.run} is finished: {len(rows)} rows")
+
+# %% [markdown]
+# ## The committed results
+#
+# The same cells, run on ResNet-18 trained on Fashion-MNIST.
+
+# %%
+committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="distillation")
+if committed is None:
+    print("No committed tables yet: `make benchmark` makes them.")
+else:
+    full = figures.read_table(committed / "compression.csv")
+    students = full[full["technique"].isin(["baseline", "distillation"]) & (full["control"] != "small_dense")]
+    figures.show(
+        figures.parameters_against_accuracy(students),
+        f"The committed results of the {committed.name} profile: accuracy against parameters",
+    )
+    display(results.comparisons(students, committed / "predictions", dataset=full["dataset"].iloc[0]))
+
+# %% [markdown]
+# ## What you can now measure
+#
+# What a teacher is worth, at equal training and with its cost counted; whether a loss term does anything at all.
+#
+# **Try it.** (1) Set `T=1`, then `T=20`: predict which teaches more. (2) Add `"self:width=0.25"`: can a network learn from one no
+# better than itself? (3) Give all students three times the `epochs`: does the teacher's advantage grow or shrink? (4) Take
+# `alpha=1`: the student never sees a label. How much worse is it?
