@@ -564,20 +564,26 @@ def report(profile_dir: Path) -> str:
 
 
 def committed_profile(
-    folder: Path | None = None, profiles: Iterable[str] = PROFILES, technique: str = ""
+    folder: Path | None = None,
+    profiles: Iterable[str] = PROFILES,
+    *,
+    technique: str = "",
+    timed: bool = False,
 ) -> Path | None:
-    """The tables of the best profile that has some (of a technique), in this clone or another, or None."""
+    """The tables of the best profile that has some, of a technique or with times, here or in another clone."""
     for profile in profiles:
         profile_dir = (folder or root()) / "results" / profile
         table = profile_dir / "compression.csv"
-        if table.is_file() and (not technique or technique in set(pd.read_csv(table)["technique"])):
+        if not table.is_file() or technique and technique not in set(pd.read_csv(table)["technique"]):
+            continue
+        if not timed or len(pd.read_csv(profile_dir / "latency.csv")):
             return profile_dir
     return None
 
 
 def readme_block(folder: Path) -> str:
-    """What the README of a clone shall say between its markers: the best profile that has tables."""
-    profile_dir = committed_profile(folder)
+    """What the README of a clone shall say between its markers: the best profile that is timed."""
+    profile_dir = committed_profile(folder, timed=True) or committed_profile(folder)
     if profile_dir is None:
         return ""
     place = f"results/{profile_dir.name}"

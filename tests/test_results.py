@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import math
 import re
 import subprocess
@@ -407,6 +408,13 @@ def test_a_profile_is_chosen_by_what_its_table_holds(published):
     assert results.committed_profile(root, ("full", "quick")) == published
     assert results.committed_profile(root, ("full", "quick"), technique="quantization") == published
     assert results.committed_profile(root, ("full", "quick"), technique="pruning") is None
+    assert results.committed_profile(root, timed=True) == published
+    part = published.parent / "standard"  # one without times yet: it is not what the README shows
+    shutil.copytree(published, part)
+    (part / "latency.csv").write_text((published / "latency.csv").read_text().splitlines()[0] + "\n")
+    assert results.committed_profile(root) == part
+    assert results.committed_profile(root, timed=True) == published
+    assert "results/quick" in results.readme_block(root)
 
 
 def test_fisher_channels_meet_each_counterpart_at_equal_macs_and_training(tmp_path):

@@ -857,7 +857,7 @@ print(f"{done.run} is finished: {len(rows)} rows")
 # The same cells, run on ResNet-18 trained on Fashion-MNIST.
 
 # %%
-committed = results.committed_profile(profiles=results.ALL_PROFILES)
+committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="quantization")
 if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:

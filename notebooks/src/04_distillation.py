@@ -305,9 +305,10 @@ def step_seconds(loss, drawn) -> float:
 device = torch.device("cpu")
 few = data.Split(pictures.train.images[:640], pictures.train.labels[:640])
 few = type(pictures)(**{**vars(pictures), "train": few})
-beside = list(training.batches(few, 1, seed, 64, True, device))
+size = min(64, len(few.train) // 8)
+beside = list(training.batches(few, 1, seed, size, True, device))
 memory = teaching.remember(teacher, few, copies=1, seed=seed)
-stored = list(training.batches(memory.pictures, 1, seed, 64, False, device))
+stored = list(training.batches(memory.pictures, 1, seed, size, False, device))
 seconds = {
     "alone": step_seconds(training.cross_entropy, beside),
     "teacher beside": step_seconds(teaching.taught_by(teacher, teaching.Recipe(), novice.spec), beside),
@@ -361,7 +362,7 @@ def remembered(method: str, width: float) -> tuple[teaching.Remembered, float]:
 
 # %%
 def lesson(method: str, settings: dict, flags: set, student: models.Spec):
-    """A student's loss, its pictures, whether to augment them, their copies, seconds of the teacher's looking."""
+    """A student's loss and pictures, whether to augment these, their copies, seconds of looking."""
     fresh = (pictures, recipe_of_01["augment"], 1, 0.0)
     if method in ALONE:
         smoothing = settings.get("smoothing", 0.0)

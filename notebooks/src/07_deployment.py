@@ -443,7 +443,7 @@ print(f"{finished.run} is finished: {len(rows)} rows")
 # The same cells, run on ResNet-18 trained on Fashion-MNIST, on the machine named in the report.
 
 # %%
-committed = results.committed_profile()
+committed = results.committed_profile(timed=True)
 if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
