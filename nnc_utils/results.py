@@ -570,7 +570,7 @@ def committed_profile(
     technique: str = "",
     timed: bool = False,
 ) -> Path | None:
-    """The tables of the best profile that has some, of a technique or with times, here or in another clone."""
+    """The tables of the best profile that has some (of a technique, with times), or None."""
     for profile in profiles:
         profile_dir = (folder or root()) / "results" / profile
         table = profile_dir / "compression.csv"
@@ -619,11 +619,19 @@ def update_readme(folder: Path) -> bool:
 
 
 def main() -> None:
-    """``python -m nnc_utils.results report``: figure, report.md and README from the tables."""
+    """``python -m nnc_utils.results report``: figure, report.md and README from the tables.
+
+    ``publish`` first makes the tables from the profile's finished runs, however many there are.
+    """
     parser = argparse.ArgumentParser(prog="python -m nnc_utils.results", description=main.__doc__)
-    parser.add_argument("command", choices=["report"])
-    parser.add_argument("--profile", help="default: every profile that has tables")
+    parser.add_argument("command", choices=["report", "publish"])
+    parser.add_argument("--profile", help="default of report: every profile that has tables")
     options = parser.parse_args()
+    if options.command == "publish":
+        if not options.profile:
+            parser.error("publish needs --profile")
+        marks = sorted((root() / "results/runs" / options.profile).glob("*/*/result.json"))
+        publish([mark.parent for mark in marks], options.profile)
     names = [options.profile] if options.profile else [*ALL_PROFILES, "smoke"]
     found = [root() / "results" / name for name in names]
     found = [folder for folder in found if (folder / "compression.csv").is_file()]

@@ -2,9 +2,9 @@
 
 import csv
 import json
-import shutil
 import math
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -356,6 +356,15 @@ def test_make_report_writes_figure_report_and_readme(published):
     assert (published / "figures/headline.png").read_bytes().startswith(b"\x89PNG")
     assert "headline.png" in (published / "report.md").read_text()
     assert "results/quick/figures/headline.png" in (root / "README.md").read_text()
+    # what is finished, without the workflow: the same tables
+    before = (published / "compression.csv").read_bytes()
+    (published / "compression.csv").unlink()
+    command[-1:] = ["publish", "--profile", "quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert (published / "compression.csv").read_bytes() == before
+    done = subprocess.run(command[:-2], env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2 and "publish needs --profile" in done.stderr
 
 
 def test_no_loss_is_the_same_wherever_it_is_said():
