@@ -77,7 +77,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """A committed CSV, with empty text as "" and empty numbers as NaN."""
     frame = pd.read_csv(path)
     text = [c for c in ("technique", "method", "point", "control", "runtime", "precision") if c in frame]
-    return frame.assign(**{column: frame[column].fillna("").astype(str) for column in text})
+    return frame.assign(**{column: frame[column].astype(object).fillna("").astype(str) for column in text})
 
 
 def name(value: str) -> str:

@@ -509,9 +509,9 @@ def _against_torch_pruning(compression: pd.DataFrame) -> list[tuple[pd.Series, p
     usual = (compression["control"].fillna("") == "") & ~compression["point"].str.contains("int8|iterative")
     found = compression[usual].assign(
         macs_point=compression["point"].str.extract(r"(macs=\S+)", expand=False),
-        tuned=compression["point"].str.contains("tuned"),
+        training=compression["point"].str.extract(r"(tuned|taught)", expand=False).fillna(""),
     )
-    same, pairs = ["seed", "macs_point", "tuned"], []
+    same, pairs = ["seed", "macs_point", "training"], []
     for _, rows in found.dropna(subset=["macs_point"]).groupby(same):
         peers = rows[rows["method"].str.startswith("torch_pruning_")]
         for _, mine in rows[rows["method"] == OURS].iterrows():

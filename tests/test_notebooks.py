@@ -121,6 +121,7 @@ def test_every_profile_names_known_operating_points(profile, name):
         (["blocks:removed=5"], [], "removed is '5', needed is whole blocks"),
         (["magnitude_layerwise:rates=good"], [], "rates is 'good', needed is hand"),
         (["taylor:sparsity=0.9 iterative"], [], "add 'tuned'"),
+        (["taylor:sparsity=0.9 tuned taught"], [], "either tuned or taught"),
         (["torch_pruning_taylor:macs=4x"], [], "belong into points"),
         ([], ["channels_l1:macs=4x"], "belong into points"),
     ],

@@ -88,6 +88,7 @@ def test_every_way_to_cut(pictures, tmp_path):
         "nm_2_4:keep=2of4 tuned",
         "channels_fisher:macs=2x mended iterative tuned",
         "channels_l1:macs=2x even tuned int8",
+        "channels_l2:macs=2x mended taught",
         "blocks:removed=1",
     ]
     controls = ["from_scratch:macs=2x", "small_dense:macs=2x int8", "magnitude_global:sparsity=0.4 tuned"]
@@ -106,7 +107,7 @@ def test_every_way_to_cut(pictures, tmp_path):
     weights = dense["nonzeros"]
     assert dense["train_images"] == 5 * 16  # one epoch of whole batches
     for name, row in rows.items():
-        tuned, narrow = "tuned" in name, row["macs"] < dense["macs"]
+        tuned, narrow = "tuned" in name or "taught" in name, row["macs"] < dense["macs"]
         assert row["division"] == ("open" if tuned or narrow else "closed"), name
         assert narrow == ("macs=" in name or "blocks" in name), name
         if "macs=2x" in name:

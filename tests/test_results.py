@@ -436,6 +436,7 @@ def test_fisher_channels_meet_each_counterpart_at_equal_macs_and_training(tmp_pa
         ("channels_l2", "macs=4x mended tuned", 10, ""),  # not what was fixed before
         ("channels_fisher", "macs=4x mended tuned int8", 0, ""),  # another precision
         ("channels_fisher", "macs=4x mended iterative tuned", 0, ""),  # another schedule
+        ("channels_fisher", "macs=4x mended taught", 0, ""),  # another training
         ("channels_fisher", "macs=4x mended", 20, ""),  # not tuned: nothing of theirs to compare with
         ("channels_fisher", "macs=8x mended tuned", 90, ""),
         ("torch_pruning_taylor", "macs=4x even tuned", 80, ""),

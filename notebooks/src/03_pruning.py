@@ -66,10 +66,11 @@ from nnc_utils import (
     sensitivity,
 )
 from nnc_utils import peers as counterparts
+from nnc_utils.distillation import teaching
 from nnc_utils.pruning import channels, obs, schedules, structured, unstructured
 from nnc_utils.quantization import activations, uniform
 from nnc_utils.run import start
-from nnc_utils.training import TrainingError, fit
+from nnc_utils.training import TrainingError, cross_entropy, fit
 
 figures.style()
 # %%
@@ -94,11 +95,12 @@ CHANNELS = {f"channels_{kind}": kind for kind in channels.SCORES}
 PEERS = {f"torch_pruning_{kind}": kind for kind in ("magnitude", "taylor", "bn_scale")}
 CONTROLS = {name: name for name in ("dense_finetuned", "from_scratch", "small_dense")}
 CONTROLS |= dict.fromkeys(("random_global", "channels_random"), "random")
-MASK, CUTS = ("tuned", "bn"), ("iterative", "gradual")  # flags
+TRAINED, CUTS = ("tuned", "taught"), ("iterative", "gradual")  # flags
+MASK = (*TRAINED, "bn")
 SETTINGS = dict.fromkeys(WEIGHTS, (("sparsity",), (*MASK, *CUTS))) | {"obs_block": (("sparsity",), MASK)}
 SETTINGS |= {"magnitude_layerwise": (("sparsity", "rates"), (*MASK, "scanned")), "nm_2_4": (("keep",), MASK)}
-SETTINGS |= dict.fromkeys(CHANNELS, (("macs",), ("tuned", *CUTS, "mended", "even", "int8")))
-SETTINGS |= dict.fromkeys(PEERS, (("macs",), ("tuned", "even"))) | {"blocks": (("removed",), ("tuned",))}
+SETTINGS |= dict.fromkeys(CHANNELS, (("macs",), (*TRAINED, *CUTS, "mended", "even", "int8")))
+SETTINGS |= dict.fromkeys(PEERS, (("macs",), (*TRAINED, "even"))) | {"blocks": (("removed",), TRAINED)}
 SETTINGS |= {"from_scratch": (("macs",), ()), "small_dense": (("macs",), ("int8",))}
 RATES = (0.5, 0.8, 0.9, 0.95, 0.98)  # of the sensitivity scan
 
@@ -135,17 +137,15 @@ for place, point in enumerate([*points, *peers]):  # before any work
             sensible = False
         if not sensible:
             raise ValueError(f"{point!r}: {key} is {values[key]!r}, needed is {needed}")
-    if set(CUTS) & set(values) and "tuned" not in values:
+    if set(TRAINED) <= set(values):
+        raise ValueError(f"{point!r}: either tuned or taught, which is tuned with a teacher")
+    if set(CUTS) & set(values) and not set(TRAINED) & set(values):
         raise ValueError(f"{point!r}: a schedule trains between its cuts, add 'tuned'")
     if "scanned" in values and float(values.get("sparsity", 0)) not in RATES:
         raise ValueError(f"{point!r}: the scan knows the rates {', '.join(map(str, RATES))}")
-    like = [
-        p for p in points[:place] if p.startswith("channels_") and parsed(p)[2]["macs"] == values.get("macs")
-    ]
-    if method == "from_scratch" and not like and not before:
-        raise ValueError(
-            f"{point!r}: name the point of channels with as many MACs, whose widths it takes, before"
-        )
+    cut = [p for p in points[:place] if p.startswith("channels_") and f":macs={values.get('macs')}" in p]
+    if method == "from_scratch" and not cut and not before:
+        raise ValueError(f"{point!r}: name the point of channels whose widths it takes before it")
 
 # %% [markdown]
 # ## 1 · What can be cut?
@@ -534,9 +534,11 @@ figures.show(figure, "The share of zeros over the training for three schedules t
 # ## Benchmark: the operating points
 #
 # A point is a method and its setting, such as `channels_fisher:macs=4x mended tuned`. Flags: `tuned`
-# fine-tunes (with `iterative` or `gradual` in several cuts), `bn` re-estimates a masked network's batch-norm (where channels
-# or blocks go, ours or a counterpart's, it always is), `mended` lets the readers make up for removed channels, `even` takes the same share of each group, `scanned` takes rates from the scan, and
-# `int8` adds the finished network in 7-bit integers, with which runtimes compute. The other files hold fp16.
+# fine-tunes (with `iterative` or `gradual` in several cuts); `taught`, too, and the network before the cut is its teacher
+# ([04_distillation](04_distillation.ipynb)); `bn` re-estimates a masked network's batch-norm (where channels or blocks go, ours
+# or a counterpart's, it always is); `mended` lets the readers make up for removed channels; `even` takes the same share of each
+# group; `scanned` takes rates from the scan; and `int8` adds the finished network in 7-bit integers, with which runtimes compute.
+# The other files hold fp16.
 
 # %%
 def one_cut(network, method: str, values: dict[str, str], share: float):
@@ -567,13 +569,12 @@ training = {key: recipe[key] for key in ("augment", "batch_size")}
 
 
 def tuned(
-    network, name: str, part: int = 1, epochs: float = train_epochs, peak: float = learning_rate
+    network, name: str, part: int = 1, epochs=train_epochs, peak=learning_rate, loss=cross_entropy
 ) -> dict:
     """What it took to train the network on, in place; each part of a schedule sees other pictures."""
     where, order = run.path(f"checkpoint_{name}_{part}.pt"), seed + 1_000_003 * (part - 1)
-    history = fit(
-        network, pictures, epochs=epochs, learning_rate=peak, checkpoint=where, seed=order, **training
-    )
+    about = {"epochs": epochs, "learning_rate": peak, "loss": loss, "checkpoint": where, "seed": order}
+    history = fit(network, pictures, **about, **training)
     return {"train_images": history.images, "train_seconds": history.seconds}
 
 
@@ -605,8 +606,11 @@ def finished(method: str, setting: str) -> tuple[torch.nn.Module, dict]:
         network = one_cut(network.eval(), method, values, share)
         if network.spec != spec:
             network = batch_norm.reestimate(network, seen)
-        if "tuned" in values:
-            step = tuned(network.train(), name, number, train_epochs / len(cuts))
+        if set(TRAINED) & set(values):
+            loss = cross_entropy
+            if "taught" in values:
+                loss = teaching.taught_by(copy.deepcopy(model), teaching.Recipe(), network.spec)
+            step = tuned(network.train(), name, number, train_epochs / len(cuts), loss=loss)
             took = {key: took.get(key, 0) + value for key, value in step.items()}
     if "bn" in values:
         network = batch_norm.reestimate(network, seen, original=None if took else model)
@@ -667,7 +671,7 @@ missing = {}
 if peers and (why := counterparts.available("torch_pruning")):
     missing = dict.fromkeys(peers, why)
     print(f"Torch-Pruning: {why}")
-learned = any("tuned" in parsed(point)[2] for point in (*points, *peers))
+learned = any(set(TRAINED) & set(parsed(point)[2]) for point in (*points, *peers))
 plain = [[point.replace(" int8", ""), point] for point in points]  # int8 comes beside its float network
 wanted = list(dict.fromkeys(sum(plain, [])))
 has_dense = [made for made in before if "dense_finetuned" in {row.method for row in made.compression}]
