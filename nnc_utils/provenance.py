@@ -22,7 +22,7 @@ import psutil
 PACKAGE = Path(__file__).resolve().parent
 # They turn finished rows into tables and start notebooks; no measured number depends on them.
 WITHOUT_INFLUENCE = {"processes", "parameters", "provenance", "results", "tables", "audit", "figures"}
-WITHOUT_INFLUENCE |= {"claims", "rows", "run", "notebook", "benchmark", "inspect", "export", "__init__"}
+WITHOUT_INFLUENCE |= {"rows", "run", "notebook", "benchmark", "inspect", "export", "__init__"}
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
 FLAGS = (  # of a processor, those that matter to a time
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),

@@ -630,8 +630,9 @@ def main() -> None:
     if options.command == "publish":
         if not options.profile:
             parser.error("publish needs --profile")
-        marks = sorted((root() / "results/runs" / options.profile).glob("*/*/result.json"))
-        publish([mark.parent for mark in marks], options.profile)
+        marks = (root() / "results/runs" / options.profile).glob("*/*/result.json")
+        runs = [read_run(mark.parent) for mark in sorted(marks)]
+        publish([run.folder for run in runs if run.compression or run.latency], options.profile)
     names = [options.profile] if options.profile else [*ALL_PROFILES, "smoke"]
     found = [root() / "results" / name for name in names]
     found = [folder for folder in found if (folder / "compression.csv").is_file()]

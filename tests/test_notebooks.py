@@ -73,7 +73,7 @@ class TestNotebook:
             assert re.search(r"  # \S", line), line
 
 
-def check_points(points, peers=(), name="02_quantization", before=(), **others):
+def check_points(points, peers=(), name="02_quantization", **others):
     """Run the cells of a notebook that read its operating points."""
     from nnc_utils import models
     from nnc_utils import peers as counterparts
@@ -82,13 +82,13 @@ def check_points(points, peers=(), name="02_quantization", before=(), **others):
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     sources = [cell.source for cell in cells(notebook, "code")]
     [first] = [place for place, source in enumerate(sources) if "def parsed(" in source]
-    namespace = {"points": list(points), "peers": list(peers), "counterparts": counterparts}
+    [last] = [place for place, source in enumerate(sources) if "# before any work" in source]
+    namespace = {"points": list(points), "peers": list(peers), "counterparts": counterparts, "before": []}
     namespace |= {"channels": channels, "spec": models.resnet(18, channels=1, size=28, classes=10)}
-    namespace |= {"before": before, **others}
-    if "METHODS = {" in sources[first - 1]:
-        first -= 1
-    for source in sources[first : first + (3 if name.startswith("04") else 2)]:
+    namespace |= others
+    for source in sources[first - ("METHODS = {" in sources[first - 1]) : last + 1]:
         exec(source, namespace)
+    return namespace
 
 
 @pytest.mark.parametrize("name", ["02_quantization", "03_pruning"])
@@ -96,17 +96,16 @@ def check_points(points, peers=(), name="02_quantization", before=(), **others):
 def test_every_profile_names_known_operating_points(profile, name):
     path = ROOT / "workflow" / "profiles" / f"{profile}.yaml"
     profile = yaml.safe_load(path.read_text(encoding="utf-8"))
-    given, points = profile["parameters"], []
+    given, points, everything = profile["parameters"], [], []
     for part in (profile.get("parts") or {}).get(name, {"": {}}).values():
-        values = given[name] | part
-        check_points(
-            values["points"], values.get("peers", []), name, before=["an earlier part"] if points else []
-        )
-        points += values["points"]
+        values = given[name] | part  # a later part may name what the first has made
+        check_points([*dict.fromkeys([*points, *values["points"]])], values.get("peers", []), name)
+        points = points or list(values["points"])
+        everything = [*everything, *values["points"]]
     if name == "03_pruning" and "07_deployment" in given:  # what 07 times by default has to be there
         declared = (ROOT / "notebooks" / "src" / "07_deployment.py").read_text()
         for wanted in re.findall(r'^(?:narrow|masked): str = "(.+?)"', declared, re.MULTILINE):
-            assert any(point.removesuffix(" int8") == wanted for point in points)
+            assert any(point.removesuffix(" int8") == wanted for point in everything)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +117,9 @@ def test_every_profile_names_known_operating_points(profile, name):
         (["taylor:sparsity=1.0"], [], r"sparsity is '1.0', needed is a share of zeros in \[0, 1\)"),
         (["taylor:sparsity=much"], [], "sparsity is 'much'"),
         (["channels_l1:macs=4"], [], "macs is '4', needed is how many times fewer, such as 4x"),
+        (["from_scratch:macs=4x"], [], "name the point of channels whose widths it takes before it"),
+        (["channels_random:macs=4x", "from_scratch:macs=4x"], [], "name the point of channels"),
+        (["channels_l2:macs=2x", "from_scratch:macs=4x"], [], "name the point of channels"),
         (["blocks:removed=5"], [], "removed is '5', needed is whole blocks"),
         (["magnitude_layerwise:rates=good"], [], "rates is 'good', needed is hand"),
         (["taylor:sparsity=0.9 iterative"], [], "add 'tuned'"),

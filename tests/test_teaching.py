@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from nnc_utils import data, models, training
-from nnc_utils.distillation import calibration, features, teaching
+from nnc_utils.distillation import attention, calibration, features, soft_labels, teaching
 from nnc_utils.distillation.teaching import Recipe
 
 DIGITS = data.load("digits")
@@ -74,11 +74,34 @@ def test_the_teacher_stays_as_it_is_and_in_eval_mode(teacher):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_teacher_in_train_mode_would_be_seen(teacher):
-    """The silent bug: its batch-norm then normalizes by the batch, and its logits are others."""
-    images, _ = batch(32)
+def test_sums_over_features_are_exact_under_autocast(teacher):
+    """Of the same features: bf16 products of whole stages would move the value by percents."""
+    student, (images, labels) = resnet(0.25, seed=5).eval(), batch(32)
+    for name in ("similarity", "attention"):
+        recipe = Recipe(soft="", stages=("layer3",), **{name: 1.0})
+        loss = teaching.taught_by(teacher, recipe, student.spec)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss(student, images, labels) - functional.cross_entropy(student(images).float(), labels)
+            (_, ours), (_, theirs) = (
+                features.outputs(network, images, ["layer3"]) for network in (student, teacher)
+            )
+        pair = {"student": ours["layer3"].float(), "teacher": theirs["layer3"].float()}
+        exact = {"similarity": features.similarity, "attention": attention.attention_transfer}[name](**pair)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-6)
+
+
+def test_a_careless_callers_teacher_teaches_what_it_does_in_eval_mode(teacher):
+    """The silent bug: in train mode its batch-norm normalizes by the batch, and its logits are others."""
+    student, (images, labels) = resnet(0.125).eval(), batch(32)
+    in_eval = copy.deepcopy(teacher).eval()(images)
     careless = copy.deepcopy(teacher).train()
-    assert (careless(images) - copy.deepcopy(teacher).eval()(images)).abs().max() > 0.1
+    in_train = copy.deepcopy(careless)(images)
+    found = teaching.taught_by(careless, Recipe(alpha=1.0), student.spec)(student, images, labels)
+    about = {"student_logits": student(images), "temperature": 4.0}
+    right, wrong = (soft_labels.kd(teacher_logits=logits, **about) for logits in (in_eval, in_train))
+    torch.testing.assert_close(found, right)
+    assert abs((wrong - right).item()) > 0.01 * right.item()
 
 
 def test_hints_train_the_regressors_and_leave_a_plain_student(teacher):
@@ -167,7 +190,7 @@ def test_an_ensemble_is_the_mean_of_its_members():
     images, _ = batch(4)
     expected = sum(member(images) for member in members) / 3
     torch.testing.assert_close(teaching.Ensemble(members)(images), expected)
-    with pytest.raises(ValueError, match=r"teachers of \[7, 10\] classes"):
+    with pytest.raises(ValueError, match="the teacher has 10 classes, the student 7"):
         teaching.Ensemble([members[0], resnet(0.125, classes=7)])
 
 
@@ -176,6 +199,8 @@ def test_label_smoothing_is_torch_s():
     found = teaching.smoothed(0.1)(network, images, labels)
     expected = functional.cross_entropy(network(images), labels, label_smoothing=0.1)
     torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"smoothing is 1: a share in \[0, 1\) is needed"):
+        teaching.smoothed(1)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +212,7 @@ def test_label_smoothing_is_torch_s():
         ({"soft": "kl"}, "soft is 'kl': one of 'kd', 'dkd'"),
         ({"attention": -1}, "attention is -1: a weight of 0 or more"),
         ({"hints": float("inf")}, "hints is inf"),
-        ({"smoothing": 1.0}, r"smoothing is 1.0: a share in \[0, 1\)"),
+        ({"others": -1}, "others is -1: a weight of 0 or more"),
     ],
 )
 def test_a_recipe_that_makes_no_sense(given, message):
@@ -215,6 +240,18 @@ def test_a_teacher_that_does_not_fit():
         teaching.taught_from(memory, Recipe(), resnet(0.125, classes=7).spec)
     with pytest.raises(ValueError, match="copies is 0"):
         teaching.remember(Pixels(), DIGITS, copies=0)
+    hints = teaching.taught_by(resnet(0.25), Recipe(hints=1.0), student.spec)
+    with pytest.raises(
+        ValueError, match="hints need a regressor at each stage: give features.WithRegressors"
+    ):
+        hints(student, *batch(4))
+    again = teaching.taught_from(memory, Recipe(), student.spec)  # the pictures augmented once more
+    with pytest.raises(
+        ValueError, match="the teacher saw other pictures: fit on memory.pictures with augment"
+    ):
+        training.fit(student, memory.pictures, epochs=0.1, loss=again, augment=True, device=CPU)
+    with pytest.raises(ValueError, match="one picture a batch"):
+        teaching.taught_by(resnet(0.25), Recipe(shuffled=True), student.spec)(student, *batch(1))
 
 
 def test_calibration_error_is_its_definition():

@@ -34,6 +34,5 @@ def attention_transfer(*, student: Tensor, teacher: Tensor) -> Tensor:
     ----------
     student, teacher : a stage's output, (images, channels, height, width), of the same images.
     """
-    student, teacher = same_size(*(full(f).square().mean(1, keepdim=True) for f in (student, teacher)))
-    maps = [functional.normalize(squares.flatten(1), dim=1) for squares in (student, teacher)]
-    return functional.mse_loss(*maps)
+    pair = same_size(*(full(features).square().mean(1, keepdim=True) for features in (student, teacher)))
+    return functional.mse_loss(*(functional.normalize(squares.flatten(1), dim=1) for squares in pair))

@@ -31,20 +31,20 @@ class Recipe:
     soft : "kd", "dkd" or "" for none; see `soft_labels`.
     alpha : weight of the soft labels, in [0, 1]; what is left is the label term's.
     temperature : of the soft labels, above 0.
+    others : weight of the classes that are not the label's, for "dkd".
     attention, hints, similarity : weights, 0 or more; of the sum over `stages`, of `similarity` at the last.
     stages : whose outputs are compared.
-    smoothing : of the labels in the label term, in [0, 1); a control that needs no teacher.
     shuffled : each picture gets the teaching of another one of its batch; a control that must not help.
     """
 
     soft: str = "kd"
     alpha: float = 0.9
     temperature: float = 4.0
+    others: float = 8.0
     attention: float = 0.0
     hints: float = 0.0
     similarity: float = 0.0
     stages: tuple[str, ...] = STAGES
-    smoothing: float = 0.0
     shuffled: bool = False
 
     def __post_init__(self) -> None:
@@ -53,9 +53,7 @@ class Recipe:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha!r}: the share of the soft labels, in [0, 1], is needed")
         soft_labels.check_temperature(self.temperature)
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing is {self.smoothing!r}: a share in [0, 1) is needed")
-        for name in ("attention", "hints", "similarity"):
+        for name in ("others", "attention", "hints", "similarity"):
             if not 0 <= getattr(self, name) < torch.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: a weight of 0 or more is needed")
 
@@ -72,11 +70,8 @@ class Ensemble(nn.Module):
 
     def __init__(self, networks: Sequence[models.ResNet]) -> None:
         super().__init__()
-        classes = {network.spec.classes for network in networks}
-        if len(classes) != 1:
-            raise ValueError(
-                f"teachers of {sorted(classes)} classes: networks of the same classes are needed"
-            )
+        for network in networks[1:]:
+            _check_pair(networks[0].spec, network.spec)
         self.networks, self.spec = nn.ModuleList(networks), networks[0].spec
 
     def forward(self, images: Tensor) -> Tensor:
@@ -89,8 +84,8 @@ def taught_by(teacher: nn.Module, recipe: Recipe, student: models.Spec) -> Loss:
 
     Parameters
     ----------
-    teacher : on the device of the training; put into eval mode, and never changed. Its forward pass is part
-        of the cost of each step.
+    teacher : put into eval mode, moved to where the student is trained, and never changed otherwise. Its
+        forward pass is part of the cost of each step.
     recipe : what is learned.
     student : the student's Spec. For hints the model given to `fit` is `features.WithRegressors`.
 
@@ -104,31 +99,34 @@ def taught_by(teacher: nn.Module, recipe: Recipe, student: models.Spec) -> Loss:
     stages = check_stages(teacher.spec, check_stages(student, recipe.compared))
     if stages and isinstance(teacher, Ensemble):
         raise ValueError("an ensemble has logits only: use soft labels, or one teacher for features")
-    teacher.eval()
 
     def taught(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        teacher.eval()
+        teacher.eval().to(device=images.device, memory_format=torch.channels_last)
+        if recipe.hints and not hasattr(model, "regressors"):
+            raise ValueError("hints need a regressor at each stage: give features.WithRegressors to fit")
         with torch.inference_mode():
             teacher_logits, theirs = outputs(teacher, images, stages)
         # inference tensors cannot take part in a backward pass, their copies can
         teacher_logits, theirs = teacher_logits.float().clone(), {n: f.clone() for n, f in theirs.items()}
         if recipe.shuffled:
-            other = torch.randperm(len(images), device=images.device)
-            teacher_logits, theirs = teacher_logits[other], {n: f[other] for n, f in theirs.items()}
+            shift = _shift(len(images))
+            teacher_logits, theirs = (
+                teacher_logits.roll(shift, 0),
+                {n: f.roll(shift, 0) for n, f in theirs.items()},
+            )
         student_logits, ours = outputs(model, images, stages)
-        value = soft_and_hard(
-            recipe, student_logits=student_logits.float(), teacher_logits=teacher_logits, labels=labels
-        )
-        for stage in stages:
-            student_features, teacher_features = ours[stage], theirs[stage]
-            pair = {"student": student_features, "teacher": teacher_features}
-            if recipe.attention:
-                value = value + recipe.attention * attention_transfer(**pair)
-            if recipe.hints:
-                regressed = model.regressors[stage](student_features)
-                value = value + recipe.hints * hint(student=regressed, teacher=teacher_features)
-            if recipe.similarity and stage == stages[-1]:
-                value = value + recipe.similarity * similarity(**pair)
+        regressed = {n: model.regressors[n](ours[n]) for n in stages} if recipe.hints else {}
+        with torch.autocast(images.device.type, enabled=False):  # sums over features, in fp32
+            about = {"student_logits": student_logits.float(), "teacher_logits": teacher_logits}
+            value = soft_and_hard(recipe, labels=labels, **about)
+            for stage in stages:
+                pair = {"student": ours[stage], "teacher": theirs[stage]}
+                if recipe.attention:
+                    value = value + recipe.attention * attention_transfer(**pair)
+                if recipe.hints:
+                    value = value + recipe.hints * hint(student=regressed[stage], teacher=theirs[stage])
+                if recipe.similarity and stage == stages[-1]:
+                    value = value + recipe.similarity * similarity(**pair)
         return value
 
     return taught
@@ -144,22 +142,25 @@ def soft_and_hard(
     student_logits, teacher_logits : float (images, classes).
     labels : int64 (images,).
     """
-    hard = functional.cross_entropy(student_logits, labels, label_smoothing=recipe.smoothing)
+    hard = functional.cross_entropy(student_logits, labels)
     if not recipe.soft:
         return hard
     about = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     about["temperature"] = recipe.temperature
-    soft = soft_labels.kd(**about) if recipe.soft == "kd" else soft_labels.dkd(labels=labels, **about)
+    if recipe.soft == "kd":
+        soft = soft_labels.kd(**about)
+    else:
+        soft = soft_labels.dkd(labels=labels, others=recipe.others, **about)
     return (1 - recipe.alpha) * hard + recipe.alpha * soft
 
 
 def smoothed(smoothing: float) -> Loss:
     """Cross-entropy with smoothed labels (Szegedy et al., 2016): what soft labels are without a teacher."""
-    recipe = Recipe(soft="", smoothing=smoothing)
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is {smoothing!r}: a share in [0, 1) is needed")
 
     def label_smoothing(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        logits = model(images).float()
-        return soft_and_hard(recipe, student_logits=logits, teacher_logits=logits, labels=labels)
+        return functional.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
 
     return label_smoothing
 
@@ -187,7 +188,13 @@ class Remembered:
 
 
 def remember(
-    teacher: nn.Module, pictures: Data, *, copies: int = 8, seed: int = 0, batch_size: int = 512
+    teacher: nn.Module,
+    pictures: Data,
+    *,
+    copies: int = 8,
+    augment: bool = True,
+    seed: int = 0,
+    batch_size: int = 512,
 ) -> Remembered:
     """Let the teacher look once at each picture in several fixed augmentations.
 
@@ -199,8 +206,9 @@ def remember(
     teacher : put into eval mode.
     pictures : the training split is used.
     copies : 1 or more; memory and the teacher's time grow with it.
-    seed : of the augmentations.
-    batch_size : pictures at once, a matter of memory and speed.
+    augment : without, all copies are the pictures as they are: one is enough.
+    seed : of the augmentations, drawn batch by batch.
+    batch_size : pictures at once.
     """
     if copies < 1:
         raise ValueError(f"copies is {copies}: at least one augmentation of each picture is needed")
@@ -211,13 +219,13 @@ def remember(
     every = pictures.train.images.repeat(copies, 1, 1, 1).split(batch_size)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
         for batch in progress(every, "the teacher looks"):
-            images.append(crop_and_flip(batch, generator, flip=pictures.flip))
+            images.append(crop_and_flip(batch, generator, flip=pictures.flip) if augment else batch)
             shown = pictures.normalize(images[-1].to(device)).to(memory_format=torch.channels_last)
             said.append(teacher(shown).float().half().cpu())
     teacher.to(device=home, memory_format=torch.contiguous_format)
     labels = pictures.train.labels.repeat(copies)
     train = Split(torch.cat(images), torch.arange(len(labels)))
-    return Remembered(replace(pictures, train=train), torch.cat(said).clone(), labels, copies)
+    return Remembered(replace(pictures, train=train), torch.cat(said), labels, copies)
 
 
 def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Loss:
@@ -226,7 +234,8 @@ def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Los
     Raises
     ------
     ValueError
-        For a recipe that compares features, which are not stored, or a student of other classes.
+        For a recipe that compares features, which are not stored, or a student of other classes; in training
+        for pictures that were augmented once more, which the teacher never saw.
     """
     if recipe.compared:
         raise ValueError("features are not stored: use taught_by for attention, hints and similarity")
@@ -238,14 +247,24 @@ def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Los
 
     def taught(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         rows = labels.cpu()
+        shown = memory.pictures.normalize(memory.pictures.train.images[rows].to(images.device))
+        if not torch.equal(shown, images):
+            raise ValueError("the teacher saw other pictures: fit on memory.pictures with augment=False")
         teacher_logits = memory.logits[rows].float().to(images.device)
         if recipe.shuffled:
-            teacher_logits = teacher_logits[torch.randperm(len(images))]
+            teacher_logits = teacher_logits.roll(_shift(len(images)), 0)
         truth = memory.labels[rows].to(images.device)
         logits = model(images).float()
         return soft_and_hard(recipe, student_logits=logits, teacher_logits=teacher_logits, labels=truth)
 
     return taught
+
+
+def _shift(images: int) -> int:
+    """By how many places teachings are moved so that none stays with its picture."""
+    if images < 2:
+        raise ValueError("one picture a batch cannot get another one's teaching")
+    return int(torch.randint(1, images, ()))
 
 
 def _check_pair(teacher: models.Spec, student: models.Spec) -> None:

@@ -29,8 +29,9 @@ train_epochs: float = 1.5  # [0.001, 1000] of fine-tuning, all steps together, a
 learning_rate: float = 0.02  # [0.00001, 1] peak of that training
 steps: int = 3  # [1, 100] cuts of an iterative or gradual schedule
 multiple: int = 8  # [1, 64] of which the number of channels is, as far as a layer has so many
-upstream: list = []  # run folder of 01_baseline, and of the parts before; empty: 01 with its defaults
+upstream: list = []  # run folders of 01_baseline and of the first part; empty: 01 with its defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
+claim: bool = True  # whether its points may be claimed
 seed: int = 1  # [0, 1000000] which pictures score, random scores, the order of training
 profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/03_pruning
@@ -76,9 +77,9 @@ figures.style()
 # %%
 run = start("03_pruning", globals(), needs=("01_baseline",))
 baseline, *before = run.upstream
-for earlier in before:
-    if (epochs := earlier.record.parameters["train_epochs"]) != train_epochs:
-        raise ValueError(f"train_epochs is {train_epochs}, but {epochs} in {earlier.run}: parts share it")
+for earlier, name in itertools.product(before, ("train_epochs", "learning_rate")):
+    if (given := earlier.record.parameters[name]) != globals()[name]:
+        raise ValueError(f"{name} is {globals()[name]}, but {given} in {earlier.run}: parts share it")
 reference = baseline.baseline
 model = artifact.load(baseline.artifact("fp32"), trainable=True).eval()
 spec = model.spec
@@ -118,6 +119,12 @@ def parsed(point: str) -> tuple[str, str, dict[str, str]]:
 
 
 # %%
+widths = {}  # MACs -> the Spec that a method of channels found, for from_scratch
+for row, path in ((row, made.artifact(row.artifact_sha256)) for made in before for row in made.compression):
+    if row.method in CHANNELS and not row.control:
+        widths.setdefault(parsed(f"{row.method}:{row.point}")[2]["macs"], artifact.read(path).spec)
+
+# %%
 ALLOWED = {  # whether a value makes sense, and what would
     "sparsity": (lambda text: 0 <= float(text) < 1, "a share of zeros in [0, 1), such as 0.9"),
     "macs": (lambda text: text[-1] == "x" and float(text[:-1]) >= 1, "how many times fewer, such as 4x"),
@@ -143,8 +150,9 @@ for place, point in enumerate([*points, *peers]):  # before any work
         raise ValueError(f"{point!r}: a schedule trains between its cuts, add 'tuned'")
     if "scanned" in values and float(values.get("sparsity", 0)) not in RATES:
         raise ValueError(f"{point!r}: the scan knows the rates {', '.join(map(str, RATES))}")
-    cut = [p for p in points[:place] if p.startswith("channels_") and f":macs={values.get('macs')}" in p]
-    if method == "from_scratch" and not cut and not before:
+    cut = [parsed(p) for p in points[:place]]
+    cut = [v["macs"] for name, _, v in cut if name in CHANNELS and name not in CONTROLS]
+    if method == "from_scratch" and values["macs"] not in {*cut, *widths}:
         raise ValueError(f"{point!r}: name the point of channels whose widths it takes before it")
 
 # %% [markdown]
@@ -588,12 +596,6 @@ def shares_of(values: dict[str, str]) -> list[float]:
 
 
 # %%
-widths = {}  # MACs -> the Spec that a method of channels found, for from_scratch
-for row, path in ((row, made.artifact(row.artifact_sha256)) for made in before for row in made.compression):
-    if row.method in CHANNELS and not row.control:
-        widths.setdefault(parsed(f"{row.method}:{row.point}")[2]["macs"], artifact.read(path).spec)
-
-
 @functools.lru_cache(maxsize=2)  # int8 comes behind its float network
 def finished(method: str, setting: str) -> tuple[torch.nn.Module, dict]:
     """A point's network but for its rounding, and what its training took."""
@@ -702,7 +704,7 @@ for division, (counted, methods) in itertools.product(
     able_to = [c for c in candidates if c["row"]["division"] == division and c["row"]["method"] in methods]
     able_to = [c for c in able_to if not c["row"]["control"] and "int8" not in c["row"]["point"]]
     able_to.sort(key=lambda c: (c[counted], c["bytes"]))
-    orders[division, counted] = [c["path"] for c in able_to]
+    orders[division, counted] = [c["path"] for c in able_to if claim]
 decided = claims.choose(orders, baseline=baseline.artifact("fp32"), dense=dense, pictures=pictures)
 for (division, counted), path in decided.claimed.items():
     print(f"claimed in the {division} division, fewest {counted}: {path.stem}")
