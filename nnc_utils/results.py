@@ -399,7 +399,7 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
     """Paired differences between methods on the test images, from the stored predictions.
 
     `RIVALS` at equal settings, `OURS`, fixed before, against Torch-Pruning at equal MACs, and each taught
-    student against the same student alone. Seeds are taken together.
+    student against the same one without a teacher. Seeds are taken together.
 
     Parameters
     ----------
@@ -441,6 +441,7 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
                 "theirs": theirs,
                 "their bytes": sizes[1],
                 "points": _delta(delta),
+                "seeds": len(found),
                 "verdict": "beats" if above else "not below" if reaches else "below",
             }
         )
@@ -465,7 +466,7 @@ def gaps(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.Da
     whole = compression[plain].set_index("seed")
     together: dict[str, list] = {}
     for mine, alone in _against_alone(compression):
-        if mine["seed"] in whole.index:
+        if alone["control"] == "student_alone" and mine["seed"] in whole.index:
             name = f"{mine['method']} {mine['point']}"
             together.setdefault(name, []).append((mine, alone, whole.loc[mine["seed"]]))
     lines = []
@@ -491,16 +492,17 @@ def _between(
 
 
 def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """Each taught student and the one of the same width and seed that was trained alone, as long."""
-    students = compression.assign(
-        control=compression["control"].fillna(""),
-        width=compression["point"].str.extract(r"(width=[^,]+)", expand=False),
+    """Each taught student and each without a teacher, of the same width, seed and number of pictures."""
+    students = compression[compression["technique"] == "distillation"]
+    students = students.assign(
+        control=students["control"].fillna(""),
+        width=students["point"].str.extract(r"width=([^,]+)", expand=False).astype(float),
     )
     pairs = []
-    for _, rows in students.dropna(subset=["width"]).groupby(["seed", "width"]):
-        taught = rows[~rows["control"].isin(ALONE)]
-        for _, alone in rows[rows["control"] == "student_alone"].iterrows():
-            pairs += [(mine, alone) for _, mine in taught.iterrows()]
+    for _, rows in students.dropna(subset=["width"]).groupby(["seed", "width", "train_images"]):
+        without = rows["control"].isin(ALONE)
+        for _, alone in rows[without].iterrows():
+            pairs += [(mine, alone) for _, mine in rows[~without].iterrows()]
     return pairs
 
 
@@ -526,11 +528,15 @@ def _setting(point: str) -> str:
 
 def _side_by_side(tables: Tables) -> str:
     found = [
-        comparisons(rows, tables.folder / "predictions", dataset=dataset)
+        [kind(rows, tables.folder / "predictions", dataset=dataset) for kind in (comparisons, gaps)]
         for dataset, rows in tables.compression.groupby("dataset")
     ]
-    lines = pd.concat(found).astype(str).to_dict("records") if any(map(len, found)) else []
-    return markdown(lines)
+    compared, closed = (pd.concat(side).astype(str).to_dict("records") for side in zip(*found, strict=True))
+    text = markdown(compared)
+    if closed:
+        text += "\n\nFrom the student alone to the uncompressed network, and what a teacher closes of that gap:\n\n"
+        text += markdown(closed)
+    return text
 
 
 def report(profile_dir: Path) -> str:

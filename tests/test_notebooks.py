@@ -3,6 +3,7 @@
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupytext
 import nbformat
@@ -77,6 +78,7 @@ def check_points(points, peers=(), name="02_quantization", **others):
     """Run the cells of a notebook that read its operating points."""
     from nnc_utils import models
     from nnc_utils import peers as counterparts
+    from nnc_utils.distillation import features, teaching
     from nnc_utils.pruning import channels
 
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
@@ -85,6 +87,8 @@ def check_points(points, peers=(), name="02_quantization", **others):
     [last] = [place for place, source in enumerate(sources) if "# before any work" in source]
     namespace = {"points": list(points), "peers": list(peers), "counterparts": counterparts, "before": []}
     namespace |= {"channels": channels, "spec": models.resnet(18, channels=1, size=28, classes=10)}
+    namespace |= {"teaching": teaching, "features": features, "models": models}
+    namespace["teacher"] = SimpleNamespace(spec=namespace["spec"])
     namespace |= others
     for source in sources[first - ("METHODS = {" in sources[first - 1]) : last + 1]:
         exec(source, namespace)
@@ -161,8 +165,15 @@ def test_operating_points_that_make_no_sense_are_refused(points, peers, message)
         (["kd:T=4"], [], "unknown point"),
         (["kd:width=0.25,beta=2"], [], "unknown point"),
         (["attention:width=0.25,cached"], [], "unknown point"),
+        (["kd:width=0.25,cached=yes"], [], "unknown point"),
+        (["kd:width=0.25,T=0"], [], "temperature is 0.0: a number above 0"),
+        (["kd:width=0.25,alpha=3"], [], "alpha is 3.0"),
+        (["kd:width=-1"], [], "width is -1.0"),
+        (["ensemble:width=0.25"], [], "an ensemble needs the baselines of other seeds"),
+        ([], ["label_smoothing:width=0.25,smoothing=2"], "smoothing is in"),
+        ([], ["dense_finetuned:width=0.5"], "unknown point"),
         (["kd:width=small"], [], "settings are numbers, as in width=0.25"),
-        (["student_alone:width=0.25"], [], "those without its help into controls"),
+        (["student_alone:width=0.25"], [], "those without a teacher's help into controls"),
         ([], ["kd:width=0.25"], "students of a teacher belong into points"),
         (["kd:width=0.25,shuffled"], [], "belong into points"),
     ],

@@ -149,30 +149,45 @@ def test_every_way_to_teach(pictures, tmp_path):
     )
     points = [f"{method}:width=0.125" for method in methods] + ["kd:width=0.125,T=2,alpha=1,cached"]
     controls = [f"{name}:width=0.125" for name in ("student_alone", "label_smoothing", "student_longer")]
-    controls.append("kd:width=0.125,cached,shuffled")
+    controls += ["kd:width=0.125,cached,shuffled", "dense_finetuned"]
     settings = {"epochs": 1.0, "copies": 2, "controls": controls}
     upstream = [str(tmp_path / f"baseline{seed}") for seed in (1, 2)]
     made = execute("04_distillation", tmp_path / "taught", upstream=upstream, points=points, **settings)
-    rows = {f"{row['method']}:{row['point']}": row for row in made["compression"]}
-    assert set(rows) == {*points, *controls} and not made["extra"]["missing"]
-    assert len({row["artifact_sha256"] for row in rows.values()}) == len(rows)  # each learns something else
-    assert len({row["artifact_bytes"] for row in rows.values()}) < 4  # and all are the same network
-    for name, row in rows.items():
-        longer = 2 if row["method"] == "student_longer" else 1
-        assert row["train_images"] == longer * rows["student_alone:width=0.125"]["train_images"], name
-        assert (row["division"], row["technique"]) == ("open", "distillation")
-    controls = {name: row["control"] for name, row in rows.items() if row["control"]}
-    assert controls == {
-        "student_alone:width=0.125": "student_alone",
-        "label_smoothing:width=0.125": "label_smoothing",
-        "student_longer:width=0.125": "student_longer",
-        "kd:width=0.125,cached,shuffled": "shuffled_teacher",
+    rows = {(row["method"], row["control"], "cached" in row["point"]): row for row in made["compression"]}
+    assert set(rows) == {
+        *((method, "", False) for method in methods),
+        ("kd", "", True),
+        ("kd", "shuffled_teacher", True),
+        *((name, name, False) for name in ("student_alone", "label_smoothing", "student_longer")),
+        ("dense_finetuned", "dense_finetuned", False),
     }
-    [claimed] = [name for name, row in rows.items() if row["headline"]]
-    assert claimed in points
-    alone = {"upstream": upstream[:1], "controls": ["student_alone:width=0.125"]}
-    one = execute("04_distillation", tmp_path / "one", **alone, points=points[8:9], epochs=0.2)
-    assert list(one["extra"]["missing"]) == ["ensemble:width=0.125"] and len(one["compression"]) == 1
+    assert rows["kd", "", True]["point"] == "width=0.125,T=2,alpha=1,cached"  # all settings, in one order
+    assert rows["dkd", "", False]["point"] == "width=0.125,T=4,alpha=0.5,others=8"
+    assert len({row["artifact_sha256"] for row in rows.values()}) == len(rows)  # each learns something else
+    alone = rows["student_alone", "student_alone", False]
+    seconds = {key: row["train_seconds"] for key, row in rows.items()}
+    for (method, control, _), row in rows.items():
+        longer = 2 if method in ("student_longer", "self") else 1  # what taught `self` counts, too
+        assert row["train_images"] == longer * alone["train_images"], (method, control)
+        assert (row["division"], row["technique"]) == ("open", "distillation")
+        if method != "dense_finetuned":
+            assert (row["params"], row["macs"]) == (alone["params"], alone["macs"])
+    assert seconds["self", "", False] > seconds["student_alone", "student_alone", False]
+    # the best on validation of those with an equal budget is claimed
+    found = {(v["method"], v["control"], "cached" in v["point"]): v for v in made["extra"]["validation"]}
+    [claimed] = [key for key, row in rows.items() if row["headline"]]
+    able = [
+        key
+        for key, row in rows.items()
+        if not row["control"] and row["train_images"] == alone["train_images"]
+    ]
+    assert found[claimed]["validation accuracy"] == max(found[key]["validation accuracy"] for key in able)
+    assert claimed in able and ("self", "", False) not in able
+    dense = rows["dense_finetuned", "dense_finetuned", False]
+    assert {row["reference_sha256"] for row in rows.values()} <= {
+        dense["reference_sha256"],
+        dense["artifact_sha256"],
+    }
 
 
 def test_a_value_out_of_range_stops_before_any_work(tmp_path):

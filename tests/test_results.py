@@ -381,7 +381,7 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
         predictions[:wrong] = (predictions[:wrong] + 1) % 10
         np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
         made.append({"method": method, "point": point, "artifact_bytes": size, "artifact_sha256": sha256})
-        made[-1] |= {"seed": 1, "control": control or np.nan}
+        made[-1] |= {"seed": 1, "control": control or np.nan, "technique": "quantization"}
 
     made = []
     row("kmeans", "bits=2", 100, 300)
@@ -447,10 +447,55 @@ def test_fisher_channels_meet_each_counterpart_at_equal_macs_and_training(tmp_pa
         predictions[:wrong] = (predictions[:wrong] + 1) % 10
         np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
         made.append({"method": method, "point": point, "artifact_bytes": 100, "artifact_sha256": sha256})
-        made[-1] |= {"seed": 1, "control": control}
+        made[-1] |= {"seed": 1, "control": control, "technique": "pruning"}
     found = results.comparisons(pd.DataFrame(made), tmp_path, dataset="digits")
     assert found[["ours", "theirs", "verdict"]].values.tolist() == [
         ["channels_fisher macs=4x mended tuned", "torch_pruning_taylor macs=4x even tuned", "beats"],
         ["channels_fisher macs=4x tuned", "torch_pruning_taylor macs=4x even tuned", "below"],
         ["channels_fisher macs=8x mended tuned", "torch_pruning_taylor macs=8x even tuned", "below"],
     ]
+
+
+def test_taught_students_meet_those_alone_over_all_seeds(tmp_path):
+    labels = np.tile(np.arange(10, dtype=np.uint8), 100)
+    np.save(tmp_path / tables.labels_name("digits"), labels)
+    made = []
+
+    def row(method, point, wrong, *, seed, control="", images=100, technique="distillation"):
+        sha256 = f"{len(made) + 1:016x}" + "0" * 48
+        predictions = labels.copy()
+        predictions[:wrong] = (predictions[:wrong] + 1) % 10
+        np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
+        made.append({"method": method, "point": point, "artifact_bytes": 100 + seed, "control": control})
+        made[-1] |= {"artifact_sha256": sha256, "seed": seed, "train_images": images, "technique": technique}
+
+    for seed in (1, 2):
+        row("train", "", 20, seed=seed, technique="baseline", images=900)
+        row("student_alone", "width=0.25", 60, seed=seed, control="student_alone")
+        row("student_longer", "width=0.25,times=2", 50, seed=seed, control="student_longer", images=200)
+        row("kd", "width=0.25,T=4,alpha=0.9", 50 if seed == 1 else 30, seed=seed)
+        row("kd", "width=0.25,T=4,alpha=0.9,shuffled", 90, seed=seed, control="shuffled_teacher")
+        row("self", "width=0.25,T=4,alpha=0.9", 40, seed=seed, images=200)
+        row("kd", "width=0.5,T=4,alpha=0.9", 10, seed=seed)  # nobody of its width is alone
+        row("student_alone", "width=0.125", 20, seed=seed, control="student_alone")
+        row("dkd", "width=0.125,T=4,alpha=0.5,others=8", 10, seed=seed)
+    compression = pd.DataFrame(made)
+    found = results.comparisons(compression, tmp_path, dataset="digits")
+    assert sorted(found[["ours", "theirs", "seeds", "verdict"]].values.tolist()) == [
+        ["dkd width=0.125,T=4,alpha=0.5,others=8", "student_alone width=0.125", 2, "beats"],
+        ["kd width=0.25,T=4,alpha=0.9", "student_alone width=0.25", 2, "beats"],
+        ["kd width=0.25,T=4,alpha=0.9,shuffled", "student_alone width=0.25", 2, "below"],
+        ["self width=0.25,T=4,alpha=0.9", "student_longer width=0.25,times=2", 2, "beats"],
+    ]
+    # d is the mean over the seeds: 1 for 10 pictures, 1/2 for 20 of 1000
+    difference = np.repeat([1.0, 0.5, 0.0], [10, 20, 970])
+    half = 100 * 1.96 * difference.std(ddof=1) / np.sqrt(1000)
+    by_name = found.set_index("ours")
+    assert by_name["points"]["kd width=0.25,T=4,alpha=0.9"] == f"+2.00 [{2 - half:+.2f}, {2 + half:+.2f}]"
+    assert by_name["bytes"]["kd width=0.25,T=4,alpha=0.9"] == 102  # (101 + 102) / 2, rounded to even
+    closed = results.gaps(compression, tmp_path, dataset="digits").set_index("student")["closed"].to_dict()
+    assert closed == {
+        "kd width=0.25,T=4,alpha=0.9": "50 %",  # 2 points of 4
+        "kd width=0.25,T=4,alpha=0.9,shuffled": "-75 %",
+        "dkd width=0.125,T=4,alpha=0.5,others=8": "no gap",
+    }
