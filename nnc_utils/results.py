@@ -494,6 +494,8 @@ def _between(
 def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
     """Each taught student and each without a teacher, of the same width, seed and number of pictures."""
     students = compression[compression["technique"] == "distillation"]
+    if students.empty:
+        return []
     students = students.assign(
         control=students["control"].fillna(""),
         width=students["point"].str.extract(r"width=([^,]+)", expand=False).astype(float),
@@ -534,7 +536,9 @@ def _side_by_side(tables: Tables) -> str:
     compared, closed = (pd.concat(side).astype(str).to_dict("records") for side in zip(*found, strict=True))
     text = markdown(compared)
     if closed:
-        text += "\n\nFrom the student alone to the uncompressed network, and what a teacher closes of that gap:\n\n"
+        text += (
+            "\n\nFrom the student alone to the uncompressed network: what a teacher closes of that gap:\n\n"
+        )
         text += markdown(closed)
     return text
 
