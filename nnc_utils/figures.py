@@ -108,26 +108,25 @@ def macs_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
 
 
 def parameters_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
-    """Does a teacher help a small network? Students' accuracy with intervals; grey: without its help."""
+    """Does a teacher help a small network? Means over seeds; grey: without a teacher's help.
+
+    Bars are the deviation between seeds; of a single seed, its interval.
+    """
     axes = axes or plt.subplots(figsize=(8, 4.2))[1]
-    rows = compression.assign(
-        arm=compression["control"].where(compression["control"] != "", compression["method"])
-    )
-    dense = _is_reference(rows)
+    arm = compression["control"].where(compression["control"] != "", compression["method"])
+    dense, rows = _is_reference(compression), compression.assign(arm=arm)
     for value in rows[dense]["accuracy"]:
         axes.axhline(value, color="grey", linewidth=1)
     arms = rows[~dense].groupby("arm", sort=False)
     for number, (arm, found) in enumerate(arms):
+        found = found.assign(half=(found["delta_ci_high"] - found["delta_ci_low"]) / 2)
+        points = found.groupby(["point", "params"], sort=False)
+        mean, half = points["accuracy"].mean(), points["accuracy"].std().fillna(points["half"].mean())
         # side by side, since all students of a width have as many parameters
-        places = found["params"] * 1.07 ** (number - (len(arms) - 1) / 2)
-        spread = [
-            found["accuracy_delta"] - found["delta_ci_low"],
-            found["delta_ci_high"] - found["accuracy_delta"],
-        ]
-        helped = (found["control"] == "").all()
+        places = mean.index.get_level_values("params") * 1.07 ** (number - (len(arms) - 1) / 2)
         style = {"marker": MARKERS[number % len(MARKERS)], "capsize": 3, "linestyle": "none"}
-        style |= {} if helped else {"markerfacecolor": "none", "color": "grey"}
-        axes.errorbar(places, found["accuracy"], spread, label=name(arm), **style)
+        style |= {} if (found["control"] == "").all() else {"markerfacecolor": "none", "color": "grey"}
+        axes.errorbar(places, mean, half, label=name(arm), **style)
     axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)")
     axes.set_title("Does a teacher help a small network?")
     counts = sorted(set(rows[~dense]["params"]))
@@ -257,8 +256,9 @@ def headline(profile_dir: Path) -> Figure:
     figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 8, 4.5))
     left, *rest = np.atleast_1d(panels)
     compression = read_table(profile_dir / "compression.csv")
-    pruned = (compression["technique"] == "pruning") | compression["method"].str.startswith("torch_pruning")
-    size_against_accuracy(compression[~pruned | (compression["headline"] == 1)], left)
+    many = compression["technique"].isin(["pruning", "distillation"])  # of them, what is claimed
+    many |= compression["method"].str.startswith("torch_pruning")
+    size_against_accuracy(compression[~many | (compression["headline"] == 1)], left)
     for right in rest:
         frontier(latency, right, threads=int(latency["threads"].min()))
     figure.tight_layout()

@@ -85,6 +85,33 @@ def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():
     }
 
 
+def test_parameters_against_accuracy_holds_the_means_and_spreads_of_all_arms():
+    rows = [
+        ("baseline", "train", "", "", 8_000, 93.0, 1),
+        ("distillation", "student_alone", "width=0.25", "student_alone", 500, 91.0, 1),
+        ("distillation", "student_alone", "width=0.25", "student_alone", 500, 92.0, 2),
+        ("distillation", "kd", "width=0.25,T=4", "", 500, 92.5, 1),
+        ("distillation", "kd", "width=0.5,T=4", "", 2_000, 92.8, 1),
+        ("distillation", "kd", "width=0.25,T=4,shuffled", "shuffled_teacher", 500, 60.0, 1),
+    ]
+    columns = ("technique", "method", "point", "control", "params", "accuracy", "seed")
+    table = pd.DataFrame(rows, columns=columns)
+    table = table.assign(accuracy_delta=0.0, delta_ci_low=-0.2, delta_ci_high=0.2)
+    axes = figures.parameters_against_accuracy(table).axes[0]
+    drawn = {bars.get_label(): bars for bars in axes.containers}
+    assert list(drawn) == ["student alone", "soft labels", "shuffled teacher"]
+    assert [list(bars.lines[0].get_ydata()) for bars in drawn.values()] == [[91.5], [92.5, 92.8], [60.0]]
+    halves = [
+        round(float(ends[1][1] - ends[0][1]) / 2, 4)
+        for bars in drawn.values()
+        for ends in bars.lines[2][0].get_segments()
+    ]
+    assert halves == [round(0.5**0.5, 4), 0.2, 0.2, 0.2]  # between seeds; of one seed its interval
+    greys = [bars.lines[0].get_color() == "grey" for bars in drawn.values()]
+    assert greys == [True, False, True]
+    assert "↓ 1 more down to 60.0 %" in {text.get_text() for text in axes.texts}
+
+
 def test_latency_bars_are_the_medians_at_batch_one_without_the_identity():
     axes = figures.latency_bars(LATENCY).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [7.0, 4.0, 1.25]
