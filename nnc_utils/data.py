@@ -71,6 +71,8 @@ class Data:
     mean, std : of each channel of train, on the scale 0..1.
     flip : whether a mirrored picture keeps its label; false for digits. For your own pictures of
         something that has a handedness (text, say): ``dataclasses.replace(data, flip=False)``.
+    shift : by how many pixels augmentation moves a picture at most; an eighth of its size when None.
+        Fashion-MNIST's pictures are centred and fill their frame: one pixel.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool = True
+    shift: int | None = None
 
     @property
     def channels(self) -> int:
@@ -95,6 +98,10 @@ class Data:
     def normalize(self, images: Tensor) -> Tensor:
         """See `normalize`, with this data set's mean and deviation."""
         return normalize(images, self.mean, self.std)
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """See `augment`, with what this data set allows."""
+        return augment(images, generator, flip=self.flip, padding=self.shift)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -192,7 +199,8 @@ def load(name: str, *, root: str | Path | None = None, size: int | None = None) 
     if size is not None:
         splits = {which: _resized(split, size) for which, split in splits.items()}
     mean, std = _moments(splits["train"].images)
-    return Data(name, **splits, classes=classes, mean=mean, std=std, flip=kind != "digits")
+    shift = max(1, round(splits["train"].images.shape[2] / 28)) if kind == "fashion_mnist" else None
+    return Data(name, **splits, classes=classes, mean=mean, std=std, flip=kind != "digits", shift=shift)
 
 
 def _resized(split: Split, size: int) -> Split:

@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from nnc_utils import evaluation, models
 from nnc_utils.data import Data
-from nnc_utils.data import augment as crop_and_flip
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -226,7 +225,7 @@ def batches(
     for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
         images = data.train.images[chosen]
         if augment:
-            images = crop_and_flip(images, generator, flip=data.flip)
+            images = data.augment(images, generator)
         images = data.normalize(images.to(device)).to(memory_format=torch.channels_last)
         yield images, data.train.labels[chosen].to(device)
 
@@ -374,9 +373,8 @@ def _network_digest(model: nn.Module) -> str:
 
 def _data_digest(data: Data) -> str:
     images, labels = data.train.images, data.train.labels
-    return _digest(
-        {"images": images, "labels": labels, "mean": data.mean, "std": data.std, "flip": data.flip}
-    )
+    about = {"mean": data.mean, "std": data.std, "flip": data.flip, "shift": data.shift}
+    return _digest({"images": images, "labels": labels} | about)
 
 
 def _save(path: Path, call: dict[str, object], parts: dict[str, object], history: History) -> None:

@@ -1,5 +1,6 @@
 """Data sets: against scikit-learn's and torchvision's readers, Pillow, NumPy, and sources taken away."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -112,6 +113,15 @@ def test_augment_gives_every_shift_and_mirror_and_nothing_else(size, padding, pi
     assert {row.tobytes() for row in made.numpy()} == {np.ascontiguousarray(a).tobytes() for a in allowed}
     again = data.augment(batch, torch.Generator().manual_seed(3), flip=flip, padding=padding)
     assert torch.equal(made, again)
+
+
+def test_a_data_set_says_how_far_its_pictures_may_move():
+    digits = data.load("digits")
+    assert (digits.shift, data.load("digits", size=16).shift) == (None, None)
+    image = torch.randint(1, 256, (1, 1, 12, 12), dtype=torch.uint8).expand(2000, -1, -1, -1)
+    moved = dataclasses.replace(digits, shift=2).augment(image, torch.Generator().manual_seed(1))
+    allowed = {np.ascontiguousarray(a).tobytes() for a in shifts(image[0].numpy(), 2)}
+    assert {row.tobytes() for row in moved.numpy()} == allowed  # two pixels, and digits have no mirror
 
 
 def test_augment_keeps_each_picture_in_its_place():

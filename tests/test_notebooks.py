@@ -174,7 +174,7 @@ def test_operating_points_that_make_no_sense_are_refused(points, peers, message)
         ([], ["dense_finetuned:width=0.5"], "unknown point"),
         (["kd:width=small"], [], "settings are numbers, as in width=0.25"),
         (["student_alone:width=0.25"], [], "those without a teacher's help into controls"),
-        ([], ["kd:width=0.25"], "students of a teacher belong into points"),
+        ([], ["kd:width=0.25"], "taught students belong into points"),
         (["kd:width=0.25,shuffled"], [], "belong into points"),
     ],
 )

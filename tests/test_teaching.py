@@ -101,7 +101,7 @@ def test_a_careless_callers_teacher_teaches_what_it_does_in_eval_mode(teacher):
     about = {"student_logits": student(images), "temperature": 4.0}
     right, wrong = (soft_labels.kd(teacher_logits=logits, **about) for logits in (in_eval, in_train))
     torch.testing.assert_close(found, right)
-    assert abs((wrong - right).item()) > 0.01 * right.item()
+    assert abs((wrong - right).item()) > 1e-3 * right.item()
 
 
 def test_hints_train_the_regressors_and_leave_a_plain_student(teacher):
@@ -249,7 +249,7 @@ def test_a_teacher_that_does_not_fit():
     with pytest.raises(
         ValueError, match="the teacher saw other pictures: fit on memory.pictures with augment"
     ):
-        training.fit(student, memory.pictures, epochs=0.1, loss=again, augment=True, device=CPU)
+        training.fit(student, memory.pictures, epochs=0.5, loss=again, augment=True, device=CPU)
     with pytest.raises(ValueError, match="one picture a batch"):
         teaching.taught_by(resnet(0.25), Recipe(shuffled=True), student.spec)(student, *batch(1))
 

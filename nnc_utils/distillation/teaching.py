@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from nnc_utils import models
 from nnc_utils.data import Data, Split
-from nnc_utils.data import augment as crop_and_flip
 from nnc_utils.distillation import soft_labels
 from nnc_utils.distillation.attention import attention_transfer
 from nnc_utils.distillation.features import check_stages, hint, outputs, similarity
@@ -219,7 +218,7 @@ def remember(
     every = pictures.train.images.repeat(copies, 1, 1, 1).split(batch_size)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
         for batch in progress(every, "the teacher looks"):
-            images.append(crop_and_flip(batch, generator, flip=pictures.flip) if augment else batch)
+            images.append(pictures.augment(batch, generator) if augment else batch)
             shown = pictures.normalize(images[-1].to(device)).to(memory_format=torch.channels_last)
             said.append(teacher(shown).float().half().cpu())
     teacher.to(device=home, memory_format=torch.contiguous_format)
