@@ -158,7 +158,7 @@ def fit(
     }
     _check(model, data, call, threads)
     if checkpoint:
-        call |= {"starting network": _network_digest(model), "training data": _data_digest(data)}
+        call |= {"starting network": network_digest(model), "training data": data_digest(data)}
     device = torch.device(device) if device else default_device()
     home = next(model.parameters()).device
     steps = len(data.train.labels) // batch_size
@@ -366,12 +366,14 @@ def _digest(content: dict[str, object]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _network_digest(model: nn.Module) -> str:
+def network_digest(model: nn.Module) -> str:
+    """Which network it is: the beginning of a SHA-256 of its state."""
     ranges = {name: (place.scale, place.zero_point) for name, place in models.activations(model).items()}
     return _digest({**model.state_dict(), **ranges})
 
 
-def _data_digest(data: Data) -> str:
+def data_digest(data: Data) -> str:
+    """Which training pictures they are, and how they are normalized and augmented."""
     images, labels = data.train.images, data.train.labels
     about = {"mean": data.mean, "std": data.std, "flip": data.flip, "shift": data.shift}
     return _digest({"images": images, "labels": labels} | about)

@@ -175,6 +175,22 @@ def test_what_the_teacher_said_stays_with_its_picture():
     assert torch.equal(again.logits, memory.logits)
 
 
+def test_a_teacher_need_not_look_twice(tmp_path):
+    network, about = Pixels(), {"copies": 2, "seed": 5, "file": tmp_path / "said.npz"}
+    memory = teaching.remember(network, DIGITS, **about)
+    network.forward = None  # whoever looks again, fails
+    again = teaching.remember(network, DIGITS, **about)
+    assert torch.equal(again.logits, memory.logits) and again.seconds == memory.seconds
+    assert torch.equal(again.pictures.train.images, memory.pictures.train.images)
+    for other in (about | {"seed": 6}, about | {"copies": 1}):
+        with pytest.raises(ValueError, match="of another teacher, pictures or augmentation"):
+            teaching.remember(network, DIGITS, **other)
+    network = Pixels()
+    network.scale.data.fill_(2.0)
+    with pytest.raises(ValueError, match="of another teacher, pictures or augmentation"):
+        teaching.remember(network, DIGITS, **about)
+
+
 def test_remembering_teaches_as_well(teacher):
     memory = teaching.remember(teacher, DIGITS, copies=2, seed=0)
     student = resnet(0.125)

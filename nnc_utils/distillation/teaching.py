@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnc_utils import models
+from nnc_utils import models, training
 from nnc_utils.data import Data, Split
 from nnc_utils.distillation import soft_labels
 from nnc_utils.distillation.attention import attention_transfer
@@ -178,12 +182,14 @@ class Remembered:
     logits : the teacher's, float16 (rows, classes).
     labels : the true classes, int64 (rows,).
     copies : augmentations of each picture; an epoch over them is so many over the data set.
+    seconds : that the teacher looked for.
     """
 
     pictures: Data
     logits: Tensor
     labels: Tensor
     copies: int
+    seconds: float
 
 
 def remember(
@@ -194,6 +200,7 @@ def remember(
     augment: bool = True,
     seed: int = 0,
     batch_size: int = 512,
+    file: str | Path | None = None,
 ) -> Remembered:
     """Let the teacher look once at each picture in several fixed augmentations.
 
@@ -208,23 +215,50 @@ def remember(
     augment : without, all copies are the pictures as they are: one is enough.
     seed : of the augmentations, drawn batch by batch.
     batch_size : pictures at once.
+    file : a ``.npz`` in which the logits are kept; where it exists, the teacher does not look again.
+
+    Raises
+    ------
+    ValueError
+        For fewer copies than one, or where `file` is of another teacher, pictures or augmentation.
     """
     if copies < 1:
         raise ValueError(f"copies is {copies}: at least one augmentation of each picture is needed")
-    device, home = default_device(), next(teacher.parameters()).device
-    teacher.eval().to(device=device, memory_format=torch.channels_last)
+    call = [training.network_digest(teacher), training.data_digest(pictures)]
+    call += [copies, augment, seed, batch_size]
+    kept = _kept(Path(file), call) if file and Path(file).exists() else None
     generator = torch.Generator().manual_seed(seed)
-    images, said = [], []
     every = pictures.train.images.repeat(copies, 1, 1, 1).split(batch_size)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
-        for batch in progress(every, "the teacher looks"):
-            images.append(pictures.augment(batch, generator) if augment else batch)
-            shown = pictures.normalize(images[-1].to(device)).to(memory_format=torch.channels_last)
-            said.append(teacher(shown).float().half().cpu())
-    teacher.to(device=home, memory_format=torch.contiguous_format)
+    images = [pictures.augment(batch, generator) if augment else batch for batch in every]
+    logits, seconds = kept or _look(teacher, pictures, images)
+    if file and not kept:
+        np.savez(file, logits=logits.numpy(), seconds=seconds, call=json.dumps(call))
     labels = pictures.train.labels.repeat(copies)
     train = Split(torch.cat(images), torch.arange(len(labels)))
-    return Remembered(replace(pictures, train=train), torch.cat(said), labels, copies)
+    return Remembered(replace(pictures, train=train), logits, labels, copies, seconds)
+
+
+def _look(teacher: nn.Module, pictures: Data, batches: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """A teacher's logits, float16, of pictures as they are given, and the seconds that it took."""
+    device, home, begin = default_device(), next(teacher.parameters()).device, time.perf_counter()
+    teacher.eval().to(device=device, memory_format=torch.channels_last)
+    said = []
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+        for batch in progress(batches, "the teacher looks"):
+            shown = pictures.normalize(batch.to(device)).to(memory_format=torch.channels_last)
+            said.append(teacher(shown).float().half().cpu())
+    teacher.to(device=home, memory_format=torch.contiguous_format)
+    return torch.cat(said), time.perf_counter() - begin
+
+
+def _kept(file: Path, call: list) -> tuple[Tensor, float]:
+    """What an earlier call of `remember` kept."""
+    with np.load(file) as kept:
+        if json.loads(str(kept["call"])) != call:
+            raise ValueError(
+                f"{file} is of another teacher, pictures or augmentation: delete it or name another"
+            )
+        return torch.from_numpy(kept["logits"]), float(kept["seconds"])
 
 
 def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Loss:

@@ -27,7 +27,8 @@ controls: list = ["student_alone:width=0.25", "attention:width=0.25,beta=100,shu
 epochs: float = 2.0  # [0.001, 1000] of each student's training
 learning_rate: float = 0.05  # [0.00001, 1] peak of that training
 copies: int = 2  # [1, 64] augmentations of each picture in which a teacher looks before ("cached")
-upstream: list = []  # run folders of 01_baseline: of this seed, then of others; empty: 01 with its defaults
+upstream: list = []  # run folders of 01_baseline, own seed first, and of a part with resnet50; empty: 01's defaults
+part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 seed: int = 1  # [0, 1000000] of the students' weights, the order and the augmentation
 profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/04_distillation
@@ -74,8 +75,10 @@ METHODS = {  # what is taught -> the settings it has beside the width
     "ensemble": {"T": 4.0, "alpha": 0.9},
 }
 ALONE = {"student_alone": {}, "label_smoothing": {"smoothing": 0.1}, "student_longer": {"times": 2.0}}
-SETTINGS = METHODS | ALONE | {"dense_finetuned": {}}
+LARGE = {"dense_finetuned": {}, "resnet50": {"epochs": 12.0}}  # no students: a reference, and a larger teacher
+SETTINGS = METHODS | ALONE | LARGE
 LOGITS = ("kd", "dkd", "self", "ensemble")  # what a teacher that has looked before can teach
+FLAGS = {"shuffled": METHODS, "cached": LOGITS, "resnet50": set(METHODS) - {"self", "ensemble"}}
 
 
 # %%
@@ -84,8 +87,8 @@ def parsed(point: str) -> tuple[str, dict[str, float], set[str]]:
     method, _, setting = point.partition(":")
     parts = [part.partition("=") for part in setting.split(",") if part]
     flags, given = {key for key, sign, _ in parts if not sign}, {k: v for k, sign, v in parts if sign}
-    needed = {"width"} if method != "dense_finetuned" else set()
-    allowed = {flag for flag, able in (("shuffled", METHODS), ("cached", LOGITS)) if method in able}
+    needed = {"width"} if method not in LARGE else set()
+    allowed = {flag for flag, able in FLAGS.items() if method in able}
     if (
         method not in SETTINGS
         or not needed <= set(given) <= needed | set(SETTINGS[method])
@@ -94,7 +97,7 @@ def parsed(point: str) -> tuple[str, dict[str, float], set[str]]:
         known = ", ".join(
             f"{name}:width=...{''.join(f',{k}=...' for k in s)}" for name, s in SETTINGS.items()
         )
-        flagged = f"with ',shuffled'; {', '.join(LOGITS)} with ',cached'"
+        flagged = "; ".join(f"with ',{flag}': {', '.join(sorted(able))}" for flag, able in FLAGS.items())
         raise ValueError(f"unknown point {point!r}: one of {known}; {flagged}")
     try:
         return method, SETTINGS[method] | {key: float(value) for key, value in given.items()}, flags
@@ -123,6 +126,7 @@ def recipe(point: str) -> teaching.Recipe:
 # %%
 about = {key: getattr(teacher.spec, key) for key in ("channels", "size", "classes", "stem")}
 others = [earlier for earlier in before if earlier.record.notebook == "01_baseline"]
+have = {point.partition(":")[0] for point in controls} | {row.method for e in before for row in e.compression}
 for place, point in enumerate([*points, *controls]):  # before any work
     method, settings, flags = parsed(point)
     if (method not in METHODS or "shuffled" in flags) != (place >= len(points)):
@@ -134,6 +138,8 @@ for place, point in enumerate([*points, *controls]):  # before any work
         features.check_stages(student, recipe(point).compared)
     if not 0 <= settings.get("smoothing", 0) < 1 or settings.get("times", 1) <= 0:
         raise ValueError(f"{point!r}: smoothing is in [0, 1), times above 0")
+    if "resnet50" in flags - have:
+        raise ValueError(f"{point!r}: put resnet50:epochs=12 into controls, or a run that has it into upstream")
     if method == "ensemble" and not others:
         raise ValueError(f"{point!r}: an ensemble needs the baselines of other seeds in upstream")
 
@@ -363,15 +369,30 @@ pd.DataFrame(
 # seeds together.
 
 # %%
-def built(width: float) -> models.ResNet:
-    """A student before training, the same for every method."""
+def untrained(method: str, settings: dict[str, float]) -> models.ResNet:
+    """A network before training; students of a width are the same for every method."""
+    if method == "dense_finetuned":
+        return copy.deepcopy(teacher)
     torch.manual_seed(seed)
-    return models.build(models.resnet(18, width=width, **about))
+    depth, width = (50, 1.0) if method == "resnet50" else (18, settings["width"])
+    return models.build(models.resnet(depth, width=width, **about))
 
 
 @functools.cache
-def teacher_of(method: str, width: float) -> tuple[torch.nn.Module, dict]:
-    """Who teaches, and what its training took beyond the baseline's."""
+def resnet50() -> tuple[torch.nn.Module, float]:
+    """The larger teacher, of an earlier part or trained here, and the seconds that its training took."""
+    for earlier in before:
+        for row in (row for row in earlier.compression if row.method == "resnet50"):
+            return artifact.load(earlier.artifact(row.artifact_sha256)), row.train_seconds
+    path, took = saved(next(point for point in controls if point.startswith("resnet50")))
+    return artifact.load(path), took["train_seconds"]
+
+
+@functools.cache
+def teacher_of(method: str, width: float, larger: bool) -> tuple[torch.nn.Module, dict]:
+    """Who teaches, and what its training took beyond the baselines'."""
+    if larger:  # its pictures do not count, as the baselines' do not; its time does
+        return resnet50()[0], {"train_seconds": resnet50()[1]}
     if method == "self":
         return made(f"student_alone:width={width:g}")
     if method == "ensemble":
@@ -381,11 +402,13 @@ def teacher_of(method: str, width: float) -> tuple[torch.nn.Module, dict]:
 
 
 @functools.cache
-def remembered(who: torch.nn.Module) -> tuple[teaching.Remembered, float]:
-    """What a teacher said of every training picture, and the seconds that it took."""
-    begin, augment = time.perf_counter(), recipe_of_01["augment"]
-    memory = teaching.remember(who, pictures, copies=copies if augment else 1, augment=augment, seed=seed)
-    return memory, time.perf_counter() - begin
+def remembered(who: torch.nn.Module) -> teaching.Remembered:
+    """What a teacher said of every training picture, now or in an earlier part."""
+    name, augment = f"remembered_{training.network_digest(who)}.npz", recipe_of_01["augment"]
+    kept = [(e.folder / name, e.record.seed) for e in before if (e.folder / name).is_file()]
+    file, drawn = kept[0] if kept else (run.path(name), seed)
+    options = {"copies": copies if augment else 1, "augment": augment, "seed": drawn, "file": file}
+    return teaching.remember(who, pictures, **options)
 
 
 # %%
@@ -395,15 +418,15 @@ batch_size = recipe_of_01["batch_size"]
 def lesson(point: str, student: models.Spec):
     """A student's loss, its pictures, whether to augment them, and what the teacher took."""
     method, settings, flags = parsed(point)
-    if method not in METHODS:
+    if method not in METHODS:  # the larger teacher, too, is trained by labels
         smoothing = settings.get("smoothing", 0.0)
         loss = teaching.smoothed(smoothing) if smoothing else training.cross_entropy
         return loss, pictures, recipe_of_01["augment"], {}
-    who, took = teacher_of(method, settings["width"])
+    who, took = teacher_of(method, settings["width"], "resnet50" in flags)
     if "cached" not in flags:
         return teaching.taught_by(who, recipe(point), student), pictures, recipe_of_01["augment"], took
-    memory, seconds = remembered(who)
-    took = took | {"train_seconds": took.get("train_seconds", 0.0) + seconds}
+    memory = remembered(who)
+    took = took | {"train_seconds": took.get("train_seconds", 0.0) + memory.seconds}
     return teaching.taught_from(memory, recipe(point), student), memory.pictures, False, took
 
 
@@ -412,11 +435,12 @@ def lesson(point: str, student: models.Spec):
 def made(point: str) -> tuple[torch.nn.Module, dict]:
     """A trained student, and what that took."""
     method, settings, _ = parsed(point)
-    student = built(settings["width"]) if "width" in settings else copy.deepcopy(teacher)
+    student = untrained(method, settings)
     loss, train, augment, took = lesson(point, student.spec)
     hints = method in METHODS and recipe(point).hints
     model = features.WithRegressors(student, teacher.spec, teaching.STAGES) if hints else student
-    steps = round(epochs * settings.get("times", 1) * (len(pictures.train) // batch_size))
+    length = settings.get("epochs", epochs * settings.get("times", 1))
+    steps = round(length * (len(pictures.train) // batch_size))
     options = {"loss": loss, "learning_rate": learning_rate, "augment": augment, "batch_size": batch_size}
     options["checkpoint"] = run.path(f"checkpoint_{method}_{named(point)}.pt")
     history = training.fit(
@@ -428,19 +452,28 @@ def made(point: str) -> tuple[torch.nn.Module, dict]:
 
 # %%
 saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes, "dtype": torch.float16}
+
+
+@functools.cache
+def saved(point: str) -> tuple[Path, dict]:
+    """A trained network's file, and what it took."""
+    method, *_ = parsed(point)
+    network, took = made(f"{method}:{named(point)}".rstrip(":"))
+    path = run.path(f"artifacts/{method}_{named(point).replace('=', '').replace(',', '_')}.safetensors")
+    file = artifact.save(network, path, **saving)
+    print(f"{point}: {file.nbytes:,} bytes, {took['train_seconds']:.0f} s", flush=True)
+    return path, took
+
+
+# %%
+CONTROLS = {"shuffled": "shuffled_teacher", "resnet50": "teacher"}
 candidates = []
 for point in dict.fromkeys([*controls, *points]):
     method, settings, flags = parsed(point)
-    student, took = made(f"{method}:{named(point)}".rstrip(":"))
-    path = run.path(f"artifacts/{method}_{named(point).replace('=', '').replace(',', '_')}.safetensors")
-    saved = artifact.save(student, path, **saving)
-    print(f"{point}: {saved.nbytes:,} bytes, {took['train_seconds']:.0f} s", flush=True)
-    control = "" if method in METHODS else method
-    row = {
-        "method": method,
-        "point": named(point),
-        "control": "shuffled_teacher" if "shuffled" in flags else control,
-    }
+    path, took = saved(point)
+    control = "" if method in METHODS else CONTROLS.get(method, method)
+    row = {"method": method, "point": named(point)}
+    row["control"] = CONTROLS["shuffled"] if "shuffled" in flags else control
     row |= {"technique": "distillation", "division": "open"} | took
     candidates.append({"path": path, "width": settings.get("width"), "row": row})
 
