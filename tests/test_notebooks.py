@@ -170,6 +170,8 @@ def test_operating_points_that_make_no_sense_are_refused(points, peers, message)
         (["kd:width=0.25,alpha=3"], [], "alpha is 3.0"),
         (["kd:width=-1"], [], "width is -1.0"),
         (["ensemble:width=0.25"], [], "an ensemble needs the baselines of other seeds"),
+        (["kd:width=0.25,resnet50"], [], "put resnet50:epochs=12 into controls"),
+        (["self:width=0.25,resnet50"], [], "unknown point"),
         ([], ["label_smoothing:width=0.25,smoothing=2"], "smoothing is in"),
         ([], ["dense_finetuned:width=0.5"], "unknown point"),
         (["kd:width=small"], [], "settings are numbers, as in width=0.25"),

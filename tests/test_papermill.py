@@ -149,7 +149,7 @@ def test_every_way_to_teach(pictures, tmp_path):
     )
     points = [f"{method}:width=0.125" for method in methods] + ["kd:width=0.125,T=2,alpha=1,cached"]
     controls = [f"{name}:width=0.125" for name in ("student_alone", "label_smoothing", "student_longer")]
-    controls += ["kd:width=0.125,cached,shuffled", "dense_finetuned"]
+    controls += ["kd:width=0.125,cached,shuffled", "dense_finetuned", "resnet50:epochs=0.5"]
     settings = {"epochs": 1.0, "copies": 2, "controls": controls}
     upstream = [str(tmp_path / f"baseline{seed}") for seed in (1, 2)]
     made = execute("04_distillation", tmp_path / "taught", upstream=upstream, points=points, **settings)
@@ -160,7 +160,10 @@ def test_every_way_to_teach(pictures, tmp_path):
         ("kd", "shuffled_teacher", True),
         *((name, name, False) for name in ("student_alone", "label_smoothing", "student_longer")),
         ("dense_finetuned", "dense_finetuned", False),
+        ("resnet50", "teacher", False),
     }
+    larger = rows.pop(("resnet50", "teacher", False))
+    assert larger["model"] == "resnet50" and larger["train_images"] == 2 * 16  # half an epoch of 5 steps
     assert rows["kd", "", True]["point"] == "width=0.125,T=2,alpha=1,cached"  # all settings, in one order
     assert rows["dkd", "", False]["point"] == "width=0.125,T=4,alpha=0.5,others=8"
     assert len({row["artifact_sha256"] for row in rows.values()}) == len(rows)  # each learns something else
@@ -188,6 +191,12 @@ def test_every_way_to_teach(pictures, tmp_path):
         dense["reference_sha256"],
         dense["artifact_sha256"],
     }
+    # another seed takes the larger teacher, and what it said, from the part that has it
+    about = {"points": ["kd:width=0.125,resnet50,cached"], "controls": ["student_alone:width=0.125"]}
+    folders = [upstream[1], str(tmp_path / "taught")]
+    first = execute("04_distillation", tmp_path / "first", upstream=folders, part="kd", **settings | about)
+    [taught] = [row for row in first["compression"] if row["method"] == "kd"]
+    assert taught["train_seconds"] > larger["train_seconds"]
 
 
 def test_a_value_out_of_range_stops_before_any_work(tmp_path):

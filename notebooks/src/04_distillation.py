@@ -27,7 +27,7 @@ controls: list = ["student_alone:width=0.25", "attention:width=0.25,beta=100,shu
 epochs: float = 2.0  # [0.001, 1000] of each student's training
 learning_rate: float = 0.05  # [0.00001, 1] peak of that training
 copies: int = 2  # [1, 64] augmentations of each picture in which a teacher looks before ("cached")
-upstream: list = []  # run folders of 01_baseline, own seed first, and of a part with resnet50; empty: 01's defaults
+upstream: list = []  # run folders of 01_baseline, own seed first, and of the first part; empty: 01's defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 seed: int = 1  # [0, 1000000] of the students' weights, the order and the augmentation
 profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
@@ -75,7 +75,10 @@ METHODS = {  # what is taught -> the settings it has beside the width
     "ensemble": {"T": 4.0, "alpha": 0.9},
 }
 ALONE = {"student_alone": {}, "label_smoothing": {"smoothing": 0.1}, "student_longer": {"times": 2.0}}
-LARGE = {"dense_finetuned": {}, "resnet50": {"epochs": 12.0}}  # no students: a reference, and a larger teacher
+LARGE = {
+    "dense_finetuned": {},
+    "resnet50": {"epochs": 12.0},
+}  # no students: a reference, and a larger teacher
 SETTINGS = METHODS | ALONE | LARGE
 LOGITS = ("kd", "dkd", "self", "ensemble")  # what a teacher that has looked before can teach
 FLAGS = {"shuffled": METHODS, "cached": LOGITS, "resnet50": set(METHODS) - {"self", "ensemble"}}
@@ -139,7 +142,9 @@ for place, point in enumerate([*points, *controls]):  # before any work
     if not 0 <= settings.get("smoothing", 0) < 1 or settings.get("times", 1) <= 0:
         raise ValueError(f"{point!r}: smoothing is in [0, 1), times above 0")
     if "resnet50" in flags - have:
-        raise ValueError(f"{point!r}: put resnet50:epochs=12 into controls, or a run that has it into upstream")
+        raise ValueError(
+            f"{point!r}: put resnet50:epochs=12 into controls, or a run that has it into upstream"
+        )
     if method == "ensemble" and not others:
         raise ValueError(f"{point!r}: an ensemble needs the baselines of other seeds in upstream")
 
@@ -475,7 +480,8 @@ for point in dict.fromkeys([*controls, *points]):
     row = {"method": method, "point": named(point)}
     row["control"] = CONTROLS["shuffled"] if "shuffled" in flags else control
     row |= {"technique": "distillation", "division": "open"} | took
-    candidates.append({"path": path, "width": settings.get("width"), "row": row})
+    model = "resnet50" if method == "resnet50" else reference.model
+    candidates.append({"path": path, "width": settings.get("width"), "row": row, "model": model})
 
 # %% [markdown]
 # The **validation** pictures decide which method is claimed at each width: the best of those that saw as many pictures as the
@@ -517,9 +523,15 @@ dense = next((c for c in candidates if c["row"]["method"] == "dense_finetuned"),
 against = baseline
 if dense and dense["validation"] > teacher_right:
     [against] = [score for score in scores if Path(score["path"]) == dense["path"]]
-common = {"run": run, "dataset": reference.dataset, "model": reference.model}
 rows = [
-    results.compression_row(score, **common, reference=baseline if c is dense else against, **c["row"])
+    results.compression_row(
+        score,
+        run=run,
+        dataset=reference.dataset,
+        model=c["model"],
+        reference=baseline if c is dense else against,
+        **c["row"],
+    )
     for c, score in zip(candidates, scores, strict=True)
 ]
 table = pd.DataFrame([row.model_dump() for row in rows])
