@@ -87,3 +87,9 @@ def test_bad_input_is_refused(model, images):
         qat.prepare(model, images, bits=1, method="ste")
     with pytest.raises(ValueError, match="at least 1"):
         qat.prepare(model, images[:0], bits=4, method="ste")
+    names = [layer.name for layer in models.layers(model.spec)]
+    with pytest.raises(ValueError, match="bits must name each layer once; unknown or missing: conv1"):
+        qat.prepare(model, images, bits=dict.fromkeys(names[1:], 4), method="ste")
+    network = qat.prepare(model, images, bits=dict.fromkeys(names, 4) | {"fc": 5}, method="ste")
+    widths = [network.get_submodule(name).parametrizations.weight[0].bits for name in names]
+    assert widths == [4] * (len(names) - 1) + [5]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nnc_utils import models
 from nnc_utils.encoding import UniformWeight
 from nnc_utils.quantization import activations, uniform
+from nnc_utils.quantization.networks import for_each_layer
 
 METHODS = ("ste", "lsq")
 
 
-def prepare(model: nn.Module, images: Tensor, *, bits: int, method: str, ends: int = 8) -> nn.Module:
+def prepare(
+    model: nn.Module, images: Tensor, *, bits: int | Mapping[str, int], method: str, ends: int = 8
+) -> nn.Module:
     """A copy of a network that rounds weights and activations in its forward pass, to be trained on.
 
     The float weights stay behind the rounding, and gradients pass to them as if there were none (the
@@ -25,24 +30,29 @@ def prepare(model: nn.Module, images: Tensor, *, bits: int, method: str, ends: i
     model : a trained network of `models.build`; not changed. An `encoding.ZeroMask` of it stays.
     images : normalized training images, from which the ranges of the 8-bit activations are taken.
         Calibrate once more after training.
-    bits : of the weights, 2 to 16; a scale for each output channel, first the one of least squared error.
+    bits : of the weights, 2 to 16, one number or one for each layer by name; a scale for each output channel,
+        first the one of least squared error.
     method : "ste": the scales stay what they are. "lsq": they are trained, too (Esser et al., 2020,
         "Learned step size quantization").
-    ends : bits of the first convolution and the classifier, which suffer most; their scales stay.
+    ends : bits of the first convolution and the classifier, which suffer most, where `bits` is one number;
+        their scales stay.
 
     Raises
     ------
     ValueError
-        For an unknown method, widths out of range, no images.
+        For an unknown method, widths out of range, unknown or missing layer names, no images.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
     layers = models.layers(model.spec)
+    if not isinstance(bits, Mapping):
+        bits = {layer.name: ends if layer in (layers[0], layers[-1]) else bits for layer in layers}
+    widths = for_each_layer(model, "bits", bits)
     trained = activations.calibrate(model, images)
     for layer in layers:
         module = trained.get_submodule(layer.name)
         inner = layer not in (layers[0], layers[-1])
-        width = bits if inner else ends
+        width = widths[layer.name]
         scale = uniform.quantize(module.weight, bits=width, per_channel=True, clip="mse").scale
         rounding = UniformWeight(scale, bits=width, learn_scale=inner and method == "lsq")
         parametrize.register_parametrization(module, "weight", rounding)
