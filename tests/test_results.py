@@ -213,6 +213,16 @@ def test_the_summary_pairs_images_over_the_seeds(tmp_path):
     assert (found["seeds"], found["size_ratio"]) == (3, 6.0)
 
 
+def test_all_seeds_claim_what_the_first_one_chose(example):
+    made = [row for folder in example.folders for row in tables.read_run(folder).compression]
+    for chosen in (0, 1):  # by the first seed; the second one liked another point
+        wanted = {1: chosen, 2: 1 - chosen}
+        mixed = [row.model_copy(update={"headline": wanted[row.seed]}) for row in made]
+        claimed = tables.claimed_once(mixed[::-1])
+        assert len(claimed) == len(made) > 2 and {row.headline for row in claimed} == {chosen}
+        assert [row.artifact_sha256 for row in claimed] == [row.artifact_sha256 for row in mixed[::-1]]
+
+
 @pytest.mark.parametrize("low", [-0.3, -0.3001])
 def test_no_loss_is_the_lower_end_at_least_minus_0_3(monkeypatch, published, low):
     found = {"accuracy_delta": 0.0, "delta_ci_low": low, "delta_ci_high": 0.2}
