@@ -393,6 +393,7 @@ def resnet50() -> tuple[torch.nn.Module, float]:
     return artifact.load(path), took["train_seconds"]
 
 
+# %%
 @functools.cache
 def teacher_of(method: str, width: float, larger: bool) -> tuple[torch.nn.Module, dict]:
     """Who teaches, and what its training took beyond the baselines'."""
