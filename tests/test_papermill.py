@@ -12,18 +12,18 @@ from nnc_utils import provenance
 NOTEBOOKS = provenance.PACKAGE.parent / "notebooks"
 
 
-@pytest.fixture
-def pictures(tmp_path):
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
     """Two classes of small colour pictures: more red at the top, or more blue."""
-    random = np.random.default_rng(0)
+    random, root = np.random.default_rng(0), tmp_path_factory.mktemp("own")
     for name, channel in (("red", 0), ("blue", 2)):
-        folder = tmp_path / "pictures" / name
+        folder = root / "pictures" / name
         folder.mkdir(parents=True)
         for number in range(60):
             image = random.integers(0, 120, (20, 24, 3), dtype=np.uint8)
             image[:10, :, channel] += 100
             Image.fromarray(image).save(folder / f"{number}.png")
-    return tmp_path / "pictures"
+    return root / "pictures"
 
 
 def execute(name, folder, **parameters):
@@ -39,26 +39,25 @@ def execute(name, folder, **parameters):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_your_own_pictures_through_training_and_quantization(pictures, tmp_path):
-    baseline = execute(
-        "01_baseline",
-        tmp_path / "baseline",
-        dataset=f"imagefolder:{pictures}",
-        size=16,
-        width=0.125,
-        epochs=3,
-        batch_size=16,
-        learning_rate=0.02,
-    )
+@pytest.fixture(scope="module")
+def baseline(pictures):
+    """A run of 01_baseline on them, which the other notebooks build on."""
+    about = {"dataset": f"imagefolder:{pictures}", "size": 16, "width": 0.125}
+    execute("01_baseline", pictures.parent / "run", **about, epochs=3, batch_size=16, learning_rate=0.02)
+    return pictures.parent / "run"
+
+
+def test_your_own_pictures_through_training_and_quantization(baseline, tmp_path):
+    folder, baseline = baseline, json.loads((baseline / "result.json").read_text())
     [row] = baseline["compression"]
     assert row["total"] == 24 and row["accuracy"] > 80  # a fifth of 120; red from blue
     assert (baseline["parameters"]["width"], baseline["parameters"]["size"]) == (0.125, 16)
-    assert not list((tmp_path / "baseline").glob("checkpoint*"))
+    assert not list(folder.glob("checkpoint*"))
 
     quantized = execute(
         "02_quantization",
         tmp_path / "quantized",
-        upstream=[str(tmp_path / "baseline")],
+        upstream=[str(folder)],
         points=["uniform_per_channel:bits=8", "uniform_per_tensor:bits=4", "hessian_rounding:rate=1e-6 bn"],
         calibration_images=32,
         repair_images=32,
@@ -73,9 +72,7 @@ def test_your_own_pictures_through_training_and_quantization(pictures, tmp_path)
     assert rows[1]["size_ratio"] > rows[0]["size_ratio"] > 2
 
 
-def test_every_way_to_cut(pictures, tmp_path):
-    about = {"dataset": f"imagefolder:{pictures}", "size": 16, "width": 0.125}
-    execute("01_baseline", tmp_path / "baseline", **about, epochs=2, batch_size=16, learning_rate=0.02)
+def test_every_way_to_cut(baseline, tmp_path):
     points = [
         "magnitude_global:sparsity=0.5 gradual tuned",
         "random_global:sparsity=0.5 tuned",
@@ -93,7 +90,7 @@ def test_every_way_to_cut(pictures, tmp_path):
     ]
     controls = ["from_scratch:macs=2x", "small_dense:macs=2x int8", "magnitude_global:sparsity=0.4 tuned"]
     settings = {"train_epochs": 1.0, "steps": 2, "multiple": 1, "scoring_images": 48}
-    upstream = [str(tmp_path / "baseline"), str(tmp_path / "cuts")]
+    upstream = [str(baseline), str(tmp_path / "cuts")]
     made = execute("03_pruning", tmp_path / "cuts", upstream=upstream[:1], points=points, **settings)
     about = {"upstream": upstream, "points": controls, "part": "controls"}
     rest = execute("03_pruning", tmp_path / "controls", **about, **settings)
@@ -117,7 +114,7 @@ def test_every_way_to_cut(pictures, tmp_path):
             assert row["train_images"] == (dense["train_images"] if whole else 4 * 16), name
         if "sparsity=0.5" in name and "scanned" not in name:
             assert 0.4 < row["nonzeros"] / weights < 0.6, name
-    assert rows["from_scratch:macs=2x"]["train_images"] == 3 * 5 * 16
+    assert rows["from_scratch:macs=2x"]["train_images"] == 4 * 5 * 16  # the baseline's three epochs, too
     controls = {name: row["control"] for name, row in rows.items() if row["control"]}
     assert controls == {
         "dense_finetuned:": "dense_finetuned",
