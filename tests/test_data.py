@@ -171,6 +171,7 @@ def test_fashion_mnist_is_what_torchvision_reads(tmp_path):
         pytest.skip(f"not to be had here: {error}")
     assert [len(s) for s in (loaded.train, loaded.validation, loaded.test)] == [55_000, 5_000, 10_000]
     assert torch.bincount(loaded.validation.labels).tolist() == [500] * 10
+    assert (loaded.flip, loaded.shift) == (True, 1)
     assert loaded.classes == tuple(datasets.FashionMNIST.classes)
     fetched = Path(os.environ.get("NNC_DATA", Path(data.__file__).parents[1] / "data"))
     folder = next(f for f in (fetched / "fashion_mnist", data.FASHION_INSTALLED) if f.is_dir())

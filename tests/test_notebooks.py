@@ -172,6 +172,8 @@ def test_operating_points_that_make_no_sense_are_refused(points, peers, message)
         (["ensemble:width=0.25"], [], "an ensemble needs the baselines of other seeds"),
         (["kd:width=0.25,resnet50"], [], "put resnet50:epochs=12 into controls"),
         (["self:width=0.25,resnet50"], [], "unknown point"),
+        ([], ["resnet50:epochs=0"], "times and epochs in"),
+        ([], ["student_longer:width=0.25,times=nan"], "times and epochs in"),
         ([], ["label_smoothing:width=0.25,smoothing=2"], "smoothing is in"),
         ([], ["dense_finetuned:width=0.5"], "unknown point"),
         (["kd:width=small"], [], "settings are numbers, as in width=0.25"),

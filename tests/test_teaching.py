@@ -176,7 +176,7 @@ def test_what_the_teacher_said_stays_with_its_picture():
 
 
 def test_a_teacher_need_not_look_twice(tmp_path):
-    network, about = Pixels(), {"copies": 2, "seed": 5, "file": tmp_path / "said.npz"}
+    network, about = Pixels(), {"copies": 2, "seed": 5, "file": tmp_path / "said"}
     memory = teaching.remember(network, DIGITS, **about)
     network.forward = None  # whoever looks again, fails
     again = teaching.remember(network, DIGITS, **about)
@@ -189,6 +189,11 @@ def test_a_teacher_need_not_look_twice(tmp_path):
     network.scale.data.fill_(2.0)
     with pytest.raises(ValueError, match="of another teacher, pictures or augmentation"):
         teaching.remember(network, DIGITS, **about)
+    content = about["file"].read_bytes()
+    for broken in (content[: len(content) // 2], b"", b"text"):
+        about["file"].write_bytes(broken)
+        with pytest.raises(ValueError, match="holds no logits of a teacher .*delete it or name another"):
+            teaching.remember(network, DIGITS, **about)
 
 
 def test_remembering_teaches_as_well(teacher):

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -125,11 +124,12 @@ def test_killed_and_started_again(two_stages):
     what_reruns_what(two_stages)
 
 
-def test_a_divided_notebook_builds_on_its_earlier_parts(two_stages):
-    parts = {"first": {"small": {"seconds": 0.2}, "large": {"seconds": 0.1}}}
-    content = {"seeds": [1, 2], "stages": STAGES, "parts": parts}
-    content["parameters"] = {"second": {"seconds": 0.1}}
-    two_stages.profile.write_text(yaml.safe_dump(content, sort_keys=False))
+def test_a_divided_notebook_builds_on_its_first_part(two_stages):
+    parts = {"first": {"once": {"seconds": 0.2, "runs": "first seed"}, "small": {"seconds": 0.1}}}
+    parts["second"] = {"all": {"others": True}, "more": {}}
+    stages = {name: about | {"runs": "each seed"} for name, about in STAGES.items()}
+    divided = {"seeds": [1, 2], "stages": stages, "parts": parts}
+    two_stages.profile.write_text(yaml.safe_dump(divided, sort_keys=False))
     for name in STAGES:
         path = two_stages.root / f"notebooks/{name}.ipynb"
         about = 'upstream: list = []  # run folders\npart: str = ""  # of a divided benchmark\n'
@@ -143,15 +143,28 @@ def test_a_divided_notebook_builds_on_its_earlier_parts(two_stages):
     status, output = complete()
     assert status == 0, output
     runs = two_stages.root / "results/runs/tiny"
-    made = {folder.name: json.loads((folder / "result.json").read_text()) for folder in runs.glob("first/*")}
-    assert sorted(made) == ["seed=1,large", "seed=1,small", "seed=2,large", "seed=2,small"]
-    assert made["seed=2,large"]["run"] == "tiny/first/seed=2,large"
-    assert made["seed=2,large"]["parameters"]["seconds"] == 0.1
-    assert list(made["seed=2,large"]["upstream"]) == ["results/runs/tiny/first/seed=2,small"]
-    assert not made["seed=2,small"]["upstream"]
-    last = json.loads((runs / "second/seed=1/result.json").read_text())
-    assert sorted(Path(folder).name for folder in last["upstream"]) == sorted(made)
+    folders = {f"{path.parent.name}/{path.name}": path for path in runs.glob("*/*")}
+    made = {name: json.loads((folder / "result.json").read_text()) for name, folder in folders.items()}
+    found = {
+        name: [path.removeprefix("results/runs/tiny/") for path in run["upstream"]]
+        for name, run in made.items()
+    }
+    assert found == {
+        "first/seed=1,once": [],
+        "first/seed=1,small": ["first/seed=1,once"],
+        "first/seed=2,small": ["first/seed=1,once"],
+        "second/seed=1,all": ["first/seed=1,once", "first/seed=1,small", "first/seed=2,small"],
+        "second/seed=2,all": ["first/seed=2,small", "first/seed=1,once", "first/seed=1,small"],
+        "second/seed=1,more": ["first/seed=1,once", "first/seed=1,small", "second/seed=1,all"],
+        "second/seed=2,more": ["first/seed=2,small", "second/seed=2,all"],
+    }
+    assert made["first/seed=2,small"]["run"] == "tiny/first/seed=2,small"
+    assert made["first/seed=2,small"]["parameters"]["seconds"] == 0.1
     assert jobs() == []
+    parts["first"]["once"]["runs"] = "first"
+    two_stages.profile.write_text(yaml.safe_dump(divided, sort_keys=False))
+    status, output = complete()
+    assert status and "part once of first: `runs` is 'first seed' or left out" in output
 
 
 def what_reruns_what(place):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnc_utils import models, training
+from nnc_utils import models
 from nnc_utils.data import Data, Split
 from nnc_utils.distillation import soft_labels
 from nnc_utils.distillation.attention import attention_transfer
 from nnc_utils.distillation.features import check_stages, hint, outputs, similarity
-from nnc_utils.training import Loss, default_device, fast_bf16, progress
+from nnc_utils.training import Loss, data_digest, default_device, fast_bf16, network_digest, progress
 
 STAGES = ("layer2", "layer3", "layer4")
 
@@ -215,16 +217,17 @@ def remember(
     augment : without, all copies are the pictures as they are: one is enough.
     seed : of the augmentations, drawn batch by batch.
     batch_size : pictures at once.
-    file : a ``.npz`` in which the logits are kept; where it exists, the teacher does not look again.
+    file : in which the logits are kept, by `numpy.savez`; where it exists, the teacher does not look again.
 
     Raises
     ------
     ValueError
-        For fewer copies than one, or where `file` is of another teacher, pictures or augmentation.
+        For fewer copies than one, or where `file` is of another teacher, pictures or augmentation, or none of
+        this function.
     """
     if copies < 1:
         raise ValueError(f"copies is {copies}: at least one augmentation of each picture is needed")
-    call = [training.network_digest(teacher), training.data_digest(pictures)]
+    call = [network_digest(teacher), data_digest(pictures)]
     call += [copies, augment, seed, batch_size]
     kept = _kept(Path(file), call) if file and Path(file).exists() else None
     generator = torch.Generator().manual_seed(seed)
@@ -232,7 +235,10 @@ def remember(
     images = [pictures.augment(batch, generator) if augment else batch for batch in every]
     logits, seconds = kept or _look(teacher, pictures, images)
     if file and not kept:
-        np.savez(file, logits=logits.numpy(), seconds=seconds, call=json.dumps(call))
+        partial = Path(f"{file}.partial")
+        with partial.open("wb") as opened:  # by name numpy would add a suffix
+            np.savez(opened, logits=logits.numpy(), seconds=seconds, call=json.dumps(call))
+        os.replace(partial, file)
     labels = pictures.train.labels.repeat(copies)
     train = Split(torch.cat(images), torch.arange(len(labels)))
     return Remembered(replace(pictures, train=train), logits, labels, copies, seconds)
@@ -253,12 +259,16 @@ def _look(teacher: nn.Module, pictures: Data, batches: Sequence[Tensor]) -> tupl
 
 def _kept(file: Path, call: list) -> tuple[Tensor, float]:
     """What an earlier call of `remember` kept."""
-    with np.load(file) as kept:
-        if json.loads(str(kept["call"])) != call:
-            raise ValueError(
-                f"{file} is of another teacher, pictures or augmentation: delete it or name another"
-            )
-        return torch.from_numpy(kept["logits"]), float(kept["seconds"])
+    try:
+        with np.load(file) as kept:
+            found, logits, seconds = json.loads(str(kept["call"])), kept["logits"], float(kept["seconds"])
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file} holds no logits of a teacher ({error}): delete it or name another"
+        ) from None
+    if found != call:
+        raise ValueError(f"{file} is of another teacher, pictures or augmentation: delete it or name another")
+    return torch.from_numpy(logits), seconds
 
 
 def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Loss:

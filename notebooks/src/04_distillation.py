@@ -139,8 +139,9 @@ for place, point in enumerate([*points, *controls]):  # before any work
     if "width" in settings:
         student = models.resnet(18, width=settings["width"], **about)  # raises for a width that is none
         features.check_stages(student, recipe(point).compared)
-    if not 0 <= settings.get("smoothing", 0) < 1 or settings.get("times", 1) <= 0:
-        raise ValueError(f"{point!r}: smoothing is in [0, 1), times above 0")
+    lengths = settings.get("times", 1.0), settings.get("epochs", 1.0)
+    if not 0 <= settings.get("smoothing", 0) < 1 or not all(0 < length <= 1000 for length in lengths):
+        raise ValueError(f"{point!r}: smoothing is in [0, 1), times and epochs in (0, 1000]")
     if "resnet50" in flags - have:
         raise ValueError(
             f"{point!r}: put resnet50:epochs=12 into controls, or a run that has it into upstream"
