@@ -75,10 +75,7 @@ METHODS = {  # what is taught -> the settings it has beside the width
     "ensemble": {"T": 4.0, "alpha": 0.9},
 }
 ALONE = {"student_alone": {}, "label_smoothing": {"smoothing": 0.1}, "student_longer": {"times": 2.0}}
-LARGE = {
-    "dense_finetuned": {},
-    "resnet50": {"epochs": 12.0},
-}  # no students: a reference, and a larger teacher
+LARGE = {"dense_finetuned": {}, "resnet50": {"epochs": 12.0}}  # a reference and a larger teacher
 SETTINGS = METHODS | ALONE | LARGE
 LOGITS = ("kd", "dkd", "self", "ensemble")  # what a teacher that has looked before can teach
 FLAGS = {"shuffled": METHODS, "cached": LOGITS, "resnet50": set(METHODS) - {"self", "ensemble"}}
@@ -441,11 +438,14 @@ def lesson(point: str, student: models.Spec):
 @functools.cache
 def made(point: str) -> tuple[torch.nn.Module, dict]:
     """A trained student, and what that took."""
-    method, settings, _ = parsed(point)
+    method, settings, flags = parsed(point)
     student = untrained(method, settings)
     loss, train, augment, took = lesson(point, student.spec)
     hints = method in METHODS and recipe(point).hints
-    model = features.WithRegressors(student, teacher.spec, teaching.STAGES) if hints else student
+    model = student
+    if hints:  # from the student's widths to those of its own teacher
+        who, _ = teacher_of(method, settings["width"], "resnet50" in flags)
+        model = features.WithRegressors(student, who.spec, teaching.STAGES)
     length = settings.get("epochs", epochs * settings.get("times", 1))
     steps = round(length * (len(pictures.train) // batch_size))
     options = {"loss": loss, "learning_rate": learning_rate, "augment": augment, "batch_size": batch_size}
@@ -488,7 +488,7 @@ for point in dict.fromkeys([*controls, *points]):
 # %% [markdown]
 # The **validation** pictures decide which method is claimed at each width: the best of those that saw as many pictures as the
 # student alone. Beside accuracy stand two things that a teacher may change, too: whether the student is as sure as it is right
-# (**expected calibration error**), and how often it says what the teacher says.
+# (**expected calibration error**), and how often it says what the full network says.
 
 # %%
 def validated(network: torch.nn.Module) -> tuple[float, torch.Tensor]:
@@ -502,7 +502,7 @@ for c in candidates:
     c["validation"], said = validated(artifact.load(c["path"]))
     looked.append({key: c["row"][key] for key in ("method", "point", "control")})
     looked[-1] |= {"validation accuracy": c["validation"]}
-    looked[-1]["agrees with the teacher"] = calibration.agreement(said, teacher_said)
+    looked[-1]["agrees with the baseline"] = calibration.agreement(said, teacher_said)
     error = calibration.expected_calibration_error(said, pictures.validation.labels)
     looked[-1]["calibration error"] = error
 for width in {c["width"] for c in candidates}:
