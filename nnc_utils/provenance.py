@@ -150,7 +150,10 @@ def _imported(source: str) -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=1)
 def commit() -> str:
-    """The commit of the clone, with "-dirty" where its code differs from it; "unknown" without git."""
+    """The commit of the clone, with "-dirty" where its code differs from it.
+
+    Of a copy without git the variable NNC_COMMIT, or "unknown".
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(PACKAGE.parent), *arguments]
@@ -160,7 +163,7 @@ def commit() -> str:
         head = git("rev-parse", "HEAD")
         return head + ("-dirty" if git("status", "--porcelain", "--", "nnc_utils", "notebooks/src") else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("NNC_COMMIT") or "unknown"
 
 
 def versions() -> dict[str, str]:
@@ -178,8 +181,10 @@ def hardware() -> dict[str, Any]:
     """The machine that measures: processor, the flags that matter to it, cores, memory, system, load."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, flags = _processor()
+    torch = sys.modules.get("torch")  # what trained, if anything did
     return {
         "cpu": model,
+        **({"accelerator": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}),
         "flags": [flag for flag in FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "usable_cores": usable,

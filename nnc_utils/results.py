@@ -64,6 +64,8 @@ RIVALS = (
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
 OURS = "channels_fisher"  # what is held against Torch-Pruning, at every number of MACs
+PIPELINE = "prune_quantize_distill"  # held against the other orders, and against rivals that are no smaller
+THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls of the pipeline
 ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
 RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
 RATIOS = (RATIO, "speedup_eager_fp32")
@@ -398,8 +400,9 @@ def _provenance(tables: Tables) -> str:
 def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
     """Paired differences between methods on the test images, from the stored predictions.
 
-    `RIVALS` at equal settings, `OURS`, fixed before, against Torch-Pruning at equal MACs, and each taught
-    student against the same one without a teacher. Seeds are taken together.
+    `RIVALS` at equal settings, `OURS`, fixed before, against Torch-Pruning at equal MACs, each taught
+    student against the same one without a teacher, `PIPELINE` against the other orders at equal budgets, and
+    its largest file that is no larger against each rival. Seeds are taken together.
 
     Parameters
     ----------
@@ -426,7 +429,8 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
             else:
                 found = found[found["point"].map(_setting) == other["point"]]
             pairs += [(mine, other) for _, mine in found.iterrows()]
-    for mine, other in pairs + _against_torch_pruning(compression) + _against_alone(compression):
+    pairs += _against_torch_pruning(compression) + _against_alone(compression)
+    for mine, other in pairs + _against_pipeline(compression):
         names = tuple(f"{row['method']} {row['point']}" for row in (mine, other))
         together.setdefault(names, []).append((mine, other))
     for (ours, theirs), found in together.items():
@@ -521,6 +525,23 @@ def _against_torch_pruning(compression: pd.DataFrame) -> list[tuple[pd.Series, p
         for _, mine in rows[rows["method"] == OURS].iterrows():
             pairs += [(mine, other) for _, other in peers.iterrows()]
     return pairs
+
+
+def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
+    """The pipeline and each other order of the same budgets; and each rival that is no smaller on average."""
+    control = compression["control"].fillna("")
+    joined = compression[(compression["technique"] == "pipeline") & (control == "")]
+    ours = joined[joined["method"] == PIPELINE]
+    sizes = ours.groupby("point")["artifact_bytes"].mean().sort_values()
+    pairs = [(row["point"], row) for _, row in joined[joined["method"] != PIPELINE].iterrows()]
+    if ours.empty:
+        return []
+    peers = compression["run"].str.contains("06_pipeline") & (compression["technique"] == "peer")
+    for _, rows in compression[control.isin(THIN) | peers].groupby(["method", "point"], sort=False):
+        able = sizes[sizes <= rows["artifact_bytes"].mean()]
+        pairs += [(able.index[-1], row) for _, row in rows.iterrows() if len(able)]
+    found = {(row["point"], row["seed"]): row for _, row in ours.iterrows()}
+    return [(found[p, row["seed"]], row) for p, row in pairs if (p, row["seed"]) in found]
 
 
 def _setting(point: str) -> str:

@@ -118,7 +118,10 @@ class Run:
 
     def artifact(self, name: str) -> Path:
         """The file of an artifact, by its checksum or by its file name without suffix."""
-        return self.folder / self._record_of(name).path
+        path = self.folder / self._record_of(name).path
+        if not path.is_file():
+            raise ResultError(f"{path} is missing: bring it from where it was made, or run its notebook")
+        return path
 
     def score(self, name: str) -> dict[str, Any]:
         """path, sha256 and predictions of an artifact: a reference for `compression_row`."""
@@ -138,7 +141,9 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a finished run and check it: its rows, its hashes, every artifact's bytes.
+    """Read a finished run and check it: its rows, its hashes, the bytes of every artifact that is there.
+
+    Large artifacts may have been left on the machine that made them: `Run.artifact` refuses those.
 
     Raises
     ------
@@ -159,9 +164,8 @@ def read_run(folder: Path) -> Run:
         file = folder / artifact.path
         if not file.resolve().is_relative_to(folder.resolve()):
             raise ResultError(f"{path} names {artifact.path}, a file outside its run folder")
-        if not file.is_file() or file_sha256(file) != artifact.sha256:
-            state = "differs from the one that was measured" if file.is_file() else "is missing"
-            raise ResultError(f"{file} {state}: run {record.notebook} again")
+        if file.is_file() and file_sha256(file) != artifact.sha256:
+            raise ResultError(f"{file} differs from the one that was measured: run {record.notebook} again")
     for row in (*record.compression, *record.latency):
         if (row.run, row.profile) != (record.run, record.profile):
             raise ResultError(f"{path}: a row is of run {row.run}, profile {row.profile}")
@@ -280,6 +284,7 @@ def publish(runs: list[Path], profile: str) -> Path:
         )
     compression = claimed_once([row for run in finished for row in run.compression])
     claimed = {row.artifact_sha256 for row in compression if row.headline}
+    sizes = {row.artifact_sha256: row.artifact_bytes for row in compression}
     latency = [row for run in finished for row in run.latency]
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -291,14 +296,15 @@ def publish(runs: list[Path], profile: str) -> Path:
     for run in finished:
         record = run.record.model_dump(exclude={"compression", "latency", "run"})
         for entry in record["artifacts"]:
-            file, name = run.folder / entry["path"], f"{entry['artifact_sha256'][:16]}.safetensors"
-            entry["bytes"], entry["headline"] = file.stat().st_size, entry["artifact_sha256"] in claimed
+            sha256 = entry["artifact_sha256"]
+            name = f"{sha256[:16]}.safetensors"
+            entry["bytes"], entry["headline"] = sizes.get(sha256), sha256 in claimed
             entry["committed"] = "not: it carries no claim"
             if entry["headline"] and entry["bytes"] > COMMITTED_BYTES:
                 entry["committed"] = f"not: {entry['bytes']:,} bytes are more than {COMMITTED_BYTES:,}"
             elif entry["headline"]:
                 entry["committed"] = f"artifacts/{name}"
-                _place(out / "artifacts" / name, file.read_bytes())
+                _place(out / "artifacts" / name, run.artifact(sha256).read_bytes())
                 kept["artifacts"].add(name)
         provenance[run.record.run] = record
     summary = summarize(to_frame(compression, CompressionRow), out / "predictions")

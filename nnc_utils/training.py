@@ -74,6 +74,16 @@ class History(list[Epoch]):
         return pd.DataFrame([dataclasses.asdict(epoch) for epoch in self], columns=columns)
 
 
+def recordable(loss: Loss) -> Loss:
+    """Mark a loss whose every call is the same sequence of tensor operations; see `_Steps`.
+
+    It takes no number from a tensor (as `float` does), draws nothing in Python and never branches on values.
+    """
+    loss.recordable = True
+    return loss
+
+
+@recordable
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy of a batch: what `fit` lowers unless it is given another loss."""
     return functional.cross_entropy(model(images).float(), labels)
@@ -172,23 +182,19 @@ def fit(
         history = History()
         if checkpoint and Path(checkpoint).exists():
             history = _resume(Path(checkpoint), call, parts)
+        step = _Steps(model, loss, optimizer, device)
         bar = _bar(total * batch_size, history.images)
         try:
             for epoch in range(len(history) + 1, math.ceil(total / steps) + 1):
                 left = min(steps, total - (epoch - 1) * steps)
                 losses = _Losses(f"epoch {epoch} of {epochs:g}", left, 1 if device.type == "cpu" else 50)
-                rate = schedule.get_last_lr()[0]
+                rate = float(schedule.get_last_lr()[0])
                 model.train()
                 started = said = time.perf_counter()
                 with _seeded(seed, epoch, device):
                     drawn = batches(data, epoch, seed, batch_size, augment, device)
                     for images, labels in itertools.islice(drawn, left):
-                        with _precision(device):
-                            value = loss(model, images, labels)
-                        losses.add(value.detach(), schedule.get_last_lr()[0])
-                        optimizer.zero_grad()
-                        value.backward()
-                        optimizer.step()
+                        losses.add(step(images, labels), schedule.get_last_lr()[0])
                         schedule.step()
                         bar.update(batch_size)
                         said = _say(bar, losses, said)
@@ -247,8 +253,59 @@ def _sgd(model: nn.Module, rate: float, momentum: float, decay: float) -> torch.
 
 def _precision(device: torch.device) -> contextlib.AbstractContextManager:
     if fast_bf16(device):
-        return torch.autocast(device.type, torch.bfloat16)
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=device.type != "cuda")
     return contextlib.nullcontext()
+
+
+class _Steps:
+    """Steps of a training. On CUDA one is recorded and from then on replayed, if the loss is `recordable`.
+
+    A step of these networks is hundreds of small kernels, and to launch them one by one takes longer than to
+    compute them. A recording works on fixed places in memory: pictures, labels and the learning rate are put
+    there.
+    """
+
+    EAGER = 3  # steps that come before: what is made at the first use has to exist
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, optimizer: torch.optim.SGD, device: torch.device
+    ) -> None:
+        self.model, self.loss, self.optimizer, self.device = model, loss, optimizer, device
+        self.recording: torch.cuda.CUDAGraph | None = None
+        self.eager = math.inf
+        if device.type == "cuda" and getattr(loss, "recordable", False):
+            self.eager, self.stream = self.EAGER, torch.cuda.Stream()
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(float(group["lr"]), device=device)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Take a step, and return its loss."""
+        if self.eager == math.inf:
+            return self._step(images, labels)
+        if self.eager:
+            self.eager -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                value = self._step(images, labels)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return value
+        if self.recording is None:
+            self.images, self.labels = images.clone(), labels.clone()
+            self.recording = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.recording):
+                self.value = self._step(self.images, self.labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.recording.replay()
+        return self.value.clone()
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        with _precision(self.device):
+            value = self.loss(self.model, images, labels)
+        self.optimizer.zero_grad()
+        value.backward()
+        self.optimizer.step()
+        return value.detach()
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ size: int = 0  # [0, 1024] pixels the pictures are resized to; 0: as they are (y
 depth: int = 18  # {18, 34, 50} layers of the residual network; 50 is the teacher
 stem: str = "small"  # {imagenet, small, small_stride2} the first convolution
 width: float = 1.0  # [0.01, 4] factor on every number of channels
+weights: str = ""  # start from these: imagenet, or a file in torchvision's format; empty: from chance
 epochs: float = 4.0  # [0.01, 1000] passes over the training pictures; the last may be a part
 batch_size: int = 32  # [1, 4096] pictures a step
 learning_rate: float = 0.05  # [1e-6, 10] peak of the one-cycle schedule
@@ -94,6 +95,8 @@ spec = models.resnet(
     width=width,
 )
 model = models.build(spec)
+if weights:
+    print("not in these weights, so new:", ", ".join(models.load_pretrained(model, weights)) or "nothing")
 pd.DataFrame(
     {"layer": x.name, "in": x.in_channels, "out": x.out_channels, "kernel": x.kernel, "size out": x.size_out}
     for x in models.layers(spec)

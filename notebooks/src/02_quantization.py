@@ -28,7 +28,8 @@ calibration_images: int = 256  # [1, 100000] training pictures that set ranges a
 repair_images: int = 128  # [2, 100000] training pictures for batch-norm re-estimation
 train_epochs: float = 0.15  # [0.001, 1000] of quantization-aware training, and of the dense control
 learning_rate: float = 0.02  # [0.00001, 1] peak of that training
-upstream: list = []  # run folder of 01_baseline; empty: the small network of its defaults
+upstream: list = []  # run folders of 01_baseline and of the first part; empty: 01 with its defaults
+part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 seed: int = 1  # [0, 1000000] which calibration pictures, and the order of training
 profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/02_quantization
@@ -82,7 +83,7 @@ from nnc_utils.training import fit
 figures.style()
 # %%
 run = start("02_quantization", globals(), needs=("01_baseline",))
-[baseline] = run.upstream
+baseline, *before = run.upstream
 reference = baseline.baseline
 model = artifact.load(baseline.artifact("fp32"))
 pictures = data.load(reference.dataset, size=model.spec.size)
@@ -117,6 +118,9 @@ def parsed(point: str) -> tuple[str, str, dict[str, str]]:
 
 
 # %%
+sources = {}  # the files of earlier parts, which peers may compress
+for earlier in before:
+    sources |= {name: earlier.folder / file for name, file in earlier.extra["files"].items()}
 for point in (*points, *peers):  # before any work
     if (parsed(point)[0] in counterparts.NAMES) != (point in peers):
         raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
@@ -129,10 +133,9 @@ for point in (*points, *peers):  # before any work
             raise ValueError(f"{point!r}: levels is an odd number from 3 to 15")
         if key == "budget" and value not in (allowed := [*(f"{bits}bit" for bits in WIDTHS[1:]), "5level"]):
             raise ValueError(f"{point!r}: the budget is one of {', '.join(allowed)}")
-    if parsed(point)[0] in ("gzip", "xz", "zstd") and f"uniform_per_channel:{parsed(point)[1]}" not in points:
-        raise ValueError(
-            f"{point!r} compresses the codes of uniform_per_channel:{parsed(point)[1]}: add it to points"
-        )
+    codes = f"uniform_per_channel:{parsed(point)[1]}"
+    if parsed(point)[0] in ("gzip", "xz", "zstd") and codes not in (*points, *sources):
+        raise ValueError(f"{point!r} compresses the codes of {codes}: add it to points")
 
 # %% [markdown]
 # ## 1 · What do the weights look like?
@@ -740,7 +743,7 @@ rows = [
 # codec, with gzip, xz and zstd of the plain codes. What is not installed is said.
 
 # %%
-sources = {(c["method"], c["point"]): c["path"] for c in candidates}
+sources |= {f"{c['method']}:{c['point']}": c["path"] for c in candidates}
 fp32, folder = baseline.artifact("fp32"), run.path("peers/x").parent
 
 
@@ -758,7 +761,7 @@ def with_batch_norm(path, **settings):
 def made(name: str, values: dict[str, str]):
     """A peer's file, and the artifact that it was made of."""
     if name in ("gzip", "xz", "zstd"):
-        source = sources["uniform_per_channel", f"bits={values['bits']}"]
+        source = sources[f"uniform_per_channel:bits={values['bits']}"]
         return counterparts.make(name, source, calibration.numpy(), folder), source
     settings = {"scheme": next(iter(values))} if name == "ort_static" else {}
     if name == "nncodec":
@@ -783,7 +786,7 @@ for point in peers:
     )
 
 # %%
-table = pd.DataFrame([row.model_dump() for row in rows])
+table = pd.DataFrame([row.model_dump() for row in rows], columns=results.CompressionRow.columns())
 shown = ["method", "point", "artifact_bytes", "size_ratio", "accuracy", "accuracy_delta", "delta_ci_low"]
 table[[*shown, "delta_ci_high", "division", "headline"]].sort_values("artifact_bytes", ascending=False)
 
@@ -814,12 +817,13 @@ versus if len(versus) else "no two of these points are to be compared"
 
 # %% tags=["nbval-check-output"]
 uniform_files = [c for c in candidates if c["artifact"].ranges]
-session = runtimes.prepare("onnxruntime", uniform_files[0]["artifact"], "int8", 1)
 additions = sum(block.connection != "none" for _, block in models.named_blocks(model.spec))
 convolutions = sum(x.kind == "conv" for x in shapes.values())
 print(f"predicted: {convolutions} convolutions, {additions} additions, 1 linear layer")
-for operator, count in sorted(session.integer_operators.items()):
-    print(f"{operator}: {count}")
+for c in uniform_files[:1]:
+    session = runtimes.prepare("onnxruntime", c["artifact"], "int8", 1)
+    for operator, count in sorted(session.integer_operators.items()):
+        print(f"{operator}: {count}")
 
 # %% [markdown]
 # And every file with activation ranges: does the runtime, with the codes of the file, say what the file

@@ -28,11 +28,12 @@ batches: list = [1, 16]  # [1, 4096] pictures at once
 in_runtimes: list = ["eager", "onnxruntime"]  # and openvino, executorch, inductor, where they are installed
 narrow: str = "channels_fisher:macs=4x mended tuned"  # of 03_pruning, which has it with " int8", too
 masked: str = "magnitude_global:sparsity=0.9 tuned"  # of 03_pruning
+joined: list = []  # of 06_pipeline, whose run is then in upstream; in int8 wherever it runs
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
 rounds: int = 5  # [1, 1000] visits to each pair of runtime and network
 seconds: float = 4.0  # [1, 36000] for the timing, all rounds together
 again: bool = False  # take as long once more, and say whether the speed-ups hold
-upstream: list = []  # run folders of 01_baseline, 02_quantization, 03_pruning; empty: those of their defaults
+upstream: list = []  # run folders of 01_baseline, 02_quantization, 03_pruning, 06; empty: the first three's defaults
 seed: int = 1  # [0, 1000000] of the networks that are timed
 profile: str = "smoke"  # where the result belongs: smoke, quick, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/07_deployment
@@ -63,21 +64,22 @@ from nnc_utils.runtimes import qdq
 figures.style()
 # %%
 run = start("07_deployment", globals(), needs=("01_baseline", "02_quantization", "03_pruning"))
-baseline, quantized, *pruned = run.upstream  # pruning may be in parts
+baseline, *others = run.upstream
 reference = baseline.baseline
 if unknown := set(in_runtimes) - set(runtimes.NAMES):
     raise ValueError(f"unknown runtime {', '.join(unknown)}: one of {', '.join(runtimes.NAMES)}")
 made, paths = {}, {}
-for technique, parts in (("quantization", [quantized]), ("pruning", pruned)):
-    found = {}
+wanted = {"02": points, "03": [narrow, f"{narrow} int8", masked], "06": joined}
+for number, asked in wanted.items():
+    found, parts = {}, [other for other in others if other.record.notebook.startswith(number)]
     for part in parts:
-        own = {f"{row.method}:{row.point}": row for row in part.compression if row.technique == technique}
+        own = {f"{row.method}:{row.point}": row for row in part.compression}
+        own = {name: row for name, row in own.items() if name in part.record.extra["files"]}
         found |= own
         paths |= {name: part.folder / part.record.extra["files"][name] for name in own}
     made |= found
-    asked = points if technique == "quantization" else (narrow, f"{narrow} int8", masked)
     if unknown := set(asked) - set(found):
-        runs = ", ".join(part.run for part in parts)
+        runs = ", ".join(part.run for part in parts) or f"{number}, which is not in upstream,"
         raise ValueError(f"no artifact of {runs} is called {', '.join(unknown)}: it has {', '.join(found)}")
 
 # %%
@@ -91,6 +93,7 @@ also = [row for row in made.values() if row.technique == "pruning" and row.headl
 narrow_row, narrow_int8_row, mask_row = (made[name] for name in (narrow, f"{narrow} int8", masked))
 cut = [narrow_row, narrow_int8_row, mask_row]
 also = [row for row in also if row not in cut]  # further claims
+small = [made[name] for name in joined]
 files = {made[name].artifact_sha256: path for name, path in paths.items()}
 fp32 = artifact.read(baseline.artifact("fp32"))
 int8 = artifact.read(files[networks[0].artifact_sha256])
@@ -202,9 +205,11 @@ requests += requested(narrow_row, "fp32", several) + requested(narrow_int8_row, 
 requests += requested(narrow_int8_row, "s8s8", ["onnxruntime"])
 for row in (mask_row, *also):
     requests += requested(row, "fp32", ["onnxruntime"])
+for row in small:
+    requests += requested(row, "int8", several)
 
 # %%
-known = {row.artifact_sha256: row for row in (reference, *networks, *cut, *also)}
+known = {row.artifact_sha256: row for row in (reference, *networks, *cut, *also, *small)}
 for part in run.upstream:  # the classes that each artifact gave in eager are known already
     for file in (part.folder / "predictions").glob("*.npy"):
         shutil.copy(file, run.path(f"predictions/{file.name}"))

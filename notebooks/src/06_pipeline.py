@@ -1,0 +1,600 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,src//py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 · The pipeline: prune, quantize, distill
+#
+# Each technique alone makes a network a few times smaller. What do they make together, in which order, and does the result beat
+# what anyone would try first: a thin network, trained as long and quantized in the same way? Nothing new is taught here: a
+# **pipeline** is a list of stages, each the function of its own notebook, and budgets.
+
+# %% tags=["parameters"]
+points: list = ["prune_quantize_distill:macs=6x,bits=4", "quantize_prune_distill:macs=6x,bits=4"]  # pipelines
+controls: list = ["small_dense_qat4:macs=6x"]  # rivals: thin networks, the network of 05
+peers: list = []  # production counterparts, such as torch_pruning_nncf:macs=8x
+prune_epochs: float = 1.0  # [0.001, 1000] of training behind the cut
+quantize_epochs: float = 1.0  # [0.001, 1000] of training with the rounding
+distill_epochs: float = 2.0  # [0.001, 1000] of training by the teacher; the three sum up to everyone's budget
+learning_rate: float = 0.02  # [0.00001, 1] peak of each of these trainings
+batch_size: int = 0  # [0, 4096] pictures a step of these trainings; 0: as the baseline
+temperature: float = 4.0  # [0.1, 100] of the teacher's soft labels
+alpha: float = 0.9  # [0, 1] share of the soft labels in the loss
+copies: int = 2  # [0, 64] augmentations of each picture in which the teacher looks before; 0: at each batch
+scoring_images: int = 256  # [2, 100000] training pictures for scores, curvature, ranges and batch-norm
+multiple: int = 8  # [1, 64] of which the number of channels is, as far as a layer has so many
+upstream: list = []  # run folders of 01_baseline, own seed first, of 05 and of the first part; empty: 01's defaults
+part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
+claim: bool = True  # whether its points may be claimed
+seed: int = 1  # [0, 1000000] of new weights, which pictures score, the order of training
+profile: str = "smoke"  # where the result belongs: smoke, quick, standard or full
+run_dir: str = ""  # folder of this run; empty: results/smoke/06_pipeline
+
+# %%
+import copy
+import functools
+import itertools
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
+# %%
+from nnc_utils import (
+    allocation,
+    artifact,
+    batch_norm,
+    claims,
+    curvature,
+    data,
+    encoding,
+    figures,
+    models,
+    results,
+    scoring,
+    sensitivity,
+)
+from nnc_utils import peers as counterparts
+from nnc_utils.distillation import teaching
+from nnc_utils.pruning import channels, obs, structured, unstructured
+from nnc_utils.quantization import activations, qat, uniform
+from nnc_utils.run import start
+from nnc_utils.training import TrainingError, cross_entropy, fit, network_digest
+
+figures.style()
+# %%
+run = start("06_pipeline", globals(), needs=("01_baseline",))
+baseline, *before = run.upstream
+others = [earlier for earlier in before if earlier.record.notebook == "01_baseline"]
+parts = [earlier for earlier in before if earlier.record.notebook == "06_pipeline"]
+LENGTHS = ("prune_epochs", "quantize_epochs", "distill_epochs", "learning_rate", "batch_size")
+for earlier, name in itertools.product(parts, LENGTHS):
+    if (given := earlier.record.parameters[name]) != globals()[name]:
+        raise ValueError(f"{name} is {globals()[name]}, but {given} in {earlier.run}: parts share it")
+reference, recipe_of_01 = baseline.baseline, baseline.record.parameters
+dense = artifact.load(baseline.artifact("fp32"), trainable=True).eval()
+spec = dense.spec
+pictures = data.load(reference.dataset, size=spec.size)
+order = torch.randperm(len(pictures.train.labels), generator=torch.Generator().manual_seed(seed))
+chosen = order[:scoring_images]
+seen, seen_labels = pictures.normalize(pictures.train.images[chosen]), pictures.train.labels[chosen].long()
+print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
+
+# %% [markdown]
+# ## 1 · A pipeline is data
+#
+# A point names the order of the stages and their budgets: `prune_quantize_distill:macs=6x,bits=4` has six times fewer MACs
+# and weights of 4 bits (8 in the first convolution and the classifier). `size=100x` instead of `bits` asks for a file a hundred times
+# smaller, and a bit width for each layer is found; `sparsity=0.5` sets half of the weights that are left to zero; `ensemble` lets
+# the baselines of all seeds teach together. The rivals start from a `thin` ResNet-18 that was trained like the baseline.
+#
+# All train on for **the same number of pictures**: what a list of stages does not use, the others get.
+
+# %%
+STAGES = {  # stage -> the budgets that it needs, those that it can have, its share of the training
+    "prune": ({"macs"}, {"sparsity"}, prune_epochs),
+    "quantize": ({"bits"}, set(), quantize_epochs),
+    "distill": (set(), {"ensemble"}, distill_epochs),
+    "train": (set(), set(), prune_epochs + distill_epochs),  # by labels alone
+    "thin": ({"macs"}, set(), 0.0),
+    "found": (set(), set(), 0.0),  # the network of 05_architecture_search
+    "torch": ({"macs"}, set(), 0.0),  # cut by Torch-Pruning
+    "round": (set(), set(), 0.0),  # to 7 bits, without training
+}
+ORDERS = ["prune_quantize_distill", "prune_distill_quantize", "distill_prune_quantize"]
+ORDERS = {name: tuple(name.split("_")) for name in [*ORDERS, "quantize_prune_distill"]}
+FIRST = next(iter(ORDERS))
+ORDERS |= {"prune_only": ("prune",), "quantize_only": ("quantize",), "distill_only": ("thin", "distill")}
+RIVALS = {
+    "dense_finetuned": ("train",),
+    "small_dense": ("thin", "train", "round"),
+    "small_dense_qat4": ("thin", "train", "quantize"),
+    "small_dense_distilled": ("thin", "quantize", "distill"),
+    "searched": ("found", "quantize", "distill"),
+    "torch_pruning": ("torch", "train"),
+}
+PEERS = {"torch_pruning_nncf": {"macs"}, "nncodec_pruned": {"macs", "qp"}}
+PEERS |= dict.fromkeys(("gzip", "xz", "zstd"), set())  # of the codes of the first order at these budgets
+BUDGET = prune_epochs + quantize_epochs + distill_epochs
+
+
+# %%
+def parsed(point: str) -> tuple[str, dict[str, str]]:
+    """ "prune_only:macs=8x" -> "prune_only", {"macs": "8x"}; a ValueError that says what is allowed."""
+    method, _, setting = point.partition(":")
+    values = dict(part.partition("=")[::2] for part in setting.split(",") if part)
+    stages = (ORDERS | RIVALS).get(method, ORDERS[FIRST] if PEERS.get(method) == set() else ())
+    needed = PEERS.get(method, set()).union(*(STAGES[stage][0] for stage in stages))
+    able = set().union(*(STAGES[stage][1] for stage in stages))
+    if method == "small_dense_qat4":
+        needed -= {"bits"}
+    given = {"bits" if key == "size" and "bits" in needed else key for key in values}
+    if method not in ORDERS | RIVALS | PEERS or not needed <= given <= needed | able:
+        known = {name: RIVALS.get(name) or ORDERS.get(name, ()) for name in ORDERS | RIVALS}
+        known = ", ".join(f"{name} ({', '.join(found)})" for name, found in known.items())
+        budgets = f"; {method} needs {', '.join(sorted(needed))}" if needed else ""
+        raise ValueError(f"unknown point {point!r}: one of {known}; peers {', '.join(PEERS)}{budgets}")
+    return method, values
+
+
+def times(text: str) -> float:
+    """ "8x" -> 8.0"""
+    return float(text.removesuffix("x"))
+
+
+# %%
+ALLOWED = {  # whether a budget makes sense, and what would
+    "macs": (lambda text: text.endswith("x") and times(text) >= 1, "how many times fewer, such as 8x"),
+    "size": (lambda text: text.endswith("x") and times(text) > 1, "how many times smaller, such as 100x"),
+    "bits": (lambda text: 2 <= int(text) <= 8, "2 to 8"),
+    "sparsity": (lambda text: 0 <= float(text) < 1, "a share of zeros in [0, 1)"),
+    "qp": (lambda text: -60 <= int(text) <= 0, "NNCodec's step, such as -20"),
+    "ensemble": (
+        lambda text: not text and bool(others),
+        "no value, and baselines of other seeds in upstream",
+    ),
+}
+winners = [e.extra["winner"] for e in before if "winner" in e.extra]
+for place, point in enumerate([*points, *controls, *peers]):  # before any work
+    method, values = parsed(point)
+    kind = ORDERS if place < len(points) else RIVALS if place < len(points) + len(controls) else PEERS
+    if method not in kind:
+        raise ValueError(f"{point!r}: pipelines belong into points, rivals into controls, others into peers")
+    for key, value in values.items():
+        try:
+            sensible = ALLOWED[key][0](value)
+        except ValueError:
+            sensible = False
+        if not sensible:
+            raise ValueError(f"{point!r}: {key} is {value!r}, needed is {ALLOWED[key][1]}")
+    if method == "searched" and not winners:
+        raise ValueError(f"{point!r}: the run of 05_architecture_search has to be in upstream")
+
+# %% [markdown]
+# ## 2 · Do the gains multiply?
+#
+# With $p$ the share of weights that pruning leaves and $b$ bits for each of the rest, the file should be $32 / (p\,b)$ times
+# smaller. *Predict* it from the narrower Spec before anything is trained, then round the pruned network and save it: the header,
+# batch-norm and the two layers at 8 bits do not shrink with it, and entropy coding takes less than $b$ bits.
+
+# %%
+def cut(network, fewer: float) -> torch.nn.Module:
+    """Channels removed until the MACs are so many times fewer than the dense network's; the readers mended."""
+    budget, about = models.macs(spec) / fewer, {"images": seen, "labels": seen_labels}
+    score = channels.scores(network, "fisher", **about)
+    kept = channels.within_macs(network.spec, score, macs=budget, multiple=multiple)
+    known = curvature.curvatures(network, seen, seed=seed)
+    narrow = structured.remove_channels(obs.compensated(network, kept, known), kept)
+    return batch_norm.reestimate(narrow, seen)
+
+
+saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes, "dtype": torch.float16}
+first = parsed(points[0])[1] if points else {}
+fewer = times(first.get("macs", "6x"))
+narrow, bits = cut(dense, fewer), int(first.get("bits", 4))
+rounded = uniform.quantize_network(narrow, bits=bits, per_channel=True, clip="mse")
+file = artifact.save(rounded, run.path("scratch/rounded.safetensors"), **saving)
+share = models.parameters(narrow.spec) / models.parameters(spec)
+predicted, measured = 32 / (share * bits), artifact.fp32_bytes(spec) / file.nbytes
+print(
+    f"{share:.1%} of the parameters left, {bits} bits each: predicted {predicted:.0f} times smaller,", end=" "
+)
+print(f"measured {measured:.0f}, ratio {measured / predicted:.2f}")
+
+# %% [markdown]
+# **What it means.** The factors multiply, and what does not shrink begins to count: at a hundred times smaller, batch-norm
+# and the description of the network are a part of the file that can be seen.
+#
+# ## 3 · Which orders are possible at all?
+#
+# Cut a network that is already in integers. *Predict*: what does a removed input channel do to a scale that was chosen for all?
+
+# %%
+few = {name: torch.arange(8) for name in structured.groups(spec)}
+try:
+    structured.remove_channels(uniform.quantize_network(dense, bits=4, per_channel=True), few)
+except ValueError as error:
+    print(f"{type(error).__name__}: {error}")
+
+# %% [markdown]
+# **What it means.** The integers of a file are those of one network; after the cut they would have to be chosen again. So
+# `quantize_prune_distill`, the order of many tutorials, has to go back to floats for the cut, and quantizes twice. What the first
+# quantization was worth is measured below.
+#
+# ## 4 · Where should the bits be?
+#
+# A file of a given size: each layer has a price list (bytes at 2 to 8 bits) and a list of harms (what the loss rises by). The
+# [allocation](../nnc_utils/allocation.py) buys the least harm.
+
+# %%
+WIDTHS = range(2, 9)
+SPARE = 0.97  # of the budget: trained codes are coded a little longer or shorter than those of the plan
+
+
+def planned(network, smaller: float) -> dict[str, int]:
+    """Bits for each layer, so that the network's file is so many times smaller than the baseline's."""
+    layers = {x.name: network.get_submodule(x.name).weight.detach() for x in models.layers(network.spec)}
+    options = {"per_channel": True, "clip": "mse"}
+    codes = {n: {b: uniform.quantize(w, bits=b, **options) for b in WIDTHS} for n, w in layers.items()}
+    cost = {n: {b: encoding.payload_bits(code) / 8 for b, code in c.items()} for n, c in codes.items()}
+    values = {n: {b: encoding.decode(code) for b, code in c.items()} for n, c in codes.items()}
+    harm = sensitivity.loss_increase(network, values, seen, seen_labels)
+    trial = activations.calibrate(uniform.quantize_network(network, bits=8, **options), seen)
+    whole = artifact.save(trial, run.path("scratch/whole.safetensors"), **saving).nbytes
+    beside = whole - sum(prices[8] for prices in cost.values())
+    budget = SPARE * artifact.fp32_bytes(spec) / smaller - beside
+    least = beside + sum(min(prices.values()) for prices in cost.values())
+    if budget < least - beside:
+        nearest = SPARE * artifact.fp32_bytes(spec) / least
+        raise ValueError(f"size={smaller:g}x cannot be met by these MACs: {nearest:.0f}x is the nearest")
+    return {name: int(width) for name, width in allocation.allocate(cost, harm, budget=budget).items()}
+
+
+# %%
+plain = planned(narrow, 0.8 * predicted)
+figure, axes = plt.subplots(figsize=(9, 3))
+axes.bar(range(len(plain)), list(plain.values()))
+axes.set_xticks(range(len(plain)), list(plain), rotation=70, fontsize=7)
+axes.set(ylabel="bits", title=f"Where are the bits of a file {0.8 * predicted:.0f} times smaller?")
+figures.show(figure, "Bits of each layer of the pruned network in a file of a given size")
+
+# %% [markdown]
+# ## Benchmark: the stages
+#
+# Each takes a network and gives one back. `prune` cuts channels by their Fisher score and mends the readers
+# ([03](03_pruning.ipynb)); `quantize` trains with the rounding, by LSQ ([02](02_quantization.ipynb)); `distill` trains what there is,
+# with its masks, integers and ranges in the loop, by the teacher's soft labels ([04](04_distillation.ipynb)).
+
+# %%
+def is_rounded(network) -> bool:
+    """Whether a network computes with the rounding of its file."""
+    return any(place.scale is not None for place in models.activations(network).values())
+
+
+def unrounded(network) -> torch.nn.Module:
+    """A network's rounded weights as plain ones, its activations in floats."""
+    network = copy.deepcopy(network)
+    for layer in models.layers(network.spec):
+        encoding.fold(network.get_submodule(layer.name))
+    for place in models.activations(network).values():
+        place.scale = None
+    return network.eval()
+
+
+def prune(network, values: dict[str, str]) -> torch.nn.Module:
+    """Channels to the budget, then weights inside what is left; what was rounded is rounded once more."""
+    narrow = cut(unrounded(network) if is_rounded(network) else network, times(values["macs"]))
+    if "sparsity" in values:
+        score = unstructured.scores(narrow, "magnitude")
+        narrow = unstructured.masked(narrow, unstructured.masks(score, float(values["sparsity"])))
+    return quantize(narrow, values) if is_rounded(network) else narrow
+
+
+# %%
+def quantize(network, values: dict[str, str]) -> torch.nn.Module:
+    """Weights and activations rounded in the forward pass, the scales to be trained."""
+    bits = planned(unrounded(network), times(values["size"])) if "size" in values else int(values["bits"])
+    return qat.prepare(network, seen, bits=bits, method="lsq")
+
+
+def thin(fewer: float) -> models.Spec:
+    """The plain narrow ResNet of at most so many MACs."""
+    about = {key: getattr(spec, key) for key in ("channels", "size", "classes", "stem")}
+    able = (
+        models.resnet(recipe_of_01["depth"], width=float(width), **about)
+        for width in np.arange(1, 0, -0.005) * recipe_of_01["width"]
+    )
+    return next(candidate for candidate in able if models.macs(candidate) <= models.macs(spec) / fewer)
+
+
+def from_the_start(network: models.Spec, name: str) -> torch.nn.Module:
+    """A network with the baseline's training."""
+    torch.manual_seed(seed)
+    built = models.build(network)
+    options = {key: recipe_of_01[key] for key in ("epochs", "learning_rate", "augment", "batch_size")}
+    fit(built, pictures, seed=seed, checkpoint=run.path(f"checkpoint_{name}_start.pt"), **options)
+    return built.eval()
+
+
+# %%
+@functools.cache
+def teacher(together: bool) -> torch.nn.Module:
+    """The dense network, or the baselines of all seeds together."""
+    if not together:
+        return copy.deepcopy(dense)
+    return teaching.Ensemble([copy.deepcopy(dense), *(artifact.load(o.artifact("fp32")) for o in others)])
+
+
+@functools.cache
+def memory(together: bool) -> teaching.Remembered:
+    """What the teacher said of every training picture."""
+    who = teacher(together)
+    augment, name = recipe_of_01["augment"], f"remembered_{network_digest(who)}.npz"
+    kept = [e.folder / name for e in parts if (e.folder / name).is_file()]
+    options = {"copies": copies if augment else 1, "augment": augment, "seed": seed}
+    return teaching.remember(who, pictures, file=kept[0] if kept else run.path(name), **options)
+
+
+def trained(network, stage: str, values: dict[str, str], length: float, name: str) -> tuple:
+    """A stage's training, and what it took: by the teacher in `distill`, else by labels."""
+    train, loss, augment, before = pictures, cross_entropy, recipe_of_01["augment"], 0.0
+    size = batch_size or recipe_of_01["batch_size"]
+    steps = round(length * (len(pictures.train) // size))
+    lesson, together = teaching.Recipe(temperature=temperature, alpha=alpha), "ensemble" in values
+    if stage == "distill" and copies == 0:
+        loss = teaching.taught_by(teacher(together), lesson, network.spec)
+    elif stage == "distill":
+        known = memory(together)
+        train, augment, before = known.pictures, False, known.seconds
+        loss = teaching.taught_from(known, lesson, network.spec)
+    options = {"learning_rate": learning_rate, "augment": augment, "batch_size": size, "loss": loss}
+    options |= {"checkpoint": run.path(f"checkpoint_{name}.pt")}
+    number = seed + 1_000_003 * (1 + list(STAGES).index(stage))  # each stage sees other pictures
+    history = fit(network, train, epochs=steps / (len(train.train) // size), seed=number, **options)
+    return network.eval(), {"train_images": history.images, "train_seconds": history.seconds + before}
+
+
+# %%
+@functools.cache
+def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torch.nn.Module, dict]:
+    """The network behind some stages, and what their training took; orders share what they begin with."""
+    if not stages:
+        return dense, {}
+    *earlier, stage = stages
+    values = dict(given)
+    have = set().union(*(STAGES[s][0] | STAGES[s][1] for s in earlier), {"size"} & set(values))
+    network, took = after(tuple(earlier), frozenset((k, v) for k, v in given if k in have), scale)
+    network, name = copy.deepcopy(network), "_".join([*stages, *(f"{k}{v}" for k, v in sorted(given))])
+    if stage in ("thin", "found"):
+        start_from = thin(times(values["macs"])) if stage == "thin" else models.Spec.from_json(winners[0])
+        return from_the_start(start_from, name), {}
+    if stage == "torch":
+        budget, about = models.macs(spec) / times(values["macs"]), {"images": seen, "labels": seen_labels}
+        network = counterparts.peer("torch_pruning").prune(network, "magnitude", macs=budget, **about)
+        return batch_norm.reestimate(network, seen), {}
+    if stage == "round":
+        return uniform.quantize_network(network, bits=7, per_channel=True), took
+    if stage in ("prune", "quantize"):
+        network = {"prune": prune, "quantize": quantize}[stage](network, values)
+    network, more = trained(network.train(), stage, values, scale * STAGES[stage][2], name)
+    if is_rounded(network):
+        network = activations.calibrate(network, seen)
+    return network, {key: took.get(key, 0) + value for key, value in more.items()}
+
+
+# %% [markdown]
+# The rivals get the baseline's training first, which the pruned networks had, too. `small_dense_qat4` is what anyone would try
+# first: a thin ResNet-18, trained as long, in 4 bits.
+
+# %%
+def candidate(method: str, stages: tuple[str, ...], values: dict[str, str], control: str = "") -> dict:
+    """The network behind these stages as a file, and what its row will say."""
+    whole = (ORDERS | RIVALS)[method]
+    scale = BUDGET / sum(STAGES[stage][2] for stage in whole)
+    given = values | ({"bits": "4"} if method == "small_dense_qat4" else {})
+    keys = set().union(*(STAGES[stage][0] | STAGES[stage][1] for stage in stages), {"size"} & set(values))
+    network, took = after(stages, frozenset((k, v) for k, v in given.items() if k in keys), scale)
+    if stages[-1] == "round":
+        network = activations.calibrate(network, seen)
+    point = ",".join("=".join(filter(None, item)) for item in values.items())
+    name = "_".join(filter(None, [method, point.replace("=", "").replace(",", "_"), control]))
+    path = run.path(f"artifacts/{name}.safetensors")
+    saved = artifact.save(network, path, **saving)
+    print(f"{method} {point} {control}: {saved.nbytes:,} bytes", flush=True)
+    technique = "pipeline" if method in ORDERS else "peer" if method == "torch_pruning" else "baseline"
+    row = {"technique": technique, "method": method, "point": point, "division": "open", **took}
+    row["control"] = control or (method if technique == "baseline" else "")
+    return {"path": path, "bytes": saved.nbytes, "row": row}
+
+
+# %%
+trained_before = [p for p in parts if "dense_finetuned" in {row.method for row in p.compression}]
+wanted = [(*parsed(point), ORDERS, "") for point in points] + [(*parsed(p), RIVALS, "") for p in controls]
+if not trained_before and "dense_finetuned" not in controls:
+    wanted.insert(0, ("dense_finetuned", {}, RIVALS, ""))
+candidates, missing = [], {}
+for method, values, kinds, _ in wanted:
+    stages = kinds[method]
+    try:
+        first_pipeline = kinds is ORDERS and not any(c["row"]["method"] in ORDERS for c in candidates)
+        for number in range(1, len(stages)) if first_pipeline and claim else ():  # for the waterfall
+            label = f"after_{stages[number - 1]}"
+            candidates.append(candidate(method, stages[:number], values, label))
+        candidates.append(candidate(method, stages, values))
+    except (ValueError, TrainingError) as error:  # one point that cannot be made costs no other
+        missing[f"{method}:{values}"] = str(error)
+        print(f"{method} {values}: {error}", flush=True)
+
+# %% [markdown]
+# The **validation** pictures decide what is claimed, before the test set is looked at: the smallest pipeline file that is likely
+# without loss on test ([`claims`](../nnc_utils/claims.py)), against the better of the baseline and the dense network trained on
+# for as long.
+
+# %%
+of_dense = next((c["path"] for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
+if trained_before:
+    of_dense = trained_before[0].artifact("dense_finetuned")
+able = [c for c in candidates if c["row"]["method"] in ORDERS and not c["row"]["control"] and claim]
+orders = {("open", "bytes"): [c["path"] for c in sorted(able, key=lambda c: c["bytes"])]}
+decided = claims.choose(orders, baseline=baseline.artifact("fp32"), dense=of_dense, pictures=pictures)
+print("claimed:", ", ".join(path.stem for path in decided.claimed.values()) or "none is likely without loss")
+
+# %% [markdown]
+# Now the test set, once, in a fresh process that gets nothing but the files' names.
+
+# %%
+scored = functools.partial(scoring.score, dataset=reference.dataset, folder=run.path("predictions"))
+scores = scored([c["path"] for c in candidates])
+against = baseline
+if decided.reference == of_dense:
+    found = [made.score("dense_finetuned") for made in trained_before]
+    [against] = found or [s for s in scores if Path(s["path"]) == of_dense]
+common = {"run": run, "dataset": reference.dataset, "model": reference.model}
+rows = [
+    results.compression_row(
+        score,
+        reference=baseline if c["path"] == of_dense else against,
+        headline=c["path"] in decided.claimed.values(),
+        **c["row"],
+        **common,
+    )
+    for c, score in zip(candidates, scores, strict=True)
+]
+
+# %% [markdown]
+# ### Side by side: other tools at the same budget
+#
+# Torch-Pruning, trained on by labels for the whole budget, then NNCF's int8; NNCodec on our pruned network; and what a general
+# compressor makes of our codes.
+
+# %%
+files = {f"{r.method}:{r.point}": c["path"] for c, r in zip(candidates, rows, strict=True) if not r.control}
+for earlier in parts:
+    files |= {name: earlier.folder / path for name, path in earlier.extra["files"].items()}
+trainings = {}
+for row in [*rows, *(row for earlier in parts for row in earlier.compression)]:
+    took = {"train_images": row.train_images, "train_seconds": row.train_seconds}
+    trainings[f"{row.method}:{row.point}"] = took
+
+
+TOOLS = {"torch_pruning_nncf": "nncf_ptq", "nncodec_pruned": "nncodec"}  # the others are called what they are
+FROM = {"torch_pruning_nncf": "torch_pruning:macs={macs}", "nncodec_pruned": "prune_only:macs={macs}"}
+
+
+def made(tool: str, source: Path, values: dict[str, str]) -> Path:
+    """A peer's file of an artifact."""
+    settings = {"qp": int(values["qp"])} if "qp" in values else {}
+    return counterparts.make(tool, source, seen.numpy(), run.path("peers/x").parent, **settings)
+
+
+# %%
+for point in peers:
+    name, values = parsed(point)
+    tool, setting = TOOLS.get(name, name), point.partition(":")[2]
+    needed = FROM.get(name, f"{FIRST}:{setting}").format(**values)
+    if why := counterparts.available(tool) or ("" if needed in files else f"there is no {needed}"):
+        missing[point] = why
+        print(f"{point}: {why}")
+        continue
+    [score] = scored([made(tool, files[needed], values)], peer=tool, source=files[needed])
+    about = {"technique": "peer", "method": name, "point": setting, "division": "open"}
+    rows.append(results.compression_row(score, reference=against, **about, **trainings[needed], **common))
+
+# %%
+table = pd.DataFrame([row.model_dump() for row in rows])
+shown = ["method", "point", "control", "size_ratio", "macs", "accuracy", "accuracy_delta"]
+table[[*shown, "delta_ci_low", "delta_ci_high", "headline"]].sort_values("size_ratio")
+
+# %% [markdown]
+# ### What did each stage give?
+
+# %%
+first = next((row for row in rows if row.method in ORDERS and not row.control), None)
+if first is not None:
+    stages = [row for row in rows if (row.method, row.point) == (first.method, first.point)]
+    stages = [reference, *sorted(stages, key=lambda row: not row.control)]
+    names = ["fp32", *(row.control.replace("after_", "") for row in stages[1:-1]), ORDERS[first.method][-1]]
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
+    kinds = (("artifact_bytes", "bytes"), ("macs", "MACs"), ("accuracy", "test accuracy (%)"))
+    for axes, (column, label) in zip(panels, kinds, strict=True):
+        heights = [getattr(row, column) for row in stages]
+        axes.bar(range(len(names)), heights, color=["grey"] + ["C0"] * (len(names) - 1))
+        axes.set_xticks(range(len(names)), names)
+        axes.set_title(label)
+        if column != "accuracy":
+            axes.set_yscale("log")
+    panels[2].set_ylim(min(row.accuracy for row in stages) - 1, max(row.accuracy for row in stages) + 0.5)
+    figures.show(figure, "Bytes, MACs and test accuracy after each stage of the first pipeline")
+
+# %%
+everything = pd.concat([pd.DataFrame([reference.model_dump()]), table], ignore_index=True)
+figures.show(
+    figures.size_against_accuracy(everything[~everything["control"].str.startswith("after")]),
+    "Test accuracy against how many times smaller the file is: pipelines, rivals and other tools",
+)
+
+# %% [markdown]
+# ### Who beats whom?
+#
+# Each pipeline against each rival and each other order at the same budgets, on the same test pictures.
+
+# %%
+where = {"predictions": run.path("predictions"), "dataset": reference.dataset}
+versus = results.comparisons(table, **where)
+versus if len(versus) else "no two of these points are to be compared"
+
+# %% [markdown]
+# **What would fool you.** A pipeline that is compared with the large network only: the thin network beside it, trained as long,
+# shows what the pipeline is worth. Stages that each get a training of their own, while the rival gets one. A ratio in which the
+# header, batch-norm and scales are left out.
+
+# %%
+files = {
+    f"{c['row']['method']}:{c['row']['point']}": c for c in candidates if "after" not in c["row"]["control"]
+}
+files = {name: f"artifacts/{c['path'].name}" for name, c in files.items()}
+done = run.finish(
+    compression=rows, extra={"validation_delta": decided.looked, "files": files, "missing": missing}
+)
+print(f"{done.run} is finished: {len(rows)} rows")
+
+# %% [markdown]
+# ## The committed results
+#
+# The same cells, run on ResNet-18 trained on Fashion-MNIST.
+
+# %%
+committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="pipeline")
+if committed is None:
+    print("No committed tables yet: `make benchmark` makes them.")
+else:
+    full = figures.read_table(committed / "compression.csv")
+    ours = full["run"].str.contains("06_pipeline") & ~full["control"].str.startswith("after")
+    joined = full[ours | (full["technique"] == "baseline") & (full["control"] == "")]
+    figures.show(
+        figures.size_against_accuracy(joined),
+        f"The committed results of the {committed.name} profile: pipelines, rivals and other tools",
+    )
+    display(results.comparisons(joined, committed / "predictions", dataset=full["dataset"].iloc[0]))
+
+# %% [markdown]
+# ## What you can now measure
+#
+# What each stage of a pipeline gives in bytes, MACs and points, what the order is worth, and whether all of it beats a thin network.
+#
+# **Try it.** (1) Ask for `size=100x` instead of `bits=4`: which layers get few bits? (2) Add `sparsity=0.5`: does the file shrink by as
+# much as the zeros promise? (3) `distill_only:macs=6x` against `prune_only:macs=6x`: what are the large network's weights worth?
+# (4) Your own pictures: give the run of [01_baseline](01_baseline.ipynb) on them as `upstream`.
