@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nnc_utils import models
+from nnc_utils.devices import exact_device
 
 
 @torch.no_grad()
@@ -53,12 +54,13 @@ def reestimate(
 
 def _batch_norms(model: nn.Module, images: Tensor, batch_size: int) -> list[nn.BatchNorm2d]:
     """Batch-norms with the average statistics of these batches."""
-    network = copy.deepcopy(model).train()
+    home, device = next(model.parameters()).device, exact_device()
+    network = copy.deepcopy(model).train().to(device)
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
     whole = len(images) // batch_size * batch_size or len(images)
     for batch in images[:whole].split(batch_size):
-        network(batch.contiguous(memory_format=torch.channels_last))
-    return norms
+        network(batch.to(device).contiguous(memory_format=torch.channels_last))
+    return [norm.to(home) for norm in norms]

@@ -11,6 +11,7 @@ import numpy as np
 
 from nnc_utils import artifact, evaluation
 from nnc_utils.data import Data
+from nnc_utils.devices import exact_device
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ def choose(
     """
     if unknown := {division for division, _ in orders} - {"closed", "open"}:
         raise ValueError(f"unknown division {', '.join(sorted(unknown))}: one of closed, open")
-    split, normalize = pictures.validation, pictures.normalize
+    split, options = pictures.validation, {"normalize": pictures.normalize, "device": exact_device()}
     labels = split.labels.numpy()
 
     @functools.cache
     def right(path: Path) -> np.ndarray:
-        return evaluation.predict(artifact.load(path), split, normalize=normalize) == labels
+        return evaluation.predict(artifact.load(path), split, **options) == labels
 
     better = dense is not None and right(dense).sum() > right(baseline).sum()
     against = {"closed": baseline, "open": dense if better else baseline}

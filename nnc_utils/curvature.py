@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils import models
+from nnc_utils.devices import exact_device
 from nnc_utils.models import Layer
 from nnc_utils.training import progress
 
@@ -36,6 +37,10 @@ class Curvature:
 
     inputs: Tensor
     outputs: Tensor
+
+    def to(self, device: torch.device) -> Curvature:
+        """The same on a device."""
+        return Curvature(self.inputs.to(device), self.outputs.to(device))
 
     def loss(self, error: Tensor) -> float:
         """The loss, in nats an image, that an error of the layer's weight adds."""
@@ -62,13 +67,16 @@ def upper_factor(moment: Tensor, damping: float) -> Tensor:
 def _watched(model: nn.Module, images: Tensor, see, *, batch_size: int, seed: int, task: str) -> None:
     """Call ``see(layer, inputs, gradient)`` for each layer and batch: what it gets, and the gradient there.
 
+    Both are on `exact_device`.
+
     The gradient is that of ``v @ logits`` with v, random signs times a root of ``diag(p) - p @ p.T``
     (curvature propagation; Martens, Sutskever and Swersky, 2012): the second moment that the loss's
     gradient has over labels drawn from the network's own p, without the rare draws that a confident
     network's would hang on.
     """
     models.check_images(model, images)
-    network = copy.deepcopy(model).eval().requires_grad_(False)
+    device = exact_device()
+    network = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     for layer in models.layers(model.spec):
 
         def hook(module: nn.Module, given: tuple[Tensor], output: Tensor, layer: Layer = layer) -> None:
@@ -78,11 +86,13 @@ def _watched(model: nn.Module, images: Tensor, see, *, batch_size: int, seed: in
         network.get_submodule(layer.name).register_forward_hook(hook)
     generator = torch.Generator().manual_seed(seed)
     for batch in progress(images.split(batch_size), task):
-        logits = network(batch.contiguous(memory_format=torch.channels_last).requires_grad_())
+        batch = batch.to(device).contiguous(memory_format=torch.channels_last)
+        logits = network(batch.requires_grad_())
         if not logits.isfinite().all():
             raise ValueError("logits are not finite: the network or the images hold NaN or inf")
         p = logits.detach().softmax(1)
-        drawn = p.sqrt() * (torch.randint(2, p.shape, generator=generator) * 2 - 1)
+        signs = torch.randint(2, p.shape, generator=generator) * 2 - 1
+        drawn = p.sqrt() * signs.to(device)
         logits.backward(drawn - p * drawn.sum(1, keepdim=True))
 
 
@@ -111,8 +121,12 @@ def curvatures(
     """
     layers = models.layers(model.spec)
     seen = dict.fromkeys((layer.name for layer in layers), 0)
-    inputs = {x.name: torch.zeros(x.in_channels * x.kernel**2, x.in_channels * x.kernel**2) for x in layers}
-    outputs = {x.name: torch.zeros(x.out_channels, x.out_channels) for x in layers}
+    home, device = next(model.parameters()).device, exact_device()
+    sizes = {x.name: (x.in_channels * x.kernel**2, x.out_channels) for x in layers}
+    inputs, outputs = (
+        {name: torch.zeros(size[side], size[side], device=device) for name, size in sizes.items()}
+        for side in (0, 1)
+    )
 
     def see(layer: Layer, given: Tensor, gradient: Tensor) -> None:
         taken = given[: max(0, math.ceil(rows / layer.size_out**2) - seen[layer.name])]
@@ -129,10 +143,11 @@ def curvatures(
         outputs[layer.name].addmm_(gradient.T, gradient)
 
     _watched(model, images, see, batch_size=batch_size, seed=seed, task="curvature")
-    return {
+    found = {
         x.name: Curvature(inputs[x.name] / (seen[x.name] * x.size_out**2), outputs[x.name] / len(images))
         for x in layers
     }
+    return {name: curvature.to(home) for name, curvature in found.items()}
 
 
 def loss_of_errors(
@@ -152,6 +167,7 @@ def loss_of_errors(
     seed : of the signs that the gradients are drawn with.
     """
     squares = dict.fromkeys(errors, 0.0)
+    errors = {name: error.to(exact_device()) for name, error in errors.items()}
 
     def see(layer: Layer, given: Tensor, gradient: Tensor) -> None:
         if layer.name not in errors:

@@ -7,6 +7,7 @@ Pictures stay unsigned bytes in memory, of shape (n, channels, height, width), u
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import hashlib
 import os
@@ -126,8 +127,15 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
             f"cannot normalize {images.dtype} of shape {tuple(images.shape)} with {len(mean)} means and "
             f"{len(std)} deviations: uint8 (n, {len(mean)}, height, width) is needed"
         )
-    means, stds = (torch.tensor(v, dtype=torch.float32, device=images.device) for v in (mean, std))
-    return images.float().div_(255).sub_(means.view(-1, 1, 1)).div_(stds.view(-1, 1, 1))
+    means, stds = (_column(tuple(values), images.device) for values in (mean, std))
+    return images.float().div_(255).sub_(means).div_(stds)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # they outlive the call, and training has to be able to use them
+def _column(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One number a channel; kept, since a copy to an accelerator at each batch would make it wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def augment(

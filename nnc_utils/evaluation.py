@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +29,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def logits(
-    model: nn.Module, split: Split, *, normalize: Callable[[Tensor], Tensor], batch_size: int = 500
+    model: nn.Module,
+    split: Split,
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    batch_size: int = 500,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """The logits of every image of a split, in fp32 on the device the network is on.
+    """The logits of every image of a split, in fp32.
 
     Parameters
     ----------
@@ -38,6 +44,7 @@ def logits(
     split : images uint8 (n, channels, height, width).
     normalize : uint8 images -> float32 images, such as `Data.normalize`.
     batch_size : images at once; a matter of memory only.
+    device : where to compute, by a copy of the network; where the network is, unless given.
 
     Returns
     -------
@@ -45,18 +52,25 @@ def logits(
     """
     if len(split.images) == 0:
         raise ValueError("the split has no images: nothing can be predicted")
-    device = next(model.parameters()).device
+    home = next(model.parameters()).device
+    if device not in (None, home):
+        model, home = copy.deepcopy(model).to(device), device
     with evaluating(model), torch.inference_mode():
         return torch.cat(
             [
-                model(normalize(images.to(device)).to(memory_format=torch.channels_last)).float().cpu()
+                model(normalize(images.to(home)).to(memory_format=torch.channels_last)).float().cpu()
                 for images in split.images.split(batch_size)
             ]
         )
 
 
 def predict(
-    model: nn.Module, split: Split, *, normalize: Callable[[Tensor], Tensor], batch_size: int = 500
+    model: nn.Module,
+    split: Split,
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    batch_size: int = 500,
+    device: torch.device | None = None,
 ) -> np.ndarray:
     """The class of every image of a split: uint8 (n,); parameters as in `logits`.
 
@@ -66,7 +80,7 @@ def predict(
         When the network has more than 256 classes, or gives logits that are not finite (whose
         largest means nothing).
     """
-    scores = logits(model, split, normalize=normalize, batch_size=batch_size)
+    scores = logits(model, split, normalize=normalize, batch_size=batch_size, device=device)
     if scores.shape[1] > 256:
         raise ValueError(
             f"the network has {scores.shape[1]} classes: predictions are stored as uint8, 256 at most"

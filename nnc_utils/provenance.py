@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine that measures: processor, the flags that matter to it, cores, memory, system, load."""
+    """The machine that measures: processor, the flags that matter to it, cores, memory, system, load, GPU."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, flags = _processor()
     torch = sys.modules.get("torch")  # what trained, if anything did
@@ -192,7 +192,13 @@ def hardware() -> dict[str, Any]:
         "system": platform.platform(),
         "machine": platform.machine(),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],
-    }
+    } | _gpu()
+
+
+def _gpu() -> dict[str, str]:
+    """What trains, where a process that has loaded torch sees one."""
+    torch = sys.modules.get("torch")
+    return {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
 
 
 def _processor() -> tuple[str, set[str]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils import encoding, models
+from nnc_utils.devices import exact_device
 
 
 def fisher_diagonal(
@@ -42,17 +43,18 @@ def fisher_diagonal(
     the sum of their squares: one backward pass serves a batch (Liu et al., 2023, Sophia, section 2.3).
     """
     models.check_images(model, images)
+    home, device = next(model.parameters()).device, exact_device()
     network, weights = _plain_copy(model)
     fisher = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
     for batch in images.split(batch_size):
-        logits = network(batch)
+        logits = network(batch.to(device))
         _check_finite(logits)
         drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).flatten()
-        loss = functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        loss = functional.cross_entropy(logits, drawn.to(device), reduction="sum")
         for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values()))):
             fisher[name] += gradient.square()
-    return {name: total.detach() / len(images) for name, total in fisher.items()}
+    return {name: (total.detach() / len(images)).to(home) for name, total in fisher.items()}
 
 
 def hessian_diagonal(
@@ -90,21 +92,22 @@ def hessian_diagonal(
     models.check_labels(model, images, labels)
     if type(probes) is not int or probes < 1:
         raise ValueError(f"probes is {probes!r}: a whole number of at least 1 is needed")
+    home, device = next(model.parameters()).device, exact_device()
     network, weights = _plain_copy(model)
     tensors = list(weights.values())
     diagonal = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
     for batch, truth in zip(images.split(batch_size), labels.split(batch_size)):
-        logits = network(batch)
+        logits = network(batch.to(device))
         _check_finite(logits)
-        loss = functional.cross_entropy(logits, truth, reduction="sum") / len(images)
+        loss = functional.cross_entropy(logits, truth.to(device), reduction="sum") / len(images)
         gradients = torch.autograd.grad(loss, tensors, create_graph=True)
         for _ in range(probes):
             probe = [_signs(weight, generator) for weight in tensors]
             products = torch.autograd.grad(gradients, tensors, probe, retain_graph=True)
             for name, ours, product in zip(weights, probe, products):
                 diagonal[name] += (ours * product).detach() / probes
-    return {name: estimate.detach() for name, estimate in diagonal.items()}
+    return {name: estimate.detach().to(home) for name, estimate in diagonal.items()}
 
 
 @torch.no_grad()
@@ -139,11 +142,13 @@ def loss_increase(
     """
     models.check_images(model, images)
     models.check_labels(model, images, labels)
+    device = exact_device()
     network, weights = _plain_copy(model)
     _check_candidates(weights, candidates)
     units = ["conv1", *(name for name, _ in models.named_blocks(model.spec)), "fc"]
     increase = {name: dict.fromkeys(widths, 0.0) for name, widths in candidates.items()}
     for batch, truth in zip(images.split(batch_size), labels.split(batch_size)):
+        batch, truth = batch.to(device), truth.to(device)
         outputs = _outputs(network, units, batch)
         before = _total_loss(network, batch, truth)
         for unit in units:
@@ -168,9 +173,9 @@ def loss_increase(
 def _plain_copy(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """A copy in eval mode that computes with the same weights, but as plain tensors, and these by layer.
 
-    Nothing but these weights has a gradient.
+    It is on `exact_device`. Nothing but these weights has a gradient.
     """
-    network = copy.deepcopy(model).eval().requires_grad_(False)
+    network = copy.deepcopy(model).eval().requires_grad_(False).to(exact_device())
     weights = {}
     for name in (layer.name for layer in models.layers(model.spec)):
         module = network.get_submodule(name)
@@ -180,7 +185,7 @@ def _plain_copy(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randint(0, 2, weight.shape, generator=generator)
+    drawn = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
     return drawn.to(weight) * 2 - 1
 
 

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from nnc_utils import evaluation, models
 from nnc_utils.data import Data
+from nnc_utils.devices import default_device
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -87,13 +88,6 @@ def recordable(loss: Loss) -> Loss:
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy of a batch: what `fit` lowers unless it is given another loss."""
     return functional.cross_entropy(model(images).float(), labels)
-
-
-def default_device() -> torch.device:
-    """CUDA where there is one, else Apple's MPS, else the processor."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -232,8 +226,15 @@ def batches(
         images = data.train.images[chosen]
         if augment:
             images = data.augment(images, generator)
-        images = data.normalize(images.to(device)).to(memory_format=torch.channels_last)
-        yield images, data.train.labels[chosen].to(device)
+        images = data.normalize(_sent(images, device)).to(memory_format=torch.channels_last)
+        yield images, _sent(data.train.labels[chosen], device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the processor on a device; from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # --- Inside a step ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def files(monkeypatch, tmp_path):
     labels = torch.zeros(IMAGES, dtype=torch.uint8)
     tried = []
 
-    def predict(path, split, *, normalize):
+    def predict(path, split, *, normalize, device):
         tried.append(path.stem)
         wrong = IMAGES - round(IMAGES * float(path.stem.split("-")[-1]) / 100)
         return (np.arange(len(split.labels)) < wrong).astype(np.uint8)

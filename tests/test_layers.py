@@ -9,7 +9,7 @@ import nnc_utils
 
 PACKAGE = Path(nnc_utils.__file__).parent
 FLOORS = [
-    {"models", "data", "encoding", "allocation"},
+    {"models", "data", "devices", "encoding", "allocation"},
     {"artifact", "evaluation", "sensitivity", "batch_norm"},
     {"training"},  # evaluates each epoch
     {"curvature"},  # shows its progress as training does

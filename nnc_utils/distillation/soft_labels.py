@@ -65,14 +65,17 @@ def dkd(
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}: one for each of {len(student_logits)} images is needed"
         )
+    # By number, not by mask: how many a mask takes is known once an accelerator has come that far.
     right = functional.one_hot(labels, student_logits.shape[1]).bool()
+    places = torch.arange(student_logits.shape[1] - 1, device=labels.device)
+    places = places + (places >= labels[:, None])  # of the other classes
     whole, among = [], []
     for logits in (student_logits, teacher_logits):
         log = functional.log_softmax(logits / temperature, 1)
-        of_right = log[right]
+        of_right = log.gather(1, labels[:, None]).squeeze(1)
         of_others = log.masked_fill(right, -torch.inf).logsumexp(1)
         whole.append(torch.stack([of_right, of_others], 1))
-        among.append(functional.log_softmax((logits / temperature)[~right].view(len(logits), -1), 1))
+        among.append(functional.log_softmax((logits / temperature).gather(1, places), 1))
     parts = (
         functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
         for student, teacher in (whole, among)

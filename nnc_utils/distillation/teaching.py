@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import time
@@ -89,8 +91,8 @@ def taught_by(teacher: nn.Module, recipe: Recipe, student: models.Spec) -> Loss:
 
     Parameters
     ----------
-    teacher : put into eval mode, moved to where the student is trained, and never changed otherwise. Its
-        forward pass is part of the cost of each step.
+    teacher : never changed: a copy of it, made at the first batch, teaches in eval mode where the student is
+        trained. Its forward pass is part of the cost of each step.
     recipe : what is learned.
     student : the student's Spec. For hints the model given to `fit` is `features.WithRegressors`.
 
@@ -105,12 +107,16 @@ def taught_by(teacher: nn.Module, recipe: Recipe, student: models.Spec) -> Loss:
     if stages and isinstance(teacher, Ensemble):
         raise ValueError("an ensemble has logits only: use soft labels, or one teacher for features")
 
+    @functools.cache
+    def there(device: torch.device) -> nn.Module:
+        return copy.deepcopy(teacher).eval().to(device=device, memory_format=torch.channels_last)
+
     def taught(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        teacher.eval().to(device=images.device, memory_format=torch.channels_last)
         if recipe.hints and not hasattr(model, "regressors"):
             raise ValueError("hints need a regressor at each stage: give features.WithRegressors to fit")
+        guide = there(images.device)
         with torch.inference_mode():
-            teacher_logits, theirs = outputs(teacher, images, stages)
+            teacher_logits, theirs = outputs(guide, images, stages)
         # inference tensors cannot take part in a backward pass, their copies can
         teacher_logits, theirs = teacher_logits.float().clone(), {n: f.clone() for n, f in theirs.items()}
         if recipe.shuffled:
@@ -288,15 +294,24 @@ def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Los
             "the same classes are needed"
         )
 
-    def taught(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        rows = labels.cpu()
-        shown = memory.pictures.normalize(memory.pictures.train.images[rows].to(images.device))
-        if not torch.equal(shown, images):
-            raise ValueError("the teacher saw other pictures: fit on memory.pictures with augment=False")
-        teacher_logits = memory.logits[rows].float().to(images.device)
+    @functools.cache
+    def there(device: torch.device) -> tuple[Tensor, Tensor]:
+        return memory.logits.to(device), memory.labels.to(device)
+
+    looked = False
+
+    def taught(model: nn.Module, images: Tensor, rows: Tensor) -> Tensor:
+        nonlocal looked
+        if not looked or images.device.type == "cpu":  # elsewhere each look would wait for the device
+            shown = memory.pictures.normalize(memory.pictures.train.images[rows.cpu()].to(images.device))
+            if not torch.equal(shown, images):
+                raise ValueError("the teacher saw other pictures: fit on memory.pictures with augment=False")
+            looked = True
+        said, truths = there(images.device)
+        teacher_logits = said[rows].float()
         if recipe.shuffled:
             teacher_logits = teacher_logits.roll(_shift(len(images)), 0)
-        truth = memory.labels[rows].to(images.device)
+        truth = truths[rows]
         logits = model(images).float()
         return soft_and_hard(recipe, student_logits=logits, teacher_logits=teacher_logits, labels=truth)
 

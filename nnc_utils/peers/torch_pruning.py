@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils import models
+from nnc_utils.devices import exact_device
 from nnc_utils.models import Spec
 
 IMPORTANCES = {
@@ -65,10 +66,14 @@ def prune(
         iterative_steps=STEPS,
         ignored_layers=[network.fc],
     )
+    home, device = next(model.parameters()).device, exact_device()
+    network.to(device)  # its gradients go with it, also on the way back
     for start in range(0, len(images), 64) if kind == "taylor" else ():
         batch = slice(start, start + 64)
-        loss = functional.cross_entropy(network(images[batch]), labels[batch], reduction="sum") / len(images)
+        logits, truth = network(images[batch].to(device)), labels[batch].to(device)
+        loss = functional.cross_entropy(logits, truth, reduction="sum") / len(images)
         loss.backward()
+    network.to(home)
     for _ in range(STEPS - 1):
         if models.macs(spec_of(network)) <= macs:
             break

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils import models
+from nnc_utils.devices import exact_device
 from nnc_utils.models import Spec
 from nnc_utils.pruning.structured import groups
 
@@ -86,7 +87,8 @@ def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor, *, batch_si
     """
     writers = {layer.name: layer.batch_norm for layer in models.layers(model.spec)}
     of_norm = {writers[w]: name for name, group in groups(model.spec).items() for w in group.writers}
-    network, found = copy.deepcopy(model).eval(), {}
+    home, device = next(model.parameters()).device, exact_device()
+    network, found = copy.deepcopy(model).eval().to(device), {}
 
     def watch(norm: str):
         def hook(module: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
@@ -99,14 +101,15 @@ def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor, *, batch_si
         network.get_submodule(norm).register_forward_hook(watch(norm))
     for start in range(0, len(images), batch_size):
         batch, gates = slice(start, start + batch_size), []
-        pictures = images[batch].detach().requires_grad_()
-        functional.cross_entropy(network(pictures), labels[batch], reduction="sum").backward()
+        pictures = images[batch].detach().to(device).requires_grad_()
+        truth = labels[batch].to(device)
+        functional.cross_entropy(network(pictures), truth, reduction="sum").backward()
         sums: dict[str, Tensor] = {}
         for name, gate in gates:
             sums[name] = sums.get(name, 0.0) + gate
         for name, gate in sums.items():
             found.setdefault(name, []).append(gate)
-    stacked = {name: torch.cat(found[name]) for name in groups(model.spec)}
+    stacked = {name: torch.cat(found[name]).to(home) for name in groups(model.spec)}
     for name, gates in stacked.items():
         if not gates.isfinite().all():
             raise ValueError(f"{name}: gradients are not finite; has the network diverged?")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nnc_utils import encoding, models
 from nnc_utils.curvature import Curvature, upper_factor
+from nnc_utils.devices import exact_device
 from nnc_utils.pruning import schedules, unstructured
 from nnc_utils.pruning.structured import groups
 from nnc_utils.training import progress
@@ -57,7 +58,9 @@ def scores(
 
 
 def _inverse_diagonal(moment: Tensor, damping: float) -> Tensor:
-    inverse = torch.linalg.solve_triangular(upper_factor(moment, damping), torch.eye(len(moment)), upper=True)
+    factor = upper_factor(moment, damping)
+    unit = torch.eye(len(moment), device=moment.device)
+    inverse = torch.linalg.solve_triangular(factor, unit, upper=True)
     return inverse.square().sum(0)
 
 
@@ -92,7 +95,7 @@ def corrected(
     step of Optimal Brain Surgeon, ``-w / [H^-1]_cc * H^-1[:, c]``.
     """
     inputs, outputs = (
-        moment + share * moment.diagonal().mean() * torch.eye(len(moment))
+        moment + share * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
         for moment, share in zip((curvature.inputs, curvature.outputs), damping, strict=True)
     )
     mask, wanted = kept.flatten(1), weight.detach().flatten(1)
@@ -139,7 +142,9 @@ def prune_network(
     """
     _check_plain(model)
     names = [layer.name for layer in models.layers(model.spec)]
-    weights = {name: model.get_submodule(name).weight.detach() for name in names}
+    device = exact_device()
+    weights = {name: model.get_submodule(name).weight.detach().to(device) for name in names}
+    curvature = {name: curvature[name].to(device) for name in names}
     now, kept = dict(weights), {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     for share in schedules.sparsities(sparsity, "iterative", rounds):
         found = scores(now, curvature, damping=damping)
@@ -177,15 +182,15 @@ def compensated(
     damping : of these, see `curvature.upper_factor`.
     """
     _check_plain(model)
-    network, known = copy.deepcopy(model), groups(model.spec)
+    network, known, device = copy.deepcopy(model), groups(model.spec), exact_device()
     kernels = {layer.name: layer.kernel**2 for layer in models.layers(model.spec)}
     for name, channels in kept.items():
         for reader in known[name].readers:
-            moment, kernel = curvature[reader].inputs, kernels[reader]
-            raised = moment + damping * moment.diagonal().mean() * torch.eye(len(moment))
-            stay = (channels[:, None] * kernel + torch.arange(kernel)).flatten()
+            moment, kernel = curvature[reader].inputs.to(device), kernels[reader]
+            raised = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), device=device)
+            stay = (channels[:, None] * kernel + torch.arange(kernel)).flatten().to(device)
             module = network.get_submodule(reader)
-            weight = module.weight.flatten(1)
+            weight = module.weight.flatten(1).to(device)
             mended = torch.zeros_like(weight)
             mended[:, stay] = torch.linalg.solve(raised[stay][:, stay], raised[stay] @ weight.T).T
             module.weight.copy_(mended.view(module.weight.shape))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils import encoding, models, sensitivity
+from nnc_utils.devices import exact_device
 
 SCORES = ("random", "magnitude", "gradient", "taylor", "obd_fisher", "obd_hessian")
 PROBES = 8  # for the Hessian's diagonal; each costs as much as three passes
@@ -89,17 +90,19 @@ def scores(
 def _gradients(
     model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor, batch_size: int
 ) -> dict[str, Tensor]:
-    plain = copy.deepcopy(model).eval()
+    home, device = next(model.parameters()).device, exact_device()
+    plain = copy.deepcopy(model).eval().to(device)
     for name in weights:
         encoding.fold(plain.get_submodule(name))
     parameters = [plain.get_submodule(name).weight.requires_grad_() for name in weights]
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     for start in range(0, len(images), batch_size):
         batch = slice(start, start + batch_size)
-        loss = functional.cross_entropy(plain(images[batch]), labels[batch], reduction="sum") / len(images)
+        logits, truth = plain(images[batch].to(device)), labels[batch].to(device)
+        loss = functional.cross_entropy(logits, truth, reduction="sum") / len(images)
         for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
             total += gradient
-    return dict(zip(weights, totals, strict=True))
+    return {name: total.to(home) for name, total in zip(weights, totals, strict=True)}
 
 
 def masks(score: Mapping[str, Tensor], sparsity: float | Mapping[str, float]) -> dict[str, Tensor]:
@@ -143,7 +146,7 @@ def masks(score: Mapping[str, Tensor], sparsity: float | Mapping[str, float]) ->
 def _best(score: Tensor, sparsity: float) -> Tensor:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity}: a share of zeros in [0, 1) is needed")
-    kept = torch.zeros(len(score), dtype=torch.bool)
+    kept = torch.zeros_like(score, dtype=torch.bool)
     kept[score.topk(len(score) - round(sparsity * len(score))).indices] = True
     return kept
 

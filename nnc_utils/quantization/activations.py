@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnc_utils import models
+from nnc_utils.devices import exact_device
 from nnc_utils.quantization.uniform import CLIPS, PERCENTILE, SHRINKS
 
 SAMPLE = 2**16  # values kept of each tensor of a batch, for percentile and mse
@@ -55,7 +56,8 @@ def calibrate(model: nn.Module, images: Tensor, *, clip: str = "max", batch_size
     models.check_images(model, images)
     if clip not in CLIPS:
         raise ValueError(f"unknown clip {clip!r}: one of {', '.join(CLIPS)}")
-    calibrated = copy.deepcopy(model).eval()
+    home, device = next(model.parameters()).device, exact_device()
+    calibrated = copy.deepcopy(model).eval().to(device)
     places = models.activations(calibrated)
     bounds: dict[str, tuple[float, float]] = {}
     samples: dict[str, list[Tensor]] = {name: [] for name in places}
@@ -80,7 +82,7 @@ def calibrate(model: nn.Module, images: Tensor, *, clip: str = "max", batch_size
     hooks = [place.register_forward_hook(watch(name)) for name, place in places.items()]
     with torch.inference_mode():
         for batch in images.split(batch_size):
-            calibrated(batch.contiguous(memory_format=torch.channels_last))
+            calibrated(batch.to(device).contiguous(memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
     for name, place in places.items():
@@ -88,7 +90,7 @@ def calibrate(model: nn.Module, images: Tensor, *, clip: str = "max", batch_size
         if clip != "max":
             low, high = _clipped(torch.cat(samples[name]), low, high, clip)
         place.scale, place.zero_point = affine_range(low, high)
-    return calibrated
+    return calibrated.to(home)
 
 
 def _clipped(values: Tensor, low: float, high: float, clip: str) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils import models
+from nnc_utils.devices import exact_device
 
 
 @torch.no_grad()
@@ -34,11 +35,12 @@ def correct_bias(
         For no images, or images of another shape.
     """
     models.check_images(original, images)
-    corrected = copy.deepcopy(quantized)
+    home, device = next(original.parameters()).device, exact_device()
+    corrected, network = copy.deepcopy(quantized), copy.deepcopy(original).eval().to(device)
     shifts: dict[str, Tensor] = {}
-    hooks = []
     for layer in models.layers(original.spec):
         error = quantized.get_submodule(layer.name).weight - original.get_submodule(layer.name).weight
+        error = error.to(device)
 
         def add_shift(module: nn.Module, inputs: tuple[Tensor], output: Tensor, layer=layer, error=error):
             if layer.kind == "conv":
@@ -48,16 +50,10 @@ def correct_bias(
                 shift = inputs[0] @ error.T
             shifts[layer.name] = shifts.get(layer.name, 0.0) + shift.sum(0) / len(images)
 
-        hooks.append(original.get_submodule(layer.name).register_forward_hook(add_shift))
-    try:
-        training = original.training
-        original.eval()
-        for batch in images.split(batch_size):
-            original(batch.contiguous(memory_format=torch.channels_last))
-    finally:
-        original.train(training)
-        for hook in hooks:
-            hook.remove()
+        network.get_submodule(layer.name).register_forward_hook(add_shift)
+    for batch in images.split(batch_size):
+        network(batch.to(device).contiguous(memory_format=torch.channels_last))
+    shifts = {name: shift.to(home) for name, shift in shifts.items()}
     for layer in models.layers(original.spec):
         if layer.batch_norm:
             corrected.get_submodule(layer.batch_norm).running_mean += shifts[layer.name]

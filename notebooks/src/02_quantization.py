@@ -65,6 +65,7 @@ from nnc_utils import (
     sensitivity,
 )
 from nnc_utils import peers as counterparts
+from nnc_utils.devices import exact_device
 
 # %%
 from nnc_utils.quantization import (
@@ -561,7 +562,7 @@ some = data.Split(pictures.validation.images[:500], pictures.validation.labels[:
 
 def accuracy(network: torch.nn.Module) -> float:
     """Percent of the first 500 validation pictures."""
-    predictions = evaluation.predict(network, some, normalize=pictures.normalize)
+    predictions = evaluation.predict(network, some, normalize=pictures.normalize, device=exact_device())
     return evaluation.accuracy(predictions, some.labels)
 
 

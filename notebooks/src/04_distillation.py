@@ -51,6 +51,7 @@ from torch.nn import functional
 
 # %%
 from nnc_utils import artifact, data, evaluation, figures, models, results, scoring, training
+from nnc_utils.devices import exact_device
 from nnc_utils.distillation import attention, calibration, features, soft_labels, teaching
 from nnc_utils.run import start
 
@@ -493,7 +494,8 @@ for point in dict.fromkeys([*controls, *points]):
 # %%
 def validated(network: torch.nn.Module) -> tuple[float, torch.Tensor]:
     """Validation accuracy in percent, and the logits."""
-    said = evaluation.logits(network, pictures.validation, normalize=pictures.normalize)
+    about = {"normalize": pictures.normalize, "device": exact_device()}
+    said = evaluation.logits(network, pictures.validation, **about)
     return 100 * float((said.argmax(1) == pictures.validation.labels).double().mean()), said
 
 
