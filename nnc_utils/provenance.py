@@ -181,10 +181,8 @@ def hardware() -> dict[str, Any]:
     """The machine that measures: processor, the flags that matter to it, cores, memory, system, load, GPU."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, flags = _processor()
-    torch = sys.modules.get("torch")  # what trained, if anything did
     return {
         "cpu": model,
-        **({"accelerator": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}),
         "flags": [flag for flag in FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "usable_cores": usable,

@@ -159,3 +159,33 @@ def test_cuda_trains_what_is_saved_on_the_processor(model, kind, tmp_path):
 def _masks(network):
     found = {x.name: network.get_submodule(x.name).parametrizations.weight[0] for x in models.layers(SPEC)}
     return {name: parametrization.mask for name, parametrization in found.items()}
+
+
+@cuda
+@pytest.mark.parametrize("kind", ["labels", "rounded", "beside", "before", "shuffled", "hints"])
+def test_a_recorded_step_is_the_step(model, kind, monkeypatch):
+    """As many steps, one by one and replayed: the same losses and the same network, up to rounding."""
+    recipe = teaching.Recipe(shuffled=kind == "shuffled", hints=float(kind == "hints"))
+    memory = teaching.remember(model, DIGITS, copies=1)
+    student = models.resnet(18, channels=1, size=8, classes=10, stem="small", width=0.125)
+    losses = {"before": teaching.taught_from(memory, recipe, student)}
+    losses |= dict.fromkeys(("beside", "shuffled", "hints"), teaching.taught_by(model, recipe, student))
+    loss, ends = losses.get(kind, training.cross_entropy), []
+    for steps in (torch.inf, training._Steps.EAGER):
+        monkeypatch.setattr(training._Steps, "EAGER", steps)
+        torch.manual_seed(1)
+        network = models.build(student)
+        if kind == "rounded":
+            network = qat.prepare(network, IMAGES, bits=4, method="lsq")
+        trained = features.WithRegressors(network, SPEC, teaching.STAGES) if kind == "hints" else network
+        about = {"epochs": 2, "batch_size": 64, "learning_rate": 0.02, "augment": False, "loss": loss}
+        history = training.fit(
+            trained, memory.pictures if kind == "before" else DIGITS, device="cuda", **about
+        )
+        ends.append((history[-1].loss, network))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=0.05)
+    assert len({network.bn1.num_batches_tracked.item() for _, network in ends}) == 1
+    logits = [
+        evaluation.logits(network, DIGITS.validation, normalize=DIGITS.normalize) for _, network in ends
+    ]
+    assert float((logits[0] - logits[1]).abs().mean()) < 0.2 * float(logits[0].abs().mean())

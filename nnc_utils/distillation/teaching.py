@@ -22,7 +22,15 @@ from nnc_utils.data import Data, Split
 from nnc_utils.distillation import soft_labels
 from nnc_utils.distillation.attention import attention_transfer
 from nnc_utils.distillation.features import check_stages, hint, outputs, similarity
-from nnc_utils.training import Loss, data_digest, default_device, fast_bf16, network_digest, progress
+from nnc_utils.training import (
+    Loss,
+    data_digest,
+    default_device,
+    fast_bf16,
+    network_digest,
+    progress,
+    recordable,
+)
 
 STAGES = ("layer2", "layer3", "layer4")
 
@@ -111,6 +119,7 @@ def taught_by(teacher: nn.Module, recipe: Recipe, student: models.Spec) -> Loss:
     def there(device: torch.device) -> nn.Module:
         return copy.deepcopy(teacher).eval().to(device=device, memory_format=torch.channels_last)
 
+    @recordable
     def taught(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         if recipe.hints and not hasattr(model, "regressors"):
             raise ValueError("hints need a regressor at each stage: give features.WithRegressors to fit")
@@ -120,11 +129,8 @@ def taught_by(teacher: nn.Module, recipe: Recipe, student: models.Spec) -> Loss:
         # inference tensors cannot take part in a backward pass, their copies can
         teacher_logits, theirs = teacher_logits.float().clone(), {n: f.clone() for n, f in theirs.items()}
         if recipe.shuffled:
-            shift = _shift(len(images))
-            teacher_logits, theirs = (
-                teacher_logits.roll(shift, 0),
-                {n: f.roll(shift, 0) for n, f in theirs.items()},
-            )
+            places = _others(images)
+            teacher_logits, theirs = teacher_logits[places], {n: f[places] for n, f in theirs.items()}
         student_logits, ours = outputs(model, images, stages)
         regressed = {n: model.regressors[n](ours[n]) for n in stages} if recipe.hints else {}
         with torch.autocast(images.device.type, enabled=False):  # sums over features, in fp32
@@ -170,6 +176,7 @@ def smoothed(smoothing: float) -> Loss:
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing is {smoothing!r}: a share in [0, 1) is needed")
 
+    @recordable
     def label_smoothing(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
 
@@ -300,6 +307,7 @@ def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Los
 
     looked = False
 
+    @recordable
     def taught(model: nn.Module, images: Tensor, rows: Tensor) -> Tensor:
         nonlocal looked
         if not looked or images.device.type == "cpu":  # elsewhere each look would wait for the device
@@ -310,7 +318,7 @@ def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Los
         said, truths = there(images.device)
         teacher_logits = said[rows].float()
         if recipe.shuffled:
-            teacher_logits = teacher_logits.roll(_shift(len(images)), 0)
+            teacher_logits = teacher_logits[_others(images)]
         truth = truths[rows]
         logits = model(images).float()
         return soft_and_hard(recipe, student_logits=logits, teacher_logits=teacher_logits, labels=truth)
@@ -318,11 +326,12 @@ def taught_from(memory: Remembered, recipe: Recipe, student: models.Spec) -> Los
     return taught
 
 
-def _shift(images: int) -> int:
-    """By how many places teachings are moved so that none stays with its picture."""
-    if images < 2:
+def _others(images: Tensor) -> Tensor:
+    """For each picture of a batch the place of another one, whose teaching it gets."""
+    count, device = len(images), images.device
+    if count < 2:
         raise ValueError("one picture a batch cannot get another one's teaching")
-    return int(torch.randint(1, images, ()))
+    return (torch.arange(count, device=device) - torch.randint(1, count, (1,), device=device)) % count
 
 
 def _check_pair(teacher: models.Spec, student: models.Spec) -> None:

@@ -34,7 +34,7 @@ alpha: float = 0.9  # [0, 1] share of the soft labels in the loss
 copies: int = 2  # [0, 64] augmentations of each picture in which the teacher looks before; 0: at each batch
 scoring_images: int = 256  # [2, 100000] training pictures for scores, curvature, ranges and batch-norm
 multiple: int = 8  # [1, 64] of which the number of channels is, as far as a layer has so many
-upstream: list = []  # run folders of 01_baseline, own seed first, of 05 and of the first part; empty: 01's defaults
+upstream: list = []  # run folders of 01_baseline (own seed first), 05, earlier parts; empty: 01's defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 claim: bool = True  # whether its points may be claimed
 seed: int = 1  # [0, 1000000] of new weights, which pictures score, the order of training
@@ -192,7 +192,7 @@ for place, point in enumerate([*points, *controls, *peers]):  # before any work
 
 # %%
 def cut(network, fewer: float) -> torch.nn.Module:
-    """Channels removed until the MACs are so many times fewer than the dense network's; the readers mended."""
+    """Channels removed until there are so many times fewer MACs than at first; the readers mended."""
     budget, about = models.macs(spec) / fewer, {"images": seen, "labels": seen_labels}
     score = channels.scores(network, "fisher", **about)
     kept = channels.within_macs(network.spec, score, macs=budget, multiple=multiple)
