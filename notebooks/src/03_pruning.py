@@ -111,6 +111,8 @@ def parsed(point: str) -> tuple[str, str, dict[str, str]]:
     """ "taylor:sparsity=0.9 bn" -> "taylor", "sparsity=0.9 bn", {"sparsity": "0.9", "bn": ""}."""
     method, _, setting = point.partition(":")
     values = dict(part.partition("=")[::2] for part in setting.split())
+    if point == "dense_finetuned":
+        return point, "", {}
     keys, flags = SETTINGS.get(method, ((), ()))
     if not set(values) <= {*keys, *flags} or len(set(values) & set(keys)) != 1:
         known = ", ".join(f"{name}:{' or '.join(found)}" for name, (found, _) in SETTINGS.items())
@@ -651,7 +653,7 @@ TECHNIQUES = {"small_dense": "baseline"} | dict.fromkeys(PEERS, "peer")
 
 def candidate(point: str) -> dict:
     """A point's network as a file, and what its row will say."""
-    method, setting, values = parsed(point) if ":" in point else (point, "", {})
+    method, setting, values = parsed(point)
     row = {"technique": TECHNIQUES.get(method, "pruning"), "method": method, "point": setting}
     row |= {"control": CONTROLS.get(method, "")}
     if method in ("from_scratch", "small_dense"):
@@ -679,7 +681,7 @@ plain = [[point.replace(" int8", ""), point] for point in points]  # int8 comes 
 wanted = list(dict.fromkeys(sum(plain, [])))
 has_dense = [made for made in before if "dense_finetuned" in {row.method for row in made.compression}]
 if learned and not has_dense:
-    wanted = ["dense_finetuned", *wanted]
+    wanted = list(dict.fromkeys(["dense_finetuned", *wanted]))
 candidates = []
 for point in wanted + ([] if missing else peers):
     try:
