@@ -51,12 +51,17 @@ class Relaxed:
         self.space, most = space, int(space.options.max())
         place = {(c.stage, c.block, c.about): number for number, c in enumerate(space.choices)}
         gates = torch.zeros(len(space.choices), len(space.choices), most, dtype=torch.float64)
-        for number, choice in enumerate(space.choices):  # a block exists where the depth is more than its number
+        for number, choice in enumerate(
+            space.choices
+        ):  # a block exists where the depth is more than its number
             gates[number, place[choice.stage, -1, "depth"], max(choice.block, 0) : space.blocks] = 1
         self._gates = gates.flatten(1)
         blocks = [(s, b) for s in range(len(space.widths)) for b in range(space.blocks)]
         about = [[place[s if b else max(s - 1, 0), -1, "width"], place[s, -1, "width"]] for s, b in blocks]
-        about = [row + [place[s, b, "kernel"], place[s, b, "connection"]] for row, (s, b) in zip(about, blocks, strict=True)]
+        about = [
+            row + [place[s, b, "kernel"], place[s, b, "connection"]]
+            for row, (s, b) in zip(about, blocks, strict=True)
+        ]
         self._about = torch.tensor(about).T
         self._ends = place[0, -1, "width"], place[len(space.widths) - 1, -1, "width"]
         self._tables = {name: self._padded(table, most) for name, table in tables.items()}
@@ -68,7 +73,10 @@ class Relaxed:
         for number, array in enumerate(arrays):
             array = torch.from_numpy(array if array.ndim == 4 else np.repeat(array[None], most, 0))
             whole[(number, *map(slice, array.shape))] = array
-        ends = (functional.pad(torch.from_numpy(end), (0, most - len(end))) for end in (table.stem, table.classifier))
+        ends = (
+            functional.pad(torch.from_numpy(end), (0, most - len(end)))
+            for end in (table.stem, table.classifier)
+        )
         stem, classifier = ends
         kernels = len(KERNELS)
         return stem, whole[..., :kernels, : len(LATER)].contiguous(), classifier
@@ -86,7 +94,9 @@ class Relaxed:
         mean = (mean @ chances[width, :, None]).squeeze(-1)
         mean = (mean * chances[before]).sum(1)
         first, last = self._ends
-        return (self.exists(chances)[kernel] * mean).sum() + chances[first] @ stem + chances[last] @ classifier
+        return (
+            (self.exists(chances)[kernel] * mean).sum() + chances[first] @ stem + chances[last] @ classifier
+        )
 
 
 # --- A model of the accuracy -------------------------------------------------------------------
@@ -161,9 +171,9 @@ def gradient_search(
     queries: int,
     seed: int,
     rounds: int = 5,
-    steps: int = 50,
+    steps: int = 30,
     weight: float = 20.0,
-    rate: float = 0.1,
+    rate: float = 0.15,
 ) -> Trace:
     """Fit the model, follow its gradient to probabilities, ask for samples of those, and again.
 

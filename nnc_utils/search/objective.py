@@ -106,9 +106,13 @@ def tables(space: Space, cost: Part) -> Tables:
         for block in range(space.blocks):
             halves = stage > 0 and block == 0
             after = space.sizes[stage]
-            [kernels] = [c.options for c in space.choices if (c.stage, c.block, c.about) == (stage, block, "kernel")]
+            [kernels] = [
+                c.options for c in space.choices if (c.stage, c.block, c.about) == (stage, block, "kernel")
+            ]
             [links] = [
-                c.options for c in space.choices if (c.stage, c.block, c.about) == (stage, block, "connection")
+                c.options
+                for c in space.choices
+                if (c.stage, c.block, c.about) == (stage, block, "connection")
             ]
             table = [
                 [
@@ -121,7 +125,10 @@ def tables(space: Space, cost: Part) -> Tables:
             blocks.append(array.swapaxes(0, 1) if halves else array[:, 0])
             size = after
         stages.append(tuple(blocks))
-    fc = [cost([Layer("fc", "linear", w, space.classes, 1, 1, 1, 1, None)], "classifier") for w in space.widths[-1]]
+    fc = [
+        cost([Layer("fc", "linear", w, space.classes, 1, 1, 1, 1, None)], "classifier")
+        for w in space.widths[-1]
+    ]
     return Tables(np.array(stem, float), tuple(stages), np.array(fc, float))
 
 
@@ -175,7 +182,9 @@ class Costs:
         """Raise an `InfeasibleError` that says what the smallest network costs, where even that is too much."""
         for name, limit in constraints.limits.items():
             if name not in self.tables:
-                raise InfeasibleError(f"{name} is constrained, but nothing predicts it: give Costs a predictor")
+                raise InfeasibleError(
+                    f"{name} is constrained, but nothing predicts it: give Costs a predictor"
+                )
             least = self.of(self.space.smallest, name)
             if least > limit:
                 raise InfeasibleError(
@@ -229,7 +238,9 @@ class Evaluator:
         digest = network_digest(supernet)
         self.supernet, self.batch_size = supernet.eval().to(self.device), batch_size
         train, held = pictures.train, pictures.validation
-        self.calibration = self._ready(pictures, Split(train.images[:calibration], train.labels[:calibration]))
+        self.calibration = self._ready(
+            pictures, Split(train.images[:calibration], train.labels[:calibration])
+        )
         self.images = self._ready(pictures, Split(held.images[:validation], held.labels[:validation]))
         self.labels = held.labels[:validation].to(self.device)
         self.known: dict[Architecture, float] = {}
@@ -259,7 +270,9 @@ class Evaluator:
             hits = [
                 (network(images).argmax(1) == labels).sum()
                 for images, labels in zip(
-                    self.images.split(2 * self.batch_size), self.labels.split(2 * self.batch_size), strict=True
+                    self.images.split(4 * self.batch_size),
+                    self.labels.split(4 * self.batch_size),
+                    strict=True,
                 )
             ]
         return 100 * int(torch.stack(hits).sum()) / len(self.labels)

@@ -69,7 +69,9 @@ class Space:
             raise ValueError("a space needs a stage, a width of each stage and a block")
         for widths in self.widths:
             if list(widths) != sorted(set(widths)) or widths[0] < 1:
-                raise ValueError(f"widths {widths}: different numbers above 0, the smallest first, are needed")
+                raise ValueError(
+                    f"widths {widths}: different numbers above 0, the smallest first, are needed"
+                )
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -174,10 +176,7 @@ class Space:
     def smallest(self) -> Architecture:
         """The narrowest: one block a stage, 3x3 kernels, no connection."""
         return self.canonical(
-            [
-                choice.options.index("none") if choice.about == "connection" else 0
-                for choice in self.choices
-            ]
+            [choice.options.index("none") if choice.about == "connection" else 0 for choice in self.choices]
         )
 
     # --- Moving about ---------------------------------------------------------------------------
@@ -185,6 +184,12 @@ class Space:
     def sample(self, random: np.random.Generator) -> Architecture:
         """Every decision drawn evenly from its options."""
         return self.canonical(random.integers(self.options))
+
+    def narrow(self, random: np.random.Generator) -> Architecture:
+        """The narrowest stages; everything else drawn."""
+        drawn = random.integers(self.options)
+        wide = [choice.about == "width" for choice in self.choices]
+        return self.canonical(np.where(wide, 0, drawn))
 
     def mutate(self, parent: Architecture, random: np.random.Generator) -> Architecture:
         """Another option for one decision that matters; what a new block is like is drawn."""

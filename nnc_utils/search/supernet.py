@@ -98,9 +98,10 @@ def fitted(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def sandwich(space: Space, draw: Draw, *, between: int = 2) -> Loss:
-    """The loss of a supernet: the largest, the smallest, and some between (Yu and Huang, 2019).
+    """The loss of a supernet: the largest, a narrowest, and some between (Yu and Huang, 2019).
 
-    The largest learns from the labels; the others from what it says (in-place distillation).
+    The largest learns from the labels; the others from what it says (in-place distillation). Were it always the
+    same smallest network, that one would be trained more than any other, and a search would find it.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ def sandwich(space: Space, draw: Draw, *, between: int = 2) -> Loss:
         largest = model(images).float()
         value = functional.cross_entropy(largest, labels)
         taught = largest.detach().softmax(1)
-        for architecture in (space.smallest, *(draw(random) for _ in range(between))):
+        for architecture in (space.narrow(random), *(draw(random) for _ in range(between))):
             value = value + functional.cross_entropy(model(images, architecture).float(), taught)
         return value / (2 + between)
 

@@ -59,7 +59,6 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-from sklearn.kernel_ridge import KernelRidge
 
 # %%
 from nnc_utils import (
@@ -169,8 +168,8 @@ figures.show(figure, "Histogram of the multiplications of random networks, with 
 # ## 3 · The algorithm: one network that contains all others
 #
 # Networks of the space differ in how much of a layer they use. So train *one*, the largest, such that the first $c$ channels of
-# each layer, and the middle of each kernel, are a good network, too. In each step the **sandwich rule** takes the largest, the
-# smallest and two random networks between them; the largest learns from labels, the others from the largest.
+# each layer, and the middle of each kernel, are a good network, too. In each step the **sandwich rule** takes the largest, one of
+# the narrowest and two random networks between them; the largest learns from labels, the others from the largest.
 #
 # $$L = \text{CE}(z_\text{largest}, y) + \sum_{\text{others}} \text{CE}(z, \text{softmax}(z_\text{largest}))$$
 #
@@ -208,9 +207,7 @@ if searching:
 # %%
 if searching:
     settings = {"calibration": calibration_images, "validation": validation_images}
-    evaluate = objective.Evaluator(
-        supernet, pictures, file=run.path("checkpoint_evaluations.jsonl"), **settings
-    )
+    evaluate = objective.Evaluator(supernet, pictures, file=run.path("evaluations.jsonl"), **settings)
     begin = time.perf_counter()
     looked = [evaluate(between(random)) for _ in range(8)]
     seconds = (time.perf_counter() - begin) / 8
@@ -276,21 +273,23 @@ def features(found: spaces.Architecture) -> np.ndarray:
 
 
 class Model:
-    """Kernel regression over evaluated networks: what searches ask where real evaluations are too dear."""
+    """Kernel ridge regression over evaluated networks, which searches ask where real evaluations are too dear."""
 
-    def __init__(self, known: dict[spaces.Architecture, float]) -> None:
-        self.inputs = np.stack([features(found) for found in known])
+    def __init__(self, known: dict[spaces.Architecture, float], gamma: float = 0.05, ridge: float = 0.3):
+        self.inputs, self.gamma = np.stack([features(found) for found in known]), gamma
         values = np.array(list(known.values()))
-        self.mean = values.mean()
-        self.regression = KernelRidge(kernel="rbf", gamma=0.05, alpha=0.3).fit(
-            self.inputs, values - self.mean
-        )
+        self.mean, near = values.mean(), self.closeness(self.inputs)
+        self.weights = np.linalg.solve(near + ridge * np.eye(len(known)), values - self.mean)
         self.answers: dict[spaces.Architecture, float] = {}
 
+    def closeness(self, inputs: np.ndarray) -> np.ndarray:
+        """A Gaussian of the distance to each evaluated network."""
+        return np.exp(-self.gamma * ((inputs[:, None] - self.inputs) ** 2).sum(2))
+
     def __call__(self, found: spaces.Architecture) -> float:
+        """The predicted accuracy."""
         if found not in self.answers:
-            distances = ((self.inputs - features(found)) ** 2).sum(1)
-            self.answers[found] = self.mean + float(np.exp(-0.05 * distances) @ self.regression.dual_coef_)
+            self.answers[found] = self.mean + float(self.closeness(features(found)[None])[0] @ self.weights)
         return self.answers[found]
 
 
