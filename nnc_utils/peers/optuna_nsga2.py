@@ -1,4 +1,4 @@
-"""Optuna's NSGA-II over the same space and the same evaluations: accuracy against cost, within constraints."""
+"""Optuna's NSGA-II over the same space and the same evaluations: accuracy against cost."""
 
 from __future__ import annotations
 

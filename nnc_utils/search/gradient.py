@@ -39,7 +39,7 @@ def gumbel_softmax(logits: Tensor, uniform: Tensor, temperature: float) -> Tenso
 
 
 class Relaxed:
-    """Which decisions matter and what a network costs, in the mean, when its decisions are drawn independently.
+    """Which decisions matter, and the mean cost, of networks whose decisions are drawn independently.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class Relaxed:
         self._tables = {name: self._padded(table, most) for name, table in tables.items()}
 
     def _padded(self, table: Tables, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Stem, blocks (blocks, width before, width, kernel, connection) and classifier, with zeros behind."""
+        """Stem, blocks (blocks, width before, width, kernel, connection), classifier; zeros behind."""
         whole = torch.zeros(len(self._about[0]), most, most, most, most, dtype=torch.float64)
         arrays = [array for stage in table.blocks for array in stage]
         for number, array in enumerate(arrays):
@@ -86,7 +86,7 @@ class Relaxed:
         return self._gates @ chances.flatten()
 
     def cost(self, name: str, chances: Tensor) -> Tensor:
-        """The mean cost; exact. `chances` are probabilities, (decisions, options), each row adding up to 1."""
+        """The mean cost, exact; `chances` are probabilities (decisions, options), each row adding up to 1."""
         stem, blocks, classifier = self._tables[name]
         before, width, kernel, link = self._about
         mean = (blocks @ chances[link, None, None, : blocks.shape[4], None]).squeeze(-1)

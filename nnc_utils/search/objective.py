@@ -179,7 +179,7 @@ class Costs:
         return max(self.of(architecture, name) / limit for name, limit in constraints.limits.items())
 
     def check(self, constraints: Constraints) -> None:
-        """Raise an `InfeasibleError` that says what the smallest network costs, where even that is too much."""
+        """Raise an `InfeasibleError` with what the smallest network costs, where even that is too much."""
         for name, limit in constraints.limits.items():
             if name not in self.tables:
                 raise InfeasibleError(
@@ -188,7 +188,8 @@ class Costs:
             least = self.of(self.space.smallest, name)
             if least > limit:
                 raise InfeasibleError(
-                    f"no network has {name} of at most {limit:,.6g}: the smallest of this space has {least:,.6g}"
+                    f"no network has {name} of at most {limit:,.6g}: "
+                    f"the smallest of this space has {least:,.6g}"
                 )
 
     def draw(

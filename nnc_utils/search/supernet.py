@@ -100,8 +100,8 @@ def fitted(tensor: Tensor, shape: torch.Size) -> Tensor:
 def sandwich(space: Space, draw: Draw, *, between: int = 2) -> Loss:
     """The loss of a supernet: the largest, a narrowest, and some between (Yu and Huang, 2019).
 
-    The largest learns from the labels; the others from what it says (in-place distillation). Were it always the
-    same smallest network, that one would be trained more than any other, and a search would find it.
+    The largest learns from the labels; the others from what it says (in-place distillation). Were it always
+    the same smallest network, that one would be trained more than any other, and a search would find it.
 
     Parameters
     ----------

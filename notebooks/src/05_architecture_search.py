@@ -61,20 +61,13 @@ import scipy.stats
 import torch
 
 # %%
-from nnc_utils import (
-    artifact,
-    data,
-    evaluation,
-    figures,
-    models,
-    peers as counterparts,
-    results,
-    scoring,
-    training,
-)
+from nnc_utils import artifact, data, evaluation, figures, models, results, scoring, training
+from nnc_utils import peers as counterparts
 from nnc_utils.distillation import teaching
 from nnc_utils.run import start
-from nnc_utils.search import gradient, objective, searchers, space as spaces, supernet as shared
+from nnc_utils.search import gradient, objective, searchers
+from nnc_utils.search import space as spaces
+from nnc_utils.search import supernet as shared
 
 figures.style()
 run = start("05_architecture_search", globals(), needs=("01_baseline",))
@@ -228,7 +221,8 @@ if searching:
         f"with the largest network's statistics {np.mean(wrong):.1f} %, with their own {np.mean(looked[:4]):.1f} %"
     )
     print(
-        f"{seconds:.2f} s a candidate; largest {evaluate(space.largest):.1f} %, smallest {evaluate(space.smallest):.1f} %"
+        f"{seconds:.2f} s a candidate; the largest {evaluate(space.largest):.1f} %, "
+        f"the smallest {evaluate(space.smallest):.1f} %"
     )
 
 # %% [markdown]
@@ -273,7 +267,7 @@ def features(found: spaces.Architecture) -> np.ndarray:
 
 
 class Model:
-    """Kernel ridge regression over evaluated networks, which searches ask where real evaluations are too dear."""
+    """Kernel ridge regression over evaluated networks: asked where real evaluations are too dear."""
 
     def __init__(self, known: dict[spaces.Architecture, float], gamma: float = 0.05, ridge: float = 0.3):
         self.inputs, self.gamma = np.stack([features(found) for found in known]), gamma
@@ -306,7 +300,8 @@ if searching and evaluations:
     tau_model = scipy.stats.kendalltau([check(found) for found in held], list(held.values())).statistic
     ask = Model(known)
     print(
-        f"{len(known)} evaluations; Kendall's tau of the model on {len(held)} that it has not seen: {tau_model:.2f}"
+        f"{len(known)} evaluations; Kendall's tau of the model on {len(held)} "
+        f"that it has not seen: {tau_model:.2f}"
     )
 elif searching:
     ask = evaluate
@@ -392,7 +387,8 @@ def trained(spec: models.Spec, length: float, loss=None, train=None, augment=Non
     torch.manual_seed(seed)
     network, train = models.build(spec), train or pictures
     batch_size = recipe_of_01["batch_size"]
-    digest = hashlib.sha256(f"{spec.to_json()} {length} {len(train.train)}".encode()).hexdigest()[:12]
+    taught = "" if loss is None else "taught"
+    digest = hashlib.sha256(f"{spec.to_json()} {length} {taught}".encode()).hexdigest()[:12]
     options = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     options |= {"augment": recipe_of_01["augment"] if augment is None else augment}
     options |= {"loss": loss or training.cross_entropy, "checkpoint": run.path(f"checkpoint_{digest}.pt")}
