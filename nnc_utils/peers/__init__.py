@@ -25,6 +25,7 @@ RUNTIMES = ("ort_static", "nncf_ptq", "torchao_pt2e")
 CODECS = ("nncodec", "gzip", "xz", "zstd")
 NAMES = RUNTIMES + CODECS
 PRUNERS = ("torch_pruning",)  # give a network back, not a file: `peer(name).prune`
+SEARCHERS = ("optuna_nsga2",)  # choose an architecture: `peer(name).search`
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def peer(name: str) -> ModuleType:
     ImportError
         When its library is missing or broken.
     """
-    if name not in NAMES + PRUNERS:
-        raise ValueError(f"unknown peer {name!r}: one of {', '.join(NAMES + PRUNERS)}")
+    if name not in NAMES + PRUNERS + SEARCHERS:
+        raise ValueError(f"unknown peer {name!r}: one of {', '.join(NAMES + PRUNERS + SEARCHERS)}")
     return importlib.import_module(f"nnc_utils.peers.{'plain' if name in ('gzip', 'xz', 'zstd') else name}")
 
 

@@ -1,0 +1,123 @@
+"""One network that contains all others: shared weights, the sandwich rule, and how to cut a network out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnc_utils import models
+from nnc_utils.search.space import Architecture, Space
+from nnc_utils.training import Loss
+
+Draw = Callable[[np.random.Generator], Architecture]
+
+
+class Supernet(nn.Module):
+    """The largest network of a space; each smaller one works with the first channels of its weights.
+
+    A 3x3 kernel is the middle of the 5x5 one. Batch-norm always takes the statistics of the batch, since
+    those of one network are wrong for another; a network that was `cut` out gets its own.
+
+    Parameters
+    ----------
+    space : of the networks.
+    """
+
+    def __init__(self, space: Space) -> None:
+        super().__init__()
+        self.space = space
+        self.spec = space.spec(space.largest)
+        self.largest = models.build(self.spec)
+        self._norms = {layer.name: layer.batch_norm for layer in models.layers(self.spec)}
+
+    def forward(self, images: Tensor, architecture: Architecture | None = None) -> Tensor:
+        """Logits (images, classes) of one of the networks, the largest if none is given."""
+        space = self.space
+        spec = self.spec if architecture is None else space.spec(architecture)
+        kernel, stride, _ = models.STEMS[spec.stem]
+        out = functional.relu(self._convolve("conv1", images, spec.stem_width, kernel, stride))
+        out = self.largest.maxpool(out)
+        for name, block in models.named_blocks(spec):
+            width, stride = block.widths[0], block.stride
+            inside = functional.relu(self._convolve(f"{name}.conv1", out, width, block.kernels[0], stride))
+            inside = self._convolve(f"{name}.conv2", inside, width, 3, 1)
+            if block.connection == "projection":
+                inside = inside + self._convolve(f"{name}.downsample.0", out, width, 1, stride)
+            elif block.connection == "identity":
+                inside = inside + out
+            out = functional.relu(inside)
+        out = out.mean((2, 3))
+        return functional.linear(out, self.largest.fc.weight[:, : out.shape[1]], self.largest.fc.bias)
+
+    def _convolve(self, name: str, inputs: Tensor, width: int, kernel: int, stride: int) -> Tensor:
+        kernel = min(kernel, 2 * inputs.shape[2] - 1)  # what lies further out sees nothing but padding
+        weight = sliced(self.largest.get_submodule(name).weight, width, inputs.shape[1], kernel)
+        if kernel == 1 and stride > 1:  # see models.PickingConv2d
+            inputs, stride = inputs[:, :, ::stride, ::stride], 1
+        out = functional.conv2d(inputs, weight, stride=stride, padding=kernel // 2)
+        norm = self.largest.get_submodule(self._norms[name])
+        scale, shift = norm.weight[:width], norm.bias[:width]
+        return functional.batch_norm(out, None, None, scale, shift, True, 0.0, models.BATCH_NORM_EPSILON)
+
+    def cut(self, architecture: Architecture) -> models.ResNet:
+        """A network of its own with a copy of its part of the weights, in eval mode.
+
+        Its batch-norm statistics are those of nothing yet: `objective.reestimated` or
+        `batch_norm.reestimate` gives it some.
+        """
+        spec = self.space.spec(architecture)
+        with torch.device("meta"):  # no weights are drawn that are thrown away
+            network = models.ResNet(spec)
+        whole = self.largest.state_dict()
+        state = {
+            name: fitted(whole[name], tensor.shape).contiguous(
+                memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+            )
+            for name, tensor in network.state_dict().items()
+        }
+        network.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+        return network.eval()
+
+
+def sliced(weight: Tensor, out: int, inputs: int, kernel: int) -> Tensor:
+    """The first channels of a convolution's weight and the middle of its kernel."""
+    edge = (weight.shape[2] - kernel) // 2
+    middle = slice(edge, edge + kernel)
+    return weight[:out, :inputs, middle, middle]
+
+
+def fitted(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The part of a tensor of the largest network that one of this shape takes."""
+    if tensor.ndim == 4:
+        return sliced(tensor, shape[0], shape[1], shape[2])
+    return tensor[tuple(slice(length) for length in shape)]
+
+
+def sandwich(space: Space, draw: Draw, *, between: int = 2) -> Loss:
+    """The loss of a supernet: the largest, a narrowest, and some between (Yu and Huang, 2019).
+
+    The largest learns from the labels; the others from what it says (in-place distillation). Were it always
+    the same smallest network, that one would be trained more than any other, and a search would find it.
+
+    Parameters
+    ----------
+    space : of the supernet.
+    draw : gives an architecture between the two, such as `Costs.draw` with constraints; its randomness is
+        seeded from torch's global generator.
+    between : how many of those a step.
+    """
+
+    def sandwich_rule(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        random = np.random.default_rng(int(torch.randint(2**31, ())))
+        largest = model(images).float()
+        value = functional.cross_entropy(largest, labels)
+        taught = largest.detach().softmax(1)
+        for architecture in (space.narrow(random), *(draw(random) for _ in range(between))):
+            value = value + functional.cross_entropy(model(images, architecture).float(), taught)
+        return value / (2 + between)
+
+    return sandwich_rule

@@ -1,0 +1,138 @@
+"""Shared weights: a network that is cut out says what the supernet says, and evaluations are remembered."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from nnc_utils import batch_norm, data, evaluation, models, training
+from nnc_utils.search.objective import Constraints, Costs, Evaluator, reestimated
+from nnc_utils.search.space import Space
+from nnc_utils.search.supernet import Supernet, sandwich
+
+SPACE = Space(1, 8, 10, "small", ((4, 8, 16), (8, 16), (8, 24)), blocks=2)
+
+
+@pytest.fixture(scope="module")
+def supernet():
+    torch.manual_seed(0)
+    network = Supernet(SPACE)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.3)
+    return network
+
+
+@pytest.fixture(scope="module")
+def digits():
+    found = data.load("digits")
+    return replace(found, train=data.Split(found.train.images[:256], found.train.labels[:256]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_network_that_is_cut_out_gives_the_supernets_logits(supernet, seed):
+    random = np.random.default_rng(seed)
+    found = [SPACE.smallest, SPACE.largest][seed] if seed < 2 else SPACE.sample(random)
+    images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    cut = supernet.cut(found)
+    assert cut.spec == SPACE.spec(found) and not cut.training
+    with torch.no_grad():  # both with the statistics of the batch
+        torch.testing.assert_close(cut.train()(images), supernet(images, found), rtol=1e-4, atol=1e-4)
+
+
+def test_the_cut_network_is_a_copy_of_the_middle(supernet):
+    before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
+    found = SPACE.smallest
+    cut = supernet.cut(found)
+    whole = supernet.largest.layer1[0].conv1.weight
+    assert torch.equal(cut.layer1[0].conv1.weight, whole[:4, :4, 1:4, 1:4])
+    with torch.no_grad():
+        for parameter in cut.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in supernet.state_dict().items())
+
+
+def test_statistics_are_those_of_reestimation_elsewhere(supernet, digits):
+    images = digits.normalize(digits.train.images)
+    ours = reestimated(supernet.cut(SPACE.smallest), images, 64)
+    theirs = batch_norm.reestimate(supernet.cut(SPACE.smallest), images, batch_size=64)
+    for name, tensor in theirs.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(ours.state_dict()[name], tensor, msg=name)
+
+
+def test_the_sandwich_is_the_mean_of_its_networks_losses(supernet):
+    drawn = [SPACE.sample(np.random.default_rng(seed)) for seed in (1, 2)]
+    waiting, images = iter(drawn), torch.randn(16, 1, 8, 8)
+    labels = torch.arange(16) % 10
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        loss = sandwich(SPACE, lambda random: next(waiting), between=2)(supernet, images, labels)
+        torch.manual_seed(5)
+        narrow = SPACE.narrow(np.random.default_rng(int(torch.randint(2**31, ()))))
+    assert {block.widths for _, block in models.named_blocks(SPACE.spec(narrow))} == {(4, 4), (8, 8)}
+    largest = supernet(images)
+    soft = largest.detach().softmax(1)
+    wanted = functional.cross_entropy(largest, labels)
+    for found in (narrow, *drawn):
+        wanted = wanted - (soft * supernet(images, found).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, wanted / 4)
+    # the largest learns from labels alone: what it says to the others has no gradient
+    gradient = torch.autograd.grad(loss, supernet.largest.fc.bias)[0]
+    assert gradient.isfinite().all() and gradient.norm() > 0
+
+
+def test_every_network_learns_and_its_evaluation_is_remembered(digits, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    supernet, costs = Supernet(SPACE), Costs(SPACE)
+    limits = Constraints(macs=0.5 * costs.of(SPACE.largest, "macs"))
+    options = {"epochs": 12, "batch_size": 32, "learning_rate": 0.1, "augment": False}
+    training.fit(supernet, digits, loss=sandwich(SPACE, lambda random: costs.draw(limits, random)), **options)
+    sizes = {"calibration": 128, "validation": 100, "batch_size": 64}
+    evaluate = Evaluator(supernet, digits, file=tmp_path / "evaluations.jsonl", **sizes)
+    found = costs.draw(limits, np.random.default_rng(0))
+    accuracy = evaluate(found)
+    assert accuracy > 20 and evaluate(SPACE.largest) > 60  # of ten classes
+    assert evaluate.cost == 228
+    # by the house's own evaluator, in fp32
+    network = batch_norm.reestimate(
+        supernet.cut(found), digits.normalize(digits.train.images[:128]), batch_size=64
+    )
+    split = data.Split(digits.validation.images[:100], digits.validation.labels[:100])
+    by_hand = evaluation.accuracy(
+        evaluation.predict(network, split, normalize=digits.normalize), split.labels
+    )
+    assert abs(by_hand - accuracy) <= 3  # bf16 where the processor has it
+
+    with (tmp_path / "evaluations.jsonl").open("a") as stream:
+        stream.write("[[0, 1")  # killed while it wrote
+    again = Evaluator(supernet, digits, file=tmp_path / "evaluations.jsonl", **sizes)
+    monkeypatch.setattr(again, "_evaluate", None)
+    assert again(found) == accuracy and again(SPACE.largest) == evaluate(SPACE.largest)
+    with torch.no_grad():
+        supernet.largest.fc.bias.add_(1)
+    other = Evaluator(supernet, digits, file=tmp_path / "evaluations.jsonl", **sizes)
+    assert other.known == {}  # of other weights
+    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_broken_file_of_evaluations_is_begun_anew(supernet, digits, tmp_path):
+    for content in ("", "no json\n", json.dumps({"supernet": "other"}) + "\n"):
+        (tmp_path / "e.jsonl").write_text(content)
+        assert Evaluator(supernet, digits, file=tmp_path / "e.jsonl", calibration=8, validation=8).known == {}
+
+
+def test_a_tiny_picture_needs_no_large_kernel(supernet):
+    images = torch.randn(4, 1, 8, 8)
+    deep = Space(1, 8, 10, "small_stride2", ((8,), (8,), (8,), (16,)), blocks=2)  # 4, 2, 1, 1 pixels
+    torch.manual_seed(0)
+    network = Supernet(deep)
+    cut = network.cut(deep.largest).train()
+    torch.testing.assert_close(network(images), cut(images), rtol=1e-3, atol=1e-3)
+    network(images).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+    assert models.layers(network.spec)[-2].size_in == 1
