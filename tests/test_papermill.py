@@ -72,6 +72,22 @@ def test_your_own_pictures_through_training_and_quantization(baseline, tmp_path)
     assert rows[1]["size_ratio"] > rows[0]["size_ratio"] > 2
 
 
+def test_the_usual_recipe_on_your_own_pictures(baseline, tmp_path):
+    settings = {"teacher_epochs": 0.2, "epochs": 0.5, "batch_size": 16, "seconds": 0.2, "width": 0.0625}
+    made = execute("00_the_usual_recipe", tmp_path / "usual", upstream=[str(baseline)], **settings)
+    found = {(line["step"], line["figure"]): line for line in made["extra"]["table"]}
+    assert not made["compression"]  # it claims nothing
+    assert found["1 · int8", "times smaller"]["claimed"] == "4×"
+    for step in ("2 · pruned", "3 · distilled"):  # a mask, and a new network in fp32
+        assert 0.95 < float(found[step, "times smaller"]["as published"].rstrip("×")) < 1.05
+        assert float(found[step, "times smaller"]["done right"].rstrip("×")) > 3
+    says = {failure["tried"]: failure["says"] for failure in made["extra"]["failures"]}
+    assert "backend must be one of" in says["get_default_qconfig('qint8')"]
+    assert "'Sequential' object has no attribute 'weight'" in says["ln_structured(model.layer1, ...)"]
+    assert "'aten::add.out'" in says["the same between two stubs"]
+    assert says["convert(model)"] == "no error"
+
+
 def test_every_way_to_cut(baseline, tmp_path):
     points = [
         "magnitude_global:sparsity=0.5 gradual tuned",

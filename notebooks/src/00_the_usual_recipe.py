@@ -195,9 +195,13 @@ pairs = [[layer.name, layer.batch_norm] for layer in models.layers(spec) if laye
 
 def converted(network: nn.Module, stubs: bool = False) -> nn.Module:
     """Fused, prepared, shown some pictures, and converted."""
+    network = copy.deepcopy(network).eval()
+    for layer in network.modules():
+        if isinstance(layer, models.PickingConv2d):  # of very thin networks; the same numbers
+            layer.__class__ = nn.Conv2d
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that all of this is deprecated
-        network = quantization.fuse_modules(copy.deepcopy(network).eval(), pairs)
+        network = quantization.fuse_modules(network, pairs)
         network = quantization.QuantWrapper(network) if stubs else network
         network.qconfig = qconfig
         network = quantization.prepare(network)
@@ -264,8 +268,8 @@ else:
     print(gpu["as published"])
 
 # %% [markdown]
-# **What it means.** Once it runs, the first claim about bytes holds. Of the speed a GPU is claimed, and these kernels
-# are the processor's: look at the time below.
+# **What it means.** Once it runs, the claim about bytes holds. The claim about speed names a GPU, and these kernels are
+# the processor's: what they give there stands below.
 #
 # ### Done right: integers that a runtime computes with
 #
@@ -328,8 +332,8 @@ provoke(2, "float.load_state_dict(int8.state_dict())", lambda: fresh.load_state_
 provoke(2, "the same with strict=False", lambda: fresh.load_state_dict(state, strict=False))
 
 # %% [markdown]
-# So there is no way on from the quantized network, and none back: everybody who "prunes the quantized model" went
-# back to the fp32 one. **The step that mends it:** cut first, quantize last, and name layers, which the Spec lists.
+# There is no way on from the quantized network with these tools, and none back into a float one by its state_dict: who
+# "prunes the quantized model" has gone back to fp32, and step 1 is lost. **The step that mends it:** cut first, quantize last, and name layers, which the Spec lists.
 # [03_pruning](03_pruning.ipynb) teaches both.
 #
 # ## Is a masked network smaller?
