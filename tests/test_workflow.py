@@ -228,6 +228,7 @@ def test_profiles_give_only_parameters_that_notebooks_declare(path):
         (name, values) for name, parts in (profile.get("parts") or {}).items() for values in parts.values()
     ]
     for name, values in given:
-        values = {key: value for key, value in values.items() if key not in ("runs", "others")}  # Snakefile's
+        options = ("runs", "others", "after", "alone")  # the Snakefile's
+        values = {key: value for key, value in values.items() if key not in options}
         notebook_file = provenance.PACKAGE.parent / "notebooks" / f"{name}.ipynb"
         assert check(declared(notebook_file), values, notebook=name) == values

@@ -361,7 +361,7 @@ def trained(network, stage: str, values: dict[str, str], length: float, name: st
         train, augment, before = known.pictures, False, known.seconds
         loss = teaching.taught_from(known, lesson, network.spec)
     options = {"learning_rate": learning_rate, "augment": augment, "batch_size": size, "loss": loss}
-    options |= {"checkpoint": run.path(f"checkpoint_{name}.pt")}
+    options |= {"checkpoint": run.path(f"checkpoint_{name}_{length:g}.pt")}
     number = seed + 1_000_003 * (1 + list(STAGES).index(stage))  # each stage sees other pictures
     history = fit(network, train, epochs=steps / (len(train.train) // size), seed=number, **options)
     return network.eval(), {"train_images": history.images, "train_seconds": history.seconds + before}
