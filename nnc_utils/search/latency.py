@@ -122,9 +122,9 @@ def fit(measured: Iterable[tuple[Spec, float]]) -> Predictor:
 
 
 def blocks(space: Space, count: int, random: np.random.Generator) -> list[Spec]:
-    """Networks of one stage's first block, or of the whole stage, to be measured; different ones.
+    """Networks of one block, one stage or two neighbouring stages, to be measured; different ones.
 
-    In front stands a stem that makes as many channels as the block gets, at the block's size.
+    In front stands a stem that makes as many channels as the first block gets, at that block's size.
     """
     found: dict[str, Spec] = {}
     for _ in range(100 * count):
@@ -132,8 +132,9 @@ def blocks(space: Space, count: int, random: np.random.Generator) -> list[Spec]:
         stage = int(random.integers(len(spec.stages)))
         before = spec.stages[stage - 1][-1].widths[-1] if stage else spec.stem_width
         size = space.sizes[max(stage - 1, 0)]
-        chosen = spec.stages[stage] if random.random() < 0.5 else spec.stages[stage][:1]
-        alone = Spec(space.channels, size, space.classes, "small", before, "basic", (chosen,))
+        chosen = [spec.stages[stage][:1]], [spec.stages[stage]], spec.stages[stage : stage + 2]
+        stages = tuple(chosen[random.integers(3)])
+        alone = Spec(space.channels, size, space.classes, "small", before, "basic", stages)
         found.setdefault(alone.to_json(), alone)
         if len(found) == count:
             break

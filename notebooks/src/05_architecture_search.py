@@ -28,8 +28,8 @@ widest: float = 0.25  # [0.0625, 1] largest width of a stage as a share of ResNe
 blocks: int = 2  # [1, 4] the most blocks of a stage
 macs: float = 32.0  # [0, 10000] constraint: how many times fewer multiplications than ResNet-18; 0: none
 latency_ms: float = 0.0  # [0, 1000] constraint: predicted milliseconds a picture in int8; 0: none
-latency_networks: int = 12  # [4, 1000] blocks that are timed to predict it; half as many networks test that
-runtime: str = "onnxruntime"  # {onnxruntime, openvino, executorch} in which they are timed
+latency_networks: int = 20  # [4, 1000] blocks that are timed to predict it; half as many networks test that
+runtime: str = "onnxruntime"  # {onnxruntime, openvino} in which they are timed
 supernet_epochs: float = 6.0  # [0.001, 10000] of the network that contains all others
 supernet_batch: int = 64  # [2, 4096] images in a step of its training
 calibration_images: int = 256  # [2, 50000] that re-estimate a candidate's batch-norm
@@ -220,9 +220,9 @@ if "latency" in earlier:
     figure, axes = plt.subplots(figsize=(5, 4))
     for pairs, marker, label in ((known, "o", "blocks, fitted"), (unseen, "s", "networks, never seen")):
         axes.plot([m for _, m in pairs], [predictor.of(spec) for spec, _ in pairs], marker, label=label)
-    ends = axes.get_xlim()
+    ends = (0, max(m for _, m in known + unseen))
     axes.plot(ends, ends, color="grey", linewidth=1)
-    axes.set(xlabel="measured milliseconds", ylabel="predicted milliseconds", xscale="log", yscale="log")
+    axes.set(xlabel="measured milliseconds", ylabel="predicted milliseconds")
     axes.set_title(
         f"int8 in {figures.name(earlier['latency']['runtime'])}: mean error {error:.1f} % on unseen networks"
     )
@@ -277,6 +277,29 @@ if searching:
     PASSES = 4  # networks a step, each forward and backward; a backward pass counts as two forward
     supernet_images = history.images * PASSES * 3
     print(f"{supernet_images:,} images through the supernet, {time.perf_counter() - begin:.0f} s")
+
+# %%
+def draw_training(epochs: list) -> plt.Figure:
+    """The loss of the four networks of a step, and the largest one's accuracy."""
+    numbers, losses, accuracies = zip(*epochs, strict=True)
+    figure, axes = plt.subplots(figsize=(6, 2.8))
+    axes.plot(numbers, losses, "o-", label="loss")
+    axes.set(xlabel="epoch", ylabel="loss", title="The supernet learns")
+    beside = axes.twinx()
+    beside.plot(numbers, accuracies, "s-", color="C1")
+    beside.set_ylabel("accuracy of the largest (%)", color="C1")
+    beside.grid(visible=False)
+    return figure
+
+
+if searching:
+    curve = [[epoch.epoch, epoch.loss, epoch.validation] for epoch in history]
+elif "search" in earlier:
+    curve = earlier["search"]["supernet"]
+if searching or "search" in earlier:
+    figures.show(
+        draw_training(curve), "Loss and validation accuracy of the supernet's largest network by epoch"
+    )
 
 # %%
 def with_statistics_of(network: models.ResNet, architecture: spaces.Architecture) -> float:
@@ -404,27 +427,30 @@ if searching:
 
 # %%
 if searching:
-    images = (supernet_images + np.arange(1, queries + 1) * evaluate.cost).tolist()
     earlier["search"] = {
-        "images": images,
+        "seed": seed,
+        "images": {"supernet": supernet_images, "candidate": evaluate.cost, "asked": queries},
         "curves": {n: np.percentile(c, (25, 50, 75), axis=0).round(3).tolist() for n, c in so_far.items()},
         "verified": {name: [round(value, 3) for value in values] for name, values in verified.items()},
         "modelled": bool(evaluations),
-        "supernet": [[e.epoch, e.loss, e.validation] for e in history],
+        "supernet": curve,
         "point": point,
     }
 search = earlier.get("search")
 
 
 def draw_curves(search: dict) -> plt.Figure:
-    """How good is the best so far, after so many images?"""
+    """How good is the best so far, after so many questions?"""
     figure, axes = plt.subplots(figsize=(8, 4))
     for (name, (low, middle, high)), marker in zip(search["curves"].items(), figures.MARKERS, strict=False):
-        shown = np.array(search["images"]) / 1e6
+        shown = np.arange(1, len(middle) + 1)
         axes.plot(shown, middle, marker=marker, markevery=0.2, label=figures.name(name))
         axes.fill_between(shown, low, high, alpha=0.15)
-    axes.set(xlabel="million images through the supernet, its training included", ylabel="best so far (%)")
-    axes.set_title("Is a clever search better than a random one?")
+    cost, modelled = search["images"], ", as the model predicts" if search["modelled"] else ""
+    axes.set_xlabel(
+        f"candidates asked, each {cost['candidate']:,} images; the supernet's training {cost['supernet']:,}"
+    )
+    axes.set(ylabel=f"best so far (%{modelled})", title="Is a clever search better than a random one?")
     axes.legend(fontsize=8)
     return figure
 
@@ -508,7 +534,8 @@ if searching:
 # ## 6 · The finalists
 #
 # A τ well below 1 means that the best by shared weights need not be the best. So each method sends its best into a short training
-# of its own, and all validation pictures choose among them.
+# of its own, and all validation pictures choose among them. (`16:5i3p` is a stage 16 channels wide: a block that begins with 5×5
+# and adds its input, then one with 3×3 and a projection; `n` adds nothing.)
 
 # %%
 if searching:
