@@ -26,8 +26,10 @@
 # %% tags=["parameters"]
 widest: float = 0.25  # [0.0625, 1] largest width of a stage as a share of ResNet-18's, in sixteenths
 blocks: int = 2  # [1, 4] the most blocks of a stage
-macs: float = 32.0  # [1, 10000] constraint: how many times fewer multiplications than ResNet-18
+macs: float = 32.0  # [0, 10000] constraint: how many times fewer multiplications than ResNet-18; 0: none
 latency_ms: float = 0.0  # [0, 1000] constraint: predicted milliseconds a picture in int8; 0: none
+latency_networks: int = 20  # [4, 1000] blocks that are timed to predict it; half as many networks test that
+runtime: str = "onnxruntime"  # {onnxruntime, openvino} in which they are timed
 supernet_epochs: float = 6.0  # [0.001, 10000] of the network that contains all others
 supernet_batch: int = 64  # [2, 4096] images in a step of its training
 calibration_images: int = 256  # [2, 50000] that re-estimate a candidate's batch-norm
@@ -42,7 +44,7 @@ learning_rate: float = 0.05  # [0.00001, 1] peak of every training
 copies: int = 2  # [1, 64] augmentations of each picture in which the teacher looks
 arms: list = ["winner", "thin_resnet18"]  # what is trained from scratch; with " taught": by the teacher
 peers: list = []  # searchers of others, such as "optuna_nsga2"
-steps: list = ["search", "retrain"]  # what this run does; an upstream run has done the rest
+steps: list = ["latency", "search", "retrain"]  # what this run does; an upstream run has done the rest
 upstream: list = []  # run folders of 01_baseline, own seed first, and of earlier parts; empty: 01's defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 seed: int = 1  # [0, 1000000] of the supernet, of the weights trained from scratch, of order and augmentation
@@ -51,6 +53,7 @@ run_dir: str = ""  # folder of this run; empty: results/smoke/05_architecture_se
 
 # %%
 import hashlib
+import shutil
 import time
 from pathlib import Path
 
@@ -61,11 +64,23 @@ import scipy.stats
 import torch
 
 # %%
-from nnc_utils import artifact, data, evaluation, figures, models, results, scoring, training
+from nnc_utils import (
+    artifact,
+    data,
+    evaluation,
+    figures,
+    measure,
+    models,
+    results,
+    runtimes,
+    scoring,
+    training,
+)
 from nnc_utils import peers as counterparts
 from nnc_utils.distillation import teaching
+from nnc_utils.quantization import activations, uniform
 from nnc_utils.run import start
-from nnc_utils.search import gradient, objective, searchers
+from nnc_utils.search import gradient, latency, objective, searchers
 from nnc_utils.search import space as spaces
 from nnc_utils.search import supernet as shared
 
@@ -93,6 +108,10 @@ for arm in arms:
 for given in peers:
     if given not in counterparts.SEARCHERS:
         raise ValueError(f"unknown peer {given!r}: one of {', '.join(counterparts.SEARCHERS)}")
+if not macs and not latency_ms:
+    raise ValueError("without a constraint the largest network wins: give macs, latency_ms or both")
+if latency_ms and "search" in steps and "latency" not in [*steps, *earlier]:
+    raise ValueError("nothing predicts latency_ms: add 'latency' to steps, or the run that timed to upstream")
 if "retrain" in steps and "search" not in steps and "search" not in earlier:
     raise ValueError("nothing has been searched: add 'search' to steps, or the run that did to upstream")
 
@@ -134,28 +153,90 @@ print("neighbours:  ", len(set(space.neighbours(example))))
 # what the smallest network costs:
 
 # %%
-predictor = None
 costs = objective.Costs(space)
-limits = objective.Constraints(macs=models.macs(full) / macs)
-costs.check(limits)
 try:
     costs.check(objective.Constraints(macs=1000))
 except objective.InfeasibleError as error:
     print(error)
 drawn = [space.sample(random) for _ in range(2000)]
-share = np.mean([costs.ratio(found, limits) <= 1 for found in drawn])
-print(f"{100 * share:.0f} % of random networks are within the constraint")
-
-# %%
-point = f"macs={macs:g}x"
 counted = np.array([costs.of(found, "macs") for found in drawn]) / 1e6
 figure, axes = plt.subplots(figsize=(7, 2.6))
 axes.hist(counted, bins=60)
-axes.axvline(limits.macs / 1e6, color="black")
-axes.set(
-    xlabel="million multiplications a picture", ylabel="networks", title="How expensive is a random network?"
-)
+if macs:
+    axes.axvline(models.macs(full) / macs / 1e6, color="black")
+axes.set(xlabel="million multiplications a picture", ylabel="networks")
+axes.set_title("How expensive is a random network? (line: the constraint)")
 figures.show(figure, "Histogram of the multiplications of random networks, with the constraint")
+
+# %% [markdown]
+# ### Milliseconds: measured once, then predicted
+#
+# A ratio of multiplications is no speed-up. A search that is to meet a number of milliseconds cannot time every candidate
+# either: it would wait for the clock, and the clock would hear the search. So **blocks** are timed beforehand, in integers, alone on
+# the machine, and a sum over a network's parts is fitted: so much for a call, a convolution, a multiplication of each kernel
+# (channels filled up to what the integer kernels take at once), a byte moved. *Predict*: which error will it have on whole
+# networks that it has never seen?
+
+
+# %%
+def timed(specs: list[models.Spec]) -> list[list]:
+    """Milliseconds of untrained networks in integers, one thread: weights do not change the time."""
+    paths = []
+    for number, spec in enumerate(specs):
+        torch.manual_seed(number)
+        noise = torch.randn(16, spec.channels, spec.size, spec.size)
+        network = models.build(spec)
+        network.train()(noise)
+        network = activations.calibrate(uniform.quantize_network(network, bits=7, per_channel=True), noise)
+        paths.append(run.path(f"timed/{number}.safetensors"))
+        artifact.save(network, paths[-1], mean=pictures.mean, std=pictures.std, classes=pictures.classes)
+    about = {"runtime": runtime, "precision": "int8", "folder": run.path("timed")}
+    found = measure.milliseconds(paths, **about)
+    shutil.rmtree(run.path("timed"))
+    return [[spec.to_json(), milliseconds] for spec, milliseconds in zip(specs, found, strict=True)]
+
+
+if "latency" in steps and (why := runtimes.available(runtime, "int8")):
+    print(f"{runtime}: {why}; times are not predicted")
+elif "latency" in steps:
+    probes = latency.blocks(space, latency_networks, random)
+    whole = [space.spec(found) for found in drawn[: max(2, latency_networks // 2)]]
+    measured = timed(probes + whole)
+    earlier["latency"] = {
+        "runtime": runtime,
+        "blocks": measured[: len(probes)],
+        "networks": measured[len(probes) :],
+    }
+
+# %%
+predictor = None
+if "latency" in earlier:
+    known, unseen = (
+        [(models.Spec.from_json(text), milliseconds) for text, milliseconds in earlier["latency"][kind]]
+        for kind in ("blocks", "networks")
+    )
+    predictor = latency.fit(known)
+    error = predictor.error(unseen)
+    figure, axes = plt.subplots(figsize=(5, 4))
+    for pairs, marker, label in ((known, "o", "blocks, fitted"), (unseen, "s", "networks, never seen")):
+        axes.plot([m for _, m in pairs], [predictor.of(spec) for spec, _ in pairs], marker, label=label)
+    ends = (0, max(m for _, m in known + unseen))
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.set(xlabel="measured milliseconds", ylabel="predicted milliseconds")
+    axes.set_title(
+        f"int8 in {figures.name(earlier['latency']['runtime'])}: mean error {error:.1f} % on unseen networks"
+    )
+    axes.legend(fontsize=8)
+    figures.show(figure, "Predicted against measured milliseconds of blocks and of networks never seen")
+
+# %%
+costs = objective.Costs(space, predictor.part if predictor else None)
+limits = {"macs": models.macs(full) / macs if macs else None, "latency_ms": latency_ms or None}
+limits = objective.Constraints(**limits)
+costs.check(limits)
+point = ",".join([f"macs={macs:g}x"] * bool(macs) + [f"latency_ms={latency_ms:g}"] * bool(latency_ms))
+share = np.mean([costs.ratio(found, limits) <= 1 for found in drawn])
+print(f"{100 * share:.0f} % of random networks are within {point}")
 
 # %% [markdown]
 # ## 3 · The algorithm: one network that contains all others
@@ -198,32 +279,52 @@ if searching:
     print(f"{supernet_images:,} images through the supernet, {time.perf_counter() - begin:.0f} s")
 
 # %%
+def draw_training(epochs: list) -> plt.Figure:
+    """The loss of the four networks of a step, and the largest one's accuracy."""
+    numbers, losses, accuracies = zip(*epochs, strict=True)
+    figure, axes = plt.subplots(figsize=(6, 2.8))
+    axes.plot(numbers, losses, "o-", label="loss")
+    axes.set(xlabel="epoch", ylabel="loss", title="The supernet learns")
+    beside = axes.twinx()
+    beside.plot(numbers, accuracies, "s-", color="C1")
+    beside.set_ylabel("accuracy of the largest (%)", color="C1")
+    beside.grid(visible=False)
+    return figure
+
+
+if searching:
+    curve = [[epoch.epoch, epoch.loss, epoch.validation] for epoch in history]
+elif "search" in earlier:
+    curve = earlier["search"]["supernet"]
+if searching or "search" in earlier:
+    figures.show(
+        draw_training(curve), "Loss and validation accuracy of the supernet's largest network by epoch"
+    )
+
+# %%
+def with_statistics_of(network: models.ResNet, architecture: spaces.Architecture) -> float:
+    """Accuracy of a candidate with the batch-norm statistics of another, larger network."""
+    candidate = evaluate.supernet.cut(architecture)
+    theirs = network.state_dict()
+    state = {name: shared.fitted(theirs[name], own.shape) for name, own in candidate.state_dict().items()}
+    candidate.load_state_dict(state)
+    with torch.no_grad():
+        hits = candidate.eval()(evaluate.images).argmax(1) == evaluate.labels
+    return 100 * float(hits.double().mean())
+
+
 if searching:
     settings = {"calibration": calibration_images, "validation": validation_images}
     evaluate = objective.Evaluator(supernet, pictures, file=run.path("evaluations.jsonl"), **settings)
+    some = [between(random) for _ in range(4)]
     begin = time.perf_counter()
-    looked = [evaluate(between(random)) for _ in range(8)]
-    seconds = (time.perf_counter() - begin) / 8
-    wrong = []
-    for found in list(evaluate.known)[:4]:
-        candidate = evaluate.supernet.cut(found)
-        largest = objective.reestimated(evaluate.supernet.cut(space.largest), evaluate.calibration, 256)
-        state = {
-            n: shared.fitted(t, candidate.state_dict()[n].shape)
-            for n, t in largest.state_dict().items()
-            if n in candidate.state_dict()
-        }
-        candidate.load_state_dict(state)
-        with torch.no_grad():
-            hits = candidate.eval()(evaluate.images).argmax(1) == evaluate.labels
-        wrong.append(100 * float(hits.double().mean()))
-    print(
-        f"with the largest network's statistics {np.mean(wrong):.1f} %, with their own {np.mean(looked[:4]):.1f} %"
-    )
-    print(
-        f"{seconds:.2f} s a candidate; the largest {evaluate(space.largest):.1f} %, "
-        f"the smallest {evaluate(space.smallest):.1f} %"
-    )
+    own = np.mean([evaluate(found) for found in some])
+    seconds = (time.perf_counter() - begin) / len(some)
+    largest = objective.reestimated(evaluate.supernet.cut(space.largest), evaluate.calibration, 256)
+    wrong = np.mean([with_statistics_of(largest, found) for found in some])
+    print(f"with the largest network's statistics {wrong:.1f} %, with their own {own:.1f} %")
+    print(f"the largest {evaluate(space.largest):.1f} %, the smallest {evaluate(space.smallest):.1f} %")
+    print(f"{seconds:.2f} s a candidate: {evaluate.cost:,} images forward")
 
 # %% [markdown]
 # ## 4 · The search loop
@@ -326,27 +427,30 @@ if searching:
 
 # %%
 if searching:
-    images = (supernet_images + np.arange(1, queries + 1) * evaluate.cost).tolist()
     earlier["search"] = {
-        "images": images,
+        "seed": seed,
+        "images": {"supernet": supernet_images, "candidate": evaluate.cost, "asked": queries},
         "curves": {n: np.percentile(c, (25, 50, 75), axis=0).round(3).tolist() for n, c in so_far.items()},
         "verified": {name: [round(value, 3) for value in values] for name, values in verified.items()},
         "modelled": bool(evaluations),
-        "supernet": [[e.epoch, e.loss, e.validation] for e in history],
+        "supernet": curve,
         "point": point,
     }
 search = earlier.get("search")
 
 
 def draw_curves(search: dict) -> plt.Figure:
-    """How good is the best so far, after so many images?"""
+    """How good is the best so far, after so many questions?"""
     figure, axes = plt.subplots(figsize=(8, 4))
     for (name, (low, middle, high)), marker in zip(search["curves"].items(), figures.MARKERS, strict=False):
-        shown = np.array(search["images"]) / 1e6
+        shown = np.arange(1, len(middle) + 1)
         axes.plot(shown, middle, marker=marker, markevery=0.2, label=figures.name(name))
         axes.fill_between(shown, low, high, alpha=0.15)
-    axes.set(xlabel="million images through the supernet, its training included", ylabel="best so far (%)")
-    axes.set_title("Is a clever search better than a random one?")
+    cost, modelled = search["images"], ", as the model predicts" if search["modelled"] else ""
+    axes.set_xlabel(
+        f"candidates asked, each {cost['candidate']:,} images; the supernet's training {cost['supernet']:,}"
+    )
+    axes.set(ylabel=f"best so far (%{modelled})", title="Is a clever search better than a random one?")
     axes.legend(fontsize=8)
     return figure
 
@@ -430,7 +534,8 @@ if searching:
 # ## 6 · The finalists
 #
 # A τ well below 1 means that the best by shared weights need not be the best. So each method sends its best into a short training
-# of its own, and all validation pictures choose among them.
+# of its own, and all validation pictures choose among them. (`16:5i3p` is a stage 16 channels wide: a block that begins with 5×5
+# and adds its input, then one with 3×3 and a projection; `n` adds nothing.)
 
 # %%
 if searching:
