@@ -95,7 +95,7 @@ print(f"the large network: {reference.model} on {reference.dataset}, made by {ba
 # %%
 STEPS, ARMS = ("latency", "search", "retrain"), ("winner", "thin_resnet18")
 about = {key: getattr(teacher.spec, key) for key in ("channels", "size", "classes", "stem")}
-full = models.resnet(18, **about)
+full, space = models.resnet(18, **about), spaces.around(**about, widest=widest, blocks=blocks)
 earlier = {}  # what upstream parts have found: "search", "latency"
 for part_before in before:
     earlier |= {name: value for name, value in part_before.record.extra.items() if name in STEPS}
@@ -125,7 +125,6 @@ if "retrain" in steps and "search" not in steps and "search" not in earlier:
 # *Predict*: with four stages of at most two blocks, how many networks is that, roughly: thousands, millions, billions?
 
 # %%
-space = spaces.around(**about, widest=widest, blocks=blocks)
 random = np.random.default_rng(0)
 pd.DataFrame(
     [
@@ -528,7 +527,9 @@ if searching:
         pairs.append([evaluate(found), validated(network)])
         print(f"{number + 1} of {alone}: shared {pairs[-1][0]:.2f} %, alone {pairs[-1][1]:.2f} %", flush=True)
     search["pairs"] = pairs
-    search["tau"] = [round(float(value), 3) for value in kendall(pairs)] if alone > 2 else None
+    tau = kendall(pairs) if alone > 2 else (np.nan,)
+    # where all are equally good on few pictures there is no order
+    search["tau"] = [round(float(value), 3) for value in tau] if np.isfinite(tau).all() else None
 
 # %% [markdown]
 # ## 6 · The finalists
