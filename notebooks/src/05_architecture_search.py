@@ -438,6 +438,7 @@ if searching:
 search = earlier.get("search")
 
 
+# %%
 def draw_curves(search: dict) -> plt.Figure:
     """How good is the best so far, after so many questions?"""
     figure, axes = plt.subplots(figsize=(8, 4))
@@ -482,9 +483,44 @@ medians(search) if search else print("the search is another part of this benchma
 
 # %% [markdown]
 # **What it means.** The shaded bands are searches that did the same with other random numbers: a single curve proves nothing. A
-# family that does not rise above random search has spent its questions on learning what does not matter here: a controller
-# with a probability for every option needs many answers before it prefers any.
-#
+# family that does not rise above random search has spent its questions on decisions that do not matter here: a controller
+# with a probability for every option needs many answers before it prefers any. Which ones do matter? The mean accuracy of all
+# networks that were looked at, by option; what counts is how far a decision's options lie apart, against the deviation of all:
+
+# %%
+def spreads(known: dict[spaces.Architecture, float]) -> list[list]:
+    """How far the mean accuracies of each decision's options lie apart, where at least 5 networks chose one."""
+    found, values = np.array(list(known)), np.array(list(known.values()))
+    active, rows = np.array([space.active(a) for a in known]), []
+    for place, choice in enumerate(space.choices):
+        means = []
+        for number in range(len(choice.options)):
+            chose = active[:, place] & (found[:, place] == number)
+            means += [values[chose].mean()] if chose.sum() >= 5 else []
+        block = f", block {choice.block + 1}" if choice.block >= 0 else ""
+        rows.append(
+            [f"stage {choice.stage + 1}{block}: {choice.about}", float(np.ptp(means)) if means else 0.0]
+        )
+    return sorted(rows, key=lambda row: row[1])[-12:]
+
+
+if searching:
+    within = {
+        found: value for found, value in evaluate.known.items() if 0.3 <= costs.ratio(found, limits) <= 1
+    }
+    search["spreads"], search["deviation"] = spreads(within), float(np.std(list(within.values())))
+if search:
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    axes.barh(*zip(*search["spreads"], strict=True))
+    axes.axvline(search["deviation"], color="black")
+    axes.set(xlabel="percentage points between options (line: deviation of all networks)")
+    axes.set_title("Which decisions matter?")
+    axes.tick_params(axis="y", labelsize=8)
+    figures.show(
+        figure, "Differences of mean accuracy between the options of each decision, the largest twelve"
+    )
+
+# %% [markdown]
 # **What would fool you.** Where a model answered, each search's best was looked at with real pictures afterwards. The harder a
 # search tries, the more its best owes to the model's errors (the *winner's curse*): compare the two medians. The standard
 # profile asks the supernet itself.
