@@ -489,7 +489,7 @@ medians(search) if search else print("the search is another part of this benchma
 
 # %%
 def spreads(known: dict[spaces.Architecture, float]) -> list[list]:
-    """How far the mean accuracies of each decision's options lie apart, where at least 5 networks chose one."""
+    """How far the mean accuracies of a decision's options lie apart, each of at least 5 networks."""
     found, values = np.array(list(known)), np.array(list(known.values()))
     active, rows = np.array([space.active(a) for a in known]), []
     for place, choice in enumerate(space.choices):
@@ -504,6 +504,7 @@ def spreads(known: dict[spaces.Architecture, float]) -> list[list]:
     return sorted(rows, key=lambda row: row[1])[-12:]
 
 
+# %%
 if searching:
     within = {
         found: value for found, value in evaluate.known.items() if 0.3 <= costs.ratio(found, limits) <= 1
