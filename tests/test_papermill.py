@@ -7,7 +7,7 @@ import papermill
 import pytest
 from PIL import Image
 
-from nnc_utils import provenance
+from nnc_utils import artifact, models, provenance
 
 NOTEBOOKS = provenance.PACKAGE.parent / "notebooks"
 
@@ -212,6 +212,135 @@ def test_every_way_to_teach(pictures, tmp_path):
     taught = [row for row in first["compression"] if row["control"] == ""]
     assert {row["method"] for row in taught} == {"kd", "kd_hints"}
     assert all(row["train_seconds"] > larger["train_seconds"] for row in taught)
+
+
+def test_every_pipeline(baseline, tmp_path):
+    orders = ["prune_distill_quantize", "distill_prune_quantize", "quantize_prune_distill"]
+    points = ["prune_quantize_distill:macs=3x,bits=4", "prune_quantize_distill:macs=2x,size=10x,sparsity=0.3"]
+    points += [f"{order}:macs=3x,bits=4" for order in orders]
+    points += ["prune_only:macs=3x", "quantize_only:bits=3", "distill_only:macs=3x"]
+    points += ["prune_quantize_distill:macs=2x,size=9999x"]  # no row, and no reason to stop
+    controls = ["small_dense:macs=3x", "small_dense_qat4:macs=3x", "small_dense_distilled:macs=3x,bits=4"]
+    controls += ["torch_pruning:macs=3x"]
+    about = {"prune_epochs": 0.4, "quantize_epochs": 0.4, "distill_epochs": 0.8, "scoring_images": 48}
+    about |= {"multiple": 1, "batch_size": 16}
+    made = execute(
+        "06_pipeline", tmp_path / "all", upstream=[str(baseline)], points=points, controls=controls, **about
+    )
+    rows = {
+        f"{row['method']}:{row['point']}": row for row in made["compression"] if "after" not in row["control"]
+    }
+    assert set(rows) == {*points[:-1], *controls, "dense_finetuned:"}
+    [why] = made["extra"]["missing"].values()
+    assert "cannot be met" in why and "is the nearest" in why
+    start = json.loads((baseline / "result.json").read_text())["compression"][0]
+    for name, row in rows.items():
+        assert row["train_images"] == 8 * 16, name  # everyone the same, however many stages
+        fewer = 3 if "macs=3x" in name else 2 if "macs=2x" in name else 1
+        assert row["macs"] <= start["macs"] / fewer and row["macs"] > 0.4 * start["macs"] / fewer, name
+        assert row["division"] == "open", name
+    assert {row["technique"] for row in rows.values()} == {"pipeline", "baseline", "peer"}
+    first, pruned = rows[points[0]], rows["prune_only:macs=3x"]
+    assert first["artifact_bytes"] < pruned["artifact_bytes"] < start["artifact_bytes"]
+    assert rows[points[1]]["nonzeros"] < 0.75 * rows[points[1]]["params"]
+    stages = [row["control"] for row in made["compression"] if "after" in row["control"]]
+    assert stages == ["after_prune", "after_quantize"]
+    rest = {"upstream": [str(baseline), str(tmp_path / "all")], "part": "peers", "points": [], "controls": []}
+    peers = ["xz:macs=3x,bits=4", "zstd:macs=8x,bits=4"]
+    made = execute("06_pipeline", tmp_path / "peers", **rest, **about, peers=peers)
+    [row] = made["compression"]
+    assert (row["method"], row["train_images"]) == ("xz", first["train_images"])
+    assert list(made["extra"]["missing"]) == ["zstd:macs=8x,bits=4"]
+
+
+def test_imagenet_weights_from_a_file(pictures, tmp_path):
+    """The README's command, with a file in torchvision's format."""
+    import torch
+    import torchvision
+
+    torch.manual_seed(0)
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    about = {"dataset": f"imagefolder:{pictures}", "size": 32, "stem": "imagenet", "epochs": 0.1}
+    about |= {"weights": str(tmp_path / "resnet18.pth"), "learning_rate": 1e-6, "batch_size": 8}
+    execute("01_baseline", tmp_path / "run", **about)
+    trained = artifact.load(tmp_path / "run/artifacts/fp32.safetensors")
+    given = weights["layer3.0.conv1.weight"]
+    assert float((trained.layer3[0].conv1.weight - given).abs().max()) < 1e-3
+    with pytest.raises(papermill.PapermillExecutionError, match="of another network"):
+        execute("01_baseline", tmp_path / "other", **about | {"depth": 34})
+
+
+def test_every_way_to_search(baseline, tmp_path):
+    """As a divided benchmark: blocks are timed, a search is made, its winner is trained in its own run."""
+    common = {"widest": 0.125, "macs": 0.0, "latency_networks": 6, "epochs": 1.0, "copies": 1}
+    parts = {
+        "blocks": {"steps": ["latency"]},
+        "search": {"steps": ["search"], "latency_ms": 1.0, "macs": 100.0},
+        "retrain": {
+            "steps": ["retrain"],
+            "arms": ["winner", "thin_resnet18", "winner taught"],
+            "macs": 100.0,
+        },
+    }
+    parts["blocks"]["macs"] = 100.0
+    parts["search"] |= {"supernet_epochs": 1.0, "supernet_batch": 16, "calibration_images": 16}
+    parts["search"] |= {"validation_images": 12, "queries": 6, "search_seeds": 2, "evaluations": 0}
+    parts["search"] |= {"alone": 3, "alone_epochs": 0.5, "peers": ["optuna_nsga2"]}
+    made, upstream = {}, [str(baseline)]
+    for part, values in parts.items():
+        about = {"upstream": upstream, "part": part, **common, **values}
+        made[part] = execute("05_architecture_search", tmp_path / part, **about)
+        upstream = [*upstream, str(tmp_path / part)]
+    timed, search = made["blocks"]["extra"]["latency"], made["search"]["extra"]["search"]
+    assert (len(timed["blocks"]), len(timed["networks"])) == (6, 3)
+    assert not {text for text, _ in timed["blocks"]} & {text for text, _ in timed["networks"]}
+    methods = {"random", "evolution", "reinforce", "gradient", "optuna_nsga2"}
+    methods -= set(made["search"]["extra"]["missing"])
+    assert set(search["verified"]) == set(search["curves"]) == methods
+    assert all(len(values) == 2 for values in search["verified"].values())
+    # a step of 16 pictures trains four networks, forward and backward
+    assert search["images"] == {"supernet": 5 * 16 * 4 * 3, "candidate": 28, "asked": 6}
+    assert len(search["pairs"]) == 3 and (search["tau"] is None or -1 <= search["tau"][0] <= 1)
+    winner = models.Spec.from_json(search["winner"]["spec"])
+    assert search["winner"]["alone"] == max(row["alone"] for row in search["finalists"])
+    rows = {(row["point"].endswith("taught"), row["control"]): row for row in made["retrain"]["compression"]}
+    assert set(rows) == {(False, ""), (True, ""), (False, "thin_resnet18")}
+    ours, thin = rows[False, ""], rows[False, "thin_resnet18"]
+    assert ours["macs"] == rows[True, ""]["macs"] == models.macs(winner) <= thin["macs"]
+    assert ours["train_images"] == rows[True, ""]["train_images"] == thin["train_images"] == 5 * 16
+    assert ours["method"] in methods and ours["point"] == "macs=100x,latency_ms=1"
+    assert ours["headline"] + rows[True, ""]["headline"] == 1 and not thin["headline"]
+    assert not made["search"]["compression"] and not made["blocks"]["compression"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"macs": 0.0}, "without a constraint the largest network wins"),
+        ({"steps": ["retrain"]}, "nothing has been searched"),
+        ({"steps": ["search"], "latency_ms": 0.1}, "nothing predicts latency_ms"),
+        ({"steps": ["serach"]}, "unknown step 'serach'"),
+        ({"arms": ["winner tuned"]}, "unknown arm 'winner tuned'"),
+        ({"peers": ["optuna"]}, "unknown peer 'optuna'"),
+        ({"widest": 0.2}, "sixteenths"),
+    ],
+)
+def test_searches_that_make_no_sense_are_refused(values, message):
+    """The cells that check parameters, with the parameters' defaults."""
+    import nbformat
+
+    from nnc_utils import parameters, peers
+    from nnc_utils.search import space
+
+    path = NOTEBOOKS / "05_architecture_search.ipynb"
+    sources = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    [check] = [source for source in sources if "# before any work" in source]
+    namespace = {name: found.default for name, found in parameters.declared(path).items()} | values
+    spec = models.resnet(18, channels=1, size=28, classes=10)
+    namespace |= {"models": models, "counterparts": peers, "before": [], "spaces": space}
+    with pytest.raises(ValueError, match=message):
+        exec(check, namespace | {"teacher": type("Teacher", (), {"spec": spec})})
 
 
 def test_a_value_out_of_range_stops_before_any_work(tmp_path):

@@ -134,6 +134,7 @@ def test_killed_and_started_again(two_stages):
 def test_a_divided_notebook_builds_on_its_first_part(two_stages):
     parts = {"first": {"once": {"seconds": 0.2, "runs": "first seed"}, "small": {"seconds": 0.1}}}
     parts["second"] = {"all": {"others": True}, "more": {}}
+    parts["second"]["last"] = {"runs": "first seed", "after": "more", "alone": True}
     stages = {name: about | {"runs": "each seed"} for name, about in STAGES.items()}
     divided = {"seeds": [1, 2], "stages": stages, "parts": parts}
     two_stages.profile.write_text(yaml.safe_dump(divided, sort_keys=False))
@@ -148,14 +149,16 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
         ]
         path.write_text(json.dumps(content))
     found = {}
-    for line in dry_run("", None, "--printshellcmds").splitlines():
+    planned = dry_run("", None, "--printshellcmds")
+    assert planned.count("--exclusive") == 1  # the part that is timed
+    for line in planned.splitlines():
         if "-m nnc_utils.run " not in line:
             continue
         words = shlex.split(line)  # ... -m nnc_utils.run NOTEBOOK FOLDER PARAMETERS ...
         folder, values = words[words.index("nnc_utils.run") + 2 :][:2]
         values = json.loads(values)
         assert folder == f"results/runs/tiny/{folder.split('/')[3]}/seed={values['seed']},{values['part']}"
-        assert not {"runs", "others"} & set(values)
+        assert not {"runs", "others", "after", "alone"} & set(values)
         upstream = [path.removeprefix("results/runs/tiny/") for path in values["upstream"]]
         found[folder.removeprefix("results/runs/tiny/")] = upstream
     assert found == {
@@ -166,11 +169,22 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
         "second/seed=2,all": ["first/seed=2,small", "first/seed=1,once", "first/seed=1,small"],
         "second/seed=1,more": ["first/seed=1,once", "first/seed=1,small", "second/seed=1,all"],
         "second/seed=2,more": ["first/seed=2,small", "second/seed=2,all"],
+        "second/seed=1,last": [
+            "first/seed=1,once",
+            "first/seed=1,small",
+            "second/seed=1,all",
+            "second/seed=1,more",
+        ],
     }
-    parts["first"]["once"]["runs"] = "first"
-    two_stages.profile.write_text(yaml.safe_dump(divided, sort_keys=False))
-    status, output = complete()
-    assert status and "part once of first: `runs` is 'first seed' or left out" in output
+    for part, option, value, said in (
+        ("once", "runs", "first", "`runs` is 'first seed' or left out"),
+        ("small", "alone", "yes", "`alone` is true or left out"),
+        ("once", "after", "small", "`after` names a part that stands before it, not 'small'"),
+    ):
+        wrong = {**divided, "parts": {**parts, "first": {**parts["first"], part: {option: value}}}}
+        two_stages.profile.write_text(yaml.safe_dump(wrong, sort_keys=False))
+        status, output = complete()
+        assert status and f"part {part} of first: {said}" in output
 
 
 def what_reruns_what(place):

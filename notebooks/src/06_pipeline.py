@@ -167,7 +167,7 @@ ALLOWED = {  # whether a budget makes sense, and what would
         "no value, and baselines of other seeds in upstream",
     ),
 }
-winners = [e.extra["winner"] for e in before if "winner" in e.extra]
+winners = [e.extra["search"]["winner"]["spec"] for e in before if "search" in e.extra]
 for place, point in enumerate([*points, *controls, *peers]):  # before any work
     method, values = parsed(point)
     kind = ORDERS if place < len(points) else RIVALS if place < len(points) + len(controls) else PEERS
