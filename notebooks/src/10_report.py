@@ -27,7 +27,8 @@ profile: str = "smoke"  # where the tables go: results/<profile>
 run_dir: str = ""  # folder of this run; empty: results/smoke/10_report
 
 # %%
-from IPython.display import Markdown
+import pandas as pd
+from IPython.display import Markdown, display
 
 from nnc_utils import audit, figures, results
 from nnc_utils.run import start
@@ -67,6 +68,15 @@ figures.show(
 
 # %%
 Markdown(results.report(folder))
+
+# %% [markdown]
+# ## What became of the usual recipe?
+#
+# What [00_the_usual_recipe](00_the_usual_recipe.ipynb) found: claimed, measured as published, measured when done right.
+
+# %%
+tables = [pd.DataFrame(part.extra["table"]) for part in run.upstream if "table" in part.extra]
+display(*tables) if tables else print("not among these runs")
 
 # %%
 finished = run.finish()
