@@ -24,9 +24,9 @@
 points: list = ["prune_quantize_distill:macs=6x,bits=4", "quantize_prune_distill:macs=6x,bits=4"]  # pipelines
 controls: list = ["small_dense_qat4:macs=6x"]  # rivals: thin networks, the network of 05
 peers: list = []  # production counterparts, such as torch_pruning_nncf:macs=8x
-prune_epochs: float = 1.0  # [0.001, 1000] of training behind the cut
-quantize_epochs: float = 1.0  # [0.001, 1000] of training with the rounding
-distill_epochs: float = 2.0  # [0.001, 1000] of training by the teacher; the three sum up to everyone's budget
+prune_epochs: float = 0.5  # [0.001, 1000] of training behind the cut
+quantize_epochs: float = 0.5  # [0.001, 1000] of training with the rounding
+distill_epochs: float = 1.0  # [0.001, 1000] of training by the teacher; the three sum up to everyone's budget
 learning_rate: float = 0.02  # [0.00001, 1] peak of each of these trainings
 batch_size: int = 0  # [0, 4096] pictures a step of these trainings; 0: as the baseline
 temperature: float = 4.0  # [0.1, 100] of the teacher's soft labels
