@@ -39,6 +39,10 @@ NAMES = {
     "nncf_ptq": "NNCF",
     "torchao_pt2e": "torchao PT2E",
     "nncodec": "NNCodec",
+    "prune_quantize_distill": "prune → quantize → distill",
+    "small_dense_qat4": "thin, 4 bits",
+    "thin_resnet18": "thin ResNet-18",
+    "reinforce": "REINFORCE",
     "kd": "soft labels",
     "dkd": "soft labels, decoupled",
     "kd_attention": "soft labels + attention",
@@ -149,14 +153,18 @@ def _series(compression: pd.DataFrame) -> pd.Series:
     rivals = control.where(
         control.isin(["small_dense", "from_scratch"]), ""
     )  # open division: not on the line
+    searched = (compression["technique"] == "search") & (control == "")
+    kinds = pd.Series("searched", compression.index).where(searched, "")
     labels = [
-        ", ".join(filter(None, (name(method), flag, name(rival) if rival != method else "")))
-        for method, flag, rival in zip(compression["method"], flags, rivals, strict=True)
+        ", ".join(filter(None, (kind, name(method), flag, name(rival) if rival != method else "")))
+        for kind, method, flag, rival in zip(kinds, compression["method"], flags, rivals, strict=True)
     ]
     return pd.Series(labels, compression.index)
 
 
 def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -> None:
+    compression = compression[~compression["control"].fillna("").str.startswith("after_")]  # between stages
+    ratio = ratio[compression.index]
     for value in compression[_is_reference(compression)]["accuracy"]:
         axes.axhline(value, color="grey", linewidth=1)
         axes.axhline(value - 0.3, color="grey", linewidth=1, linestyle=":")
@@ -244,6 +252,10 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
     if handles:
         axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set_xscale("log")
+        ticks = [t * 10.0**power for power in range(-3, 4) for t in (1, 2, 5)]
+        ticks = [t for t in ticks if 0.7 * rows["p50_ms"].min() < t < 1.4 * rows["p50_ms"].max()]
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
     axes.set(xlabel="median milliseconds a picture", ylabel="test accuracy (%)")
     axes.set_title("Which networks are worth having? (filled: in integers)")
     _cut(axes, rows["accuracy"])
@@ -253,6 +265,7 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
 def headline(profile_dir: Path) -> Figure:
     """Smaller, worse, faster? The tables of one profile in one picture."""
     latency = read_table(profile_dir / "latency.csv")
+    style()
     figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 8, 4.5))
     left, *rest = np.atleast_1d(panels)
     compression = read_table(profile_dir / "compression.csv")
