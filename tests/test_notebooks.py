@@ -100,11 +100,12 @@ def check_points(points, peers=(), name="02_quantization", **others):
 def test_every_profile_names_known_operating_points(profile, name):
     path = ROOT / "workflow" / "profiles" / f"{profile}.yaml"
     profile = yaml.safe_load(path.read_text(encoding="utf-8"))
-    given, points, everything = profile["parameters"], [], []
-    for part in (profile.get("parts") or {}).get(name, {"": {}}).values():
-        values = given[name] | part  # a later part may name what the first has made
-        check_points([*dict.fromkeys([*points, *values["points"]])], values.get("peers", []), name)
-        points = points or list(values["points"])
+    given, of, everything = profile["parameters"], {}, []
+    for label, part in (profile.get("parts") or {}).get(name, {"": {}}).items():
+        values = given[name] | part  # a part may name what the first has made, and the one that it comes after
+        before = [*next(iter(of.values()), []), *of.get(part.get("after"), [])]
+        check_points([*dict.fromkeys([*before, *values["points"]])], values.get("peers", []), name)
+        of[label] = list(values["points"])
         everything = [*everything, *values["points"]]
     if name == "03_pruning" and "07_deployment" in given:  # what 07 times by default has to be there
         declared = (ROOT / "notebooks" / "src" / "07_deployment.py").read_text()

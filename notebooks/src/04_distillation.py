@@ -342,6 +342,7 @@ def step_seconds(loss, drawn) -> float:
     return statistics.median(taken[2:])
 
 
+# %%
 device = torch.device("cpu")
 few = data.Split(pictures.train.images[:640], pictures.train.labels[:640])
 few = replace(pictures, train=few)

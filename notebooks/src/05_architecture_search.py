@@ -748,9 +748,12 @@ if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
     whole = figures.read_table(committed / "compression.csv")
-    own = whole[whole["technique"].isin(["baseline", "search"])]
+    plain = (whole["technique"] == "baseline") & (whole["control"] == "")
+    own = whole[plain | (whole["technique"] == "search")]
+    figure = figures.parameters_against_accuracy(own)
+    figure.axes[0].set_title("Does the searched network beat the thin one?")
     figures.show(
-        figures.parameters_against_accuracy(own),
+        figure,
         f"The committed results of the {committed.name} profile: accuracy against parameters",
     )
     labels = results.read_predictions(

@@ -222,7 +222,7 @@ print(f"measured {measured:.0f}, ratio {measured / predicted:.2f}")
 #
 # Cut a network that is already in integers. *Predict*: what does a removed input channel do to a scale that was chosen for all?
 
-# %%
+# %% tags=["nbval-check-output"]
 few = {name: torch.arange(8) for name in structured.groups(spec)}
 try:
     structured.remove_channels(uniform.quantize_network(dense, bits=4, per_channel=True), few)
@@ -368,6 +368,22 @@ def trained(network, stage: str, values: dict[str, str], length: float, name: st
 
 
 # %%
+def reshaped(network, stage: str, values: dict[str, str], name: str) -> torch.nn.Module | None:
+    """What a stage without training of its own makes of a network; None for the others."""
+    if stage == "thin":
+        return from_the_start(thin(times(values["macs"])), name)
+    if stage == "found":
+        return from_the_start(models.Spec.from_json(winners[0]), name)
+    if stage == "torch":
+        budget, about = models.macs(spec) / times(values["macs"]), {"images": seen, "labels": seen_labels}
+        network = counterparts.peer("torch_pruning").prune(network, "magnitude", macs=budget, **about)
+        return batch_norm.reestimate(network, seen)
+    if stage == "round":
+        return uniform.quantize_network(network, bits=7, per_channel=True)
+    return None
+
+
+# %%
 @functools.cache
 def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torch.nn.Module, dict]:
     """The network behind some stages, and what their training took; orders share what they begin with."""
@@ -378,15 +394,9 @@ def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torc
     have = set().union(*(STAGES[s][0] | STAGES[s][1] for s in earlier), {"size"} & set(values))
     network, took = after(tuple(earlier), frozenset((k, v) for k, v in given if k in have), scale)
     network, name = copy.deepcopy(network), "_".join([*stages, *(f"{k}{v}" for k, v in sorted(given))])
-    if stage in ("thin", "found"):
-        start_from = thin(times(values["macs"])) if stage == "thin" else models.Spec.from_json(winners[0])
-        return from_the_start(start_from, name), {}
-    if stage == "torch":
-        budget, about = models.macs(spec) / times(values["macs"]), {"images": seen, "labels": seen_labels}
-        network = counterparts.peer("torch_pruning").prune(network, "magnitude", macs=budget, **about)
-        return batch_norm.reestimate(network, seen), {}
-    if stage == "round":
-        return uniform.quantize_network(network, bits=7, per_channel=True), took
+    untrained = reshaped(network, stage, values, name)
+    if untrained is not None:
+        return untrained, took
     if stage in ("prune", "quantize"):
         network = {"prune": prune, "quantize": quantize}[stage](network, values)
     network, more = trained(network.train(), stage, values, scale * STAGES[stage][2], name)
