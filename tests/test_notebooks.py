@@ -102,7 +102,7 @@ def test_every_profile_names_known_operating_points(profile, name):
     profile = yaml.safe_load(path.read_text(encoding="utf-8"))
     given, of, everything = profile["parameters"], {}, []
     for label, part in (profile.get("parts") or {}).get(name, {"": {}}).items():
-        values = given[name] | part  # a part may name what the first has made, and the one that it comes after
+        values = given[name] | part  # a part may name what earlier ones have made
         before = [*next(iter(of.values()), []), *of.get(part.get("after"), [])]
         check_points([*dict.fromkeys([*before, *values["points"]])], values.get("peers", []), name)
         of[label] = list(values["points"])

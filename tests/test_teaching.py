@@ -77,6 +77,7 @@ def test_the_teacher_stays_as_it_is_and_in_eval_mode(teacher):
 def test_sums_over_features_are_exact_under_autocast(teacher):
     """Of the same features: bf16 products of whole stages would move the value by percents."""
     student, (images, labels) = resnet(0.25, seed=5).eval(), batch(32)
+    teacher = copy.deepcopy(teacher).to(memory_format=torch.channels_last)  # as it teaches
     for name in ("similarity", "attention"):
         recipe = Recipe(soft="", stages=("layer3",), **{name: 1.0})
         loss = teaching.taught_by(teacher, recipe, student.spec)

@@ -348,6 +348,7 @@ def memory(together: bool) -> teaching.Remembered:
     return teaching.remember(who, pictures, file=kept[0] if kept else run.path(name), **options)
 
 
+# %%
 def trained(network, stage: str, values: dict[str, str], length: float, name: str) -> tuple:
     """A stage's training, and what it took: by the teacher in `distill`, else by labels."""
     train, loss, augment, before = pictures, cross_entropy, recipe_of_01["augment"], 0.0
@@ -375,6 +376,8 @@ def reshaped(network, stage: str, values: dict[str, str], name: str) -> torch.nn
     if stage == "found":
         return from_the_start(models.Spec.from_json(winners[0]), name)
     if stage == "torch":
+        if why := counterparts.available("torch_pruning"):
+            raise ValueError(f"Torch-Pruning: {why}")
         budget, about = models.macs(spec) / times(values["macs"]), {"images": seen, "labels": seen_labels}
         network = counterparts.peer("torch_pruning").prune(network, "magnitude", macs=budget, **about)
         return batch_norm.reestimate(network, seen)
