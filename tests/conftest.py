@@ -21,13 +21,6 @@ run_dir: str = ""  # folder
 """
 
 
-def pytest_collection_modifyitems(items):
-    """In several processes: a file in one of them, and all notebooks in one, since they share results/smoke."""
-    for item in items:
-        together = "notebooks" if item.path.suffix == ".ipynb" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(together))
-
-
 def write_notebook(root: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
     """A notebook that can be run, in ROOT/notebooks."""
     first = new_code_cell(parameters, metadata={"tags": ["parameters"]})
