@@ -28,6 +28,7 @@ from nnc_utils.rows import (
     labels_of,
     latency_rows,
     read_predictions,
+    timed_evidence,
 )
 from nnc_utils.tables import ResultError, Run, labels_name, publish, read_rows, read_run, summarize, to_frame
 
@@ -43,6 +44,7 @@ __all__ = [
     "comparisons",
     "compression_row",
     "gaps",
+    "holding",
     "latency_rows",
     "publish",
     "read_run",
@@ -68,7 +70,7 @@ PIPELINE = "prune_quantize_distill"  # held against the other orders, and agains
 THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls of the pipeline
 ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
 RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
-RATIOS = (RATIO, "speedup_eager_fp32")
+RATIOS = {RATIO: "the fastest fp32 runtime", "speedup_eager_fp32": "fp32 in eager"}
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
@@ -116,13 +118,13 @@ class Tables:
         missing = self.provenance[row["run"]]["extra"].get("missing", {})
         return missing.get(f"{row['runtime']} {row['precision']}", "not installed")
 
-    def differences(self, row: pd.Series, runtime: str = "", precision: str = "") -> dict[str, float]:
-        """Accuracy against the reference, as this runtime computed it on the test images."""
+    def differences(self, row: pd.Series, timed: pd.Series | None = None) -> dict[str, float]:
+        """Accuracy against the reference on the test images, in eager or as a row of latency.csv has it."""
         folder = self.folder / "predictions"
-        sha256, reference = row["artifact_sha256"], row["reference_sha256"]
+        own = evidence(row["artifact_sha256"]) if timed is None else timed_evidence(timed)
         return differences(
-            compressed=[read_predictions(folder / evidence(sha256, runtime, precision))],
-            reference=[read_predictions(folder / evidence(reference))],
+            compressed=[read_predictions(folder / own)],
+            reference=[read_predictions(folder / evidence(row["reference_sha256"]))],
             labels=read_predictions(folder / labels_name(row["dataset"])),
         )
 
@@ -180,8 +182,7 @@ def table(profile_dir: Path) -> str:
             where = "eager, not timed" if row is None else f"{row['runtime']} {row['precision']}"
             where += " (simulated)" if network["simulated"] else ""
             runs = {network["run"]} | ({row["run"]} if row is not None else set())
-            path = () if row is None else (row["runtime"], row["precision"])
-            delta = tables.differences(network, *path)
+            delta = tables.differences(network, row)
             accuracy = network["accuracy"] if row is None else row["accuracy"]
             line = {"network": _network(network) + (STALE if runs & tables.stale else ""), "runs in": where}
             line |= {"accuracy": f"{accuracy:.2f}"}
@@ -246,13 +247,14 @@ def _claims(tables: Tables) -> str:
         timed = timed[timed["p50_ms"].notna() & (timed["runtime"] != "eager")].sort_values("p50_ms")
         if len(timed):
             row = timed.iloc[0]
-            inside = tables.differences(network, row["runtime"], row["precision"])
+            inside = tables.differences(network, row)
             holds = "no loss there" if inside["delta_ci_low"] >= NO_LOSS else "**not** without loss there"
             text += (
                 f" In {row['runtime']} {row['precision']} {row['p50_ms']:.3f} ms a picture: "
                 f"{_times(row['speedup_eager_fp32'])} as fast as fp32 in eager, "
                 f"{_times(row['speedup_best_fp32'])} as fast as the fastest fp32 runtime; "
-                f"{_delta(inside)} points ({holds}), agreement {row['agreement']:.2f} %."
+                f"{_delta(inside)} points ({holds})"
+                + ("." if pd.isna(row["agreement"]) else f", agreement {row['agreement']:.2f} %.")
             )
         claims.append(text)
     return "\n\n".join(claims) or "No row of this profile carries a claim (`headline` = 1)."
@@ -312,9 +314,8 @@ def twice(latency: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    The rows of the first timing with the speed-ups of the second ("... again"); `apart`, by how many
-    percent the one of the two that differs more does; `holds`, whether that is at most `APART`. The
-    uncompressed network in fp32 is what others are compared with, and left out.
+    The rows of the first timing with the speed-ups of the second ("... again"), and by how many percent each
+    differs ("... apart"). The uncompressed network in fp32 is what others are compared with, and left out.
     """
     same, ratios = ["artifact_sha256", "runtime", "precision", "batch", "threads"], list(RATIOS)
     second = latency["control"] == AGAIN
@@ -322,40 +323,43 @@ def twice(latency: pd.DataFrame) -> pd.DataFrame:
     pairs = pairs[pairs["p50_ms"].notna()]
     reference = (pairs["technique"] == "baseline") & (pairs["control"] == "") & (pairs["precision"] == "fp32")
     pairs = pairs[~reference]
-    apart = [100 * (pairs[f"{ratio} again"] / pairs[ratio] - 1).abs() for ratio in ratios]
-    pairs = pairs.assign(apart=pd.concat(apart, axis=1).max(axis=1))
-    return pairs.assign(holds=pairs["apart"] <= APART)
+    apart = {f"{r} apart": 100 * (pairs[f"{r} again"] / pairs[r] - 1).abs() for r in ratios}
+    return pairs.assign(**apart)
+
+
+def holding(latency: pd.DataFrame) -> str:
+    """How many speed-ups held when they were timed again, of `twice`, in words."""
+    pairs = twice(latency)
+    texts = []
+    for ratio, against in RATIOS.items():
+        apart = pairs[f"{ratio} apart"]
+        held = f"{(apart <= APART).sum()} of {len(pairs)} are within {APART} % of each other"
+        texts.append(f"against {against} {held}, half of them within {apart.median():.1f} %")
+    return "; ".join(texts)
 
 
 def _twice(tables: Tables) -> str:
     """Do the speed-ups hold when they are timed again?"""
     if not len(tables.again):
         return "Timed once."
-    pairs = twice(pd.concat([tables.latency, tables.again]))
-    far = pairs[~pairs["holds"]].sort_values("apart", ascending=False)
+    both = pd.concat([tables.latency, tables.again])
+    pairs = twice(both)
+    batch, threads = (pairs[column].iloc[0] for column in ("batch", "threads"))
+    far = pairs[pairs[[f"{ratio} apart" for ratio in RATIOS]].max(axis=1) > APART]
     text = (
-        f"Batch {', '.join(map(str, sorted(pairs['batch'].unique())))} was timed twice, in new processes. "
-        f"Both speed-ups of {len(pairs) - len(far)} of {len(pairs)} rows are within {APART} % of each other; "
-        f"half of the rows are less than {pairs['apart'].median():.1f} % apart. "
-        + "".join(
-            f"With threads={count}: {rows['holds'].sum()} of {len(rows)}. "
-            for count, rows in pairs.groupby("threads")
-        )
-        + ("Further apart, by the ratio that differs more:" if len(far) else "None is further apart.")
+        f"Batch {batch} with threads={threads} was timed twice, in new processes. Of the speed-ups, "
+        f"{holding(both)}. " + ("Further apart:" if len(far) else "None is further apart.")
     )
     if not len(far):
         return text
     lines = [
-        {
-            "network": _network(row),
-            "runtime": f"{row['runtime']} {row['precision']}",
-            "batch": str(row["batch"]),
-            "threads": str(row["threads"]),
-            "× fastest fp32": _times(row[RATIO]),
-            "again": _times(row[f"{RATIO} again"]),
-            "apart %": f"{row['apart']:.0f}",
+        {"network": _network(row), "runtime": f"{row['runtime']} {row['precision']}"}
+        | {
+            f"against {name}, again, apart": f"{_times(row[ratio])}, {_times(row[f'{ratio} again'])}, "
+            f"{row[f'{ratio} apart']:.0f} %"
+            for ratio, name in RATIOS.items()
         }
-        for _, row in far.iterrows()
+        for _, row in far.sort_values(f"{RATIO} apart", ascending=False).iterrows()
     ]
     return text + "\n\n" + markdown(lines)
 

@@ -98,7 +98,10 @@ class CompressionRow(Row):
 
 
 class LatencyRow(Row):
-    """One artifact in one runtime. Measurements are empty where the runtime is not installed."""
+    """One artifact in one runtime. Measurements are empty where the runtime is not installed.
+
+    Without `agreement` the accuracy is the artifact's in eager: the runtime was seen to compute the same.
+    """
 
     profile: Name
     run: Name
@@ -171,6 +174,12 @@ class SummaryRow(Row):
 def evidence(sha256: str, runtime: str = "", precision: str = "") -> str:
     """File name of an artifact's test predictions, in eager or in another runtime."""
     return ".".join(part for part in (sha256[:16], runtime, precision, "npy") if part)
+
+
+def timed_evidence(row: Any) -> str:
+    """File name of the predictions that a latency row's accuracy is of: without agreement, those of eager."""
+    own = row.agreement is not None and row.agreement == row.agreement  # NaN: an empty cell
+    return evidence(row.artifact_sha256, *((row.runtime, row.precision) if own else ()))
 
 
 def read_predictions(path: Path) -> np.ndarray:

@@ -32,6 +32,7 @@ from nnc_utils.rows import (
     evidence,
     labels_of,
     read_predictions,
+    timed_evidence,
 )
 
 COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
@@ -326,7 +327,7 @@ def _evidence(runs: list[Run]) -> dict[str, bytes]:
         needed += [(evidence(row.artifact_sha256), row.run), (evidence(row.reference_sha256), row.run)]
     for row in (row for run in runs for row in run.latency):
         if row.accuracy is not None:
-            needed.append((evidence(row.artifact_sha256, row.runtime, row.precision), row.run))
+            needed.append((timed_evidence(row), row.run))
     found: dict[str, bytes] = {}
     for name, owner in dict.fromkeys(needed):
         files = [run.folder / "predictions" / name for run in sorted(runs, key=lambda run: run.run != owner)]

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ def test_latency_measures_by_the_protocol(trained_digits, tmp_path, monkeypatch)
         return ask(child, order, **arguments)
 
     monkeypatch.setattr(measure.Child, "ask", recorded)
+    monkeypatch.setattr(measure, "SAMPLE", 300)  # digits have 360 test pictures
     for name in ("openvino", "executorch"):  # importing them fails now
         for module in [m for m in sys.modules if m.split(".")[0] == name]:
             monkeypatch.setitem(sys.modules, module, None)
@@ -78,14 +80,41 @@ def test_latency_measures_by_the_protocol(trained_digits, tmp_path, monkeypatch)
         if record["control"] == "identity":
             continue
         sha256, how = record["artifact_sha256"], (record["runtime"], record["precision"])
-        found = np.load(tmp_path / rows.evidence(sha256, *how))
+        found = np.load(tmp_path / rows.timed_evidence(SimpleNamespace(**record)))
         eager = np.load(tmp_path / rows.evidence(sha256))
         assert record["accuracy"] == round(100 * (found == labels).mean(), 4)
-        assert record["agreement"] == round(100 * (found == eager).mean(), 4) > 97
+        assert (record["agreement"] is None) == (record["precision"] == "fp32")  # seen to be what eager says
+        assert (tmp_path / rows.evidence(sha256, *how)).exists() == (record["precision"] == "int8")
+        if record["precision"] == "int8":
+            assert record["agreement"] == round(100 * (found == eager).mean(), 4) > 97
         assert record["stored_codes"] == (1 if record["precision"] == "int8" else None)
         assert (
             20 < record["peak_rss_mb"] < 1500 and record["load_ms"] > 0 and record["runtime_bytes"] > 10_000
         )
+
+
+def test_fp32_that_does_not_say_what_eager_says_is_classified_as_a_whole(
+    trained_digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measure, "SAMPLE", 300)
+    base = trained_digits / "base.safetensors"
+    sha256 = artifact.read(base).sha256
+    labels = data.load("digits").test.labels.numpy().astype(np.uint8)
+    asked = []
+
+    class Runtime:
+        def ask(self, order, *, target, first=None, **about):
+            asked.append(first)
+            np.save(target, (labels[:first] + 1) % 10 if first else labels)
+
+    job = measure._Job(
+        str(base), artifact.read(base), "onnxruntime", "fp32", tmp_path / "scratch/x", tmp_path
+    )
+    job.file.parent.mkdir()
+    about = {"dataset": "digits", "folder": tmp_path, "batch": 8, "threads": 1}
+    found = measure._classify(Runtime(), job, {sha256: labels}, **about)
+    assert found["accuracy"] == 100 == found["agreement"] and asked == [300, None]
+    assert (tmp_path / rows.evidence(sha256, "onnxruntime", "fp32")).exists()
 
 
 def test_latency_refuses_what_cannot_be_timed(trained_digits, tmp_path):
