@@ -93,16 +93,15 @@ class Tables:
     def networks(self) -> pd.DataFrame:
         """The rows of the headline, of each the first seed.
 
-        Each baseline, what a claim rests on, and what was timed in integers in more than one runtime.
+        Each baseline, what a claim rests on, what was timed in integers in more than one runtime, and the thin
+        rivals of the pipeline.
         """
         baseline = (self.compression["technique"] == "baseline") & (self.compression["control"] == "")
         runtimes = self.latency[self.latency["precision"] == "int8"].groupby("artifact_sha256")["runtime"]
         spread = self.compression["artifact_sha256"].map(runtimes.nunique()).fillna(0) > 1
-        spread &= self.compression["technique"] != "baseline"
-        chosen = self.compression[baseline | spread | (self.compression["headline"] == 1)]
-        chosen = chosen.assign(first=chosen["technique"] != "baseline").sort_values(
-            ["first", "size_ratio", "seed"], kind="stable"
-        )
+        rivals = self.compression["control"].isin(THIN)
+        chosen = self.compression[baseline | spread | rivals | (self.compression["headline"] == 1)]
+        chosen = chosen.assign(first=~baseline).sort_values(["first", "size_ratio", "seed"], kind="stable")
         return chosen.drop_duplicates(["dataset", "model", "technique", "method", "point", "control"])
 
     def timed(self, sha256: str) -> pd.DataFrame:
@@ -282,6 +281,24 @@ def _ranking(tables: Tables, division: str) -> str:
                 "seeds": str(row["seeds"]),
             }
         )
+    return markdown(lines)
+
+
+def _stops_paying(tables: Tables) -> str:
+    """The smallest file of each technique without loss, and the next smaller one, which is not."""
+    lines = []
+    ours = tables.summary[(tables.summary["control"] == "") & (tables.summary["technique"] != "baseline")]
+    for (technique, division), rows in ours.groupby(["technique", "division"], sort=False):
+        rows = rows.sort_values("size_ratio", kind="stable")
+        good = rows[rows["no_loss"] == 1].tail(1)
+        smaller = rows[rows["size_ratio"] > good["size_ratio"].max()] if len(good) else rows
+        line = {"technique": technique, "division": division}
+        for name, found in (("smallest without loss", good), ("beyond", smaller.head(1))):
+            line[name], line[f"{name}: Δ points"] = "none", "–"
+            for _, row in found.iterrows():
+                line[name] = f"{row['method']} {row['point']}".strip() + f", {_times(row['size_ratio'])}"
+                line[f"{name}: Δ points"] = _over_seeds(row)
+        lines.append(line)
     return markdown(lines)
 
 
@@ -582,6 +599,8 @@ def report(profile_dir: Path) -> str:
             _ranking(tables, "closed"),
             "## Open division: retrained, or another architecture",
             _ranking(tables, "open"),
+            "## Where does each technique stop paying?",
+            _stops_paying(tables),
             "## Side by side: paired differences",
             _side_by_side(tables),
             "## Time",

@@ -338,10 +338,16 @@ def test_the_report_says_what_holds(published):
     claim = text.split("\n\n")[1]
     assert "no loss" in claim and "4.00× as fast as the fastest fp32 runtime" in claim
     assert "quick/07_deployment/seed=1" in text and "more than 450,000" in text
+    ratio = pd.read_csv(published / "summary.csv").set_index("technique")["size_ratio"]["quantization"]
+    assert (
+        f"| quantization | closed | uniform_per_channel bits=8, {ratio:.2f}× |" in text
+    )  # where it stops paying
     frame = pd.read_csv(published / "summary.csv", keep_default_na=False)
     frame.loc[frame["technique"] == "quantization", ["delta_ci_low", "no_loss"]] = [-0.5, 0]
     frame.to_csv(published / "summary.csv", index=False)
-    assert "**not** without loss" in results.report(published).split("\n\n")[1]
+    text = results.report(published)
+    assert "**not** without loss" in text.split("\n\n")[1]
+    assert f"| quantization | closed | none | – | uniform_per_channel bits=8, {ratio:.2f}× |" in text
 
 
 def test_the_readme_gets_the_best_profile_between_its_markers(published):
