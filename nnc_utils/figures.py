@@ -19,6 +19,7 @@ from nnc_utils.rows import AGAIN
 
 MARKERS = "osD^vP*X<>hdp8"
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows
+BETWEEN = "after_"  # begins the control of a network between two stages of a pipeline
 UNTIMED = ("identity", AGAIN)  # controls of rows that are no network's first timing
 NAMES = {
     "eager": "eager PyTorch",
@@ -276,3 +277,59 @@ def headline(profile_dir: Path) -> Figure:
         frontier(latency, right, threads=int(latency["threads"].min()))
     figure.tight_layout()
     return figure
+
+
+def waterfall(compression: pd.DataFrame, latency: pd.DataFrame | None = None) -> Figure | None:
+    """What did each stage of the pipeline give? Bytes, milliseconds (untimed: MACs) and accuracy.
+
+    Of the first pipeline that has rows between its stages; None where there is none.
+    """
+    between = compression[compression["control"].str.startswith(BETWEEN)]
+    if not len(between):
+        return None
+    first = between.iloc[0]
+    same = compression[
+        (compression[["run", "method", "point"]] == first[["run", "method", "point"]]).all(axis=1)
+    ]
+    dense = compression[_is_reference(compression) & (compression["seed"] == first["seed"])]
+    stages = pd.concat([dense.head(1), same[same["control"] != ""], same[same["control"] == ""]])
+    names = [control.removeprefix(BETWEEN) for control in stages["control"]]
+    names[0], names[-1] = "fp32", first["method"].rpartition("_")[2]
+    shown = {"bytes of the file": stages["artifact_bytes"], "million MACs": stages["macs"] / 1e6}
+    if latency is not None and (found := _stage_times(stages["artifact_sha256"], latency)):
+        shown = {"bytes of the file": stages["artifact_bytes"], found[0]: found[1]}
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
+    for axes, (label, heights) in zip(
+        panels, (shown | {"test accuracy (%)": stages["accuracy"]}).items(), strict=True
+    ):
+        bars = axes.bar(names, heights, color=["grey"] + ["C0"] * (len(names) - 1))
+        axes.bar_label(bars, fmt="{:.4g}" if axes is not panels[0] else "{:,.0f}", fontsize=8)
+        axes.set(title=label, yscale="linear" if axes is panels[2] else "log")
+        axes.margins(y=0.12)
+        axes.minorticks_off()
+    panels[2].set_ylim(stages["accuracy"].min() - 1, stages["accuracy"].max() + 0.5)
+    return figure
+
+
+def _stage_times(networks: pd.Series, latency: pd.DataFrame) -> tuple[str, list[float]] | None:
+    """Milliseconds in the runtime that has these networks and is fastest at the last; first, their label."""
+    rows = _single(latency, int(latency["threads"].min())) if len(latency) else latency
+    rows = rows[rows["precision"].isin(["fp32", "int8"])]
+    times = rows.pivot_table(index="artifact_sha256", columns="runtime", values="p50_ms", aggfunc="min")
+    times = times.reindex(networks).dropna(axis=1)
+    if not times.shape[1]:
+        return None
+    runtime = times.iloc[-1].idxmin()
+    return f"milliseconds in {name(runtime)}", list(times[runtime])
+
+
+def write(profile_dir: Path) -> None:
+    """Draw the tables of a profile into its figures/."""
+    compression, latency = (read_table(profile_dir / f"{kind}.csv") for kind in ("compression", "latency"))
+    drawn = {"headline": headline(profile_dir), "waterfall": waterfall(compression, latency)}
+    (profile_dir / "figures").mkdir(exist_ok=True)
+    for key, figure in drawn.items():
+        if figure is not None:
+            figure.tight_layout()
+            figure.savefig(profile_dir / "figures" / f"{key}.png")
+            plt.close(figure)

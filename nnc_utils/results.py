@@ -71,6 +71,10 @@ THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched") 
 ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
 RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
 RATIOS = {RATIO: "the fastest fp32 runtime", "speedup_eager_fp32": "fp32 in eager"}
+FIGURES = {  # in figures/ of a profile, and what they show
+    "headline": "Size against accuracy, and accuracy against milliseconds",
+    "waterfall": "Bytes, milliseconds and accuracy after each stage of the pipeline",
+}
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
@@ -93,8 +97,8 @@ class Tables:
     def networks(self) -> pd.DataFrame:
         """The rows of the headline, of each the first seed.
 
-        Each baseline, what a claim rests on, what was timed in integers in more than one runtime, and the thin
-        rivals of the pipeline.
+        Each baseline, what a claim rests on, what was timed in integers in more than one runtime, and the
+        thin rivals of the pipeline.
         """
         baseline = (self.compression["technique"] == "baseline") & (self.compression["control"] == "")
         runtimes = self.latency[self.latency["precision"] == "int8"].groupby("artifact_sha256")["runtime"]
@@ -588,13 +592,16 @@ def _side_by_side(tables: Tables) -> str:
 def report(profile_dir: Path) -> str:
     """Write ``report.md`` of a profile from its tables, and return its text."""
     tables = Tables(profile_dir)
-    figure = "![Size against accuracy, and latency](figures/headline.png)\n\n"
+    drawn = {
+        name: f"![{alt}](figures/{name}.png)\n\n" if (tables.folder / f"figures/{name}.png").is_file() else ""
+        for name, alt in FIGURES.items()
+    }
     text = "\n\n".join(
         [
             f"# Results of the {tables.compression.iloc[0]['profile']} profile",
             _claims(tables),
             "## Headline",
-            (figure if (tables.folder / "figures/headline.png").is_file() else "") + table(profile_dir),
+            drawn["headline"] + table(profile_dir),
             "## Closed division: no gradient step after the baseline",
             _ranking(tables, "closed"),
             "## Open division: retrained, or another architecture",
@@ -602,7 +609,7 @@ def report(profile_dir: Path) -> str:
             "## Where does each technique stop paying?",
             _stops_paying(tables),
             "## Side by side: paired differences",
-            _side_by_side(tables),
+            drawn["waterfall"] + _side_by_side(tables),
             "## Time",
             _latency(tables),
             "## Time, measured twice",
@@ -698,8 +705,7 @@ def main() -> None:
     from nnc_utils import figures
 
     for profile_dir in found:
-        (profile_dir / "figures").mkdir(exist_ok=True)
-        figures.headline(profile_dir).savefig(profile_dir / "figures" / "headline.png")
+        figures.write(profile_dir)
         report(profile_dir)
         print(table(profile_dir))
         print(f"\n{profile_dir / 'report.md'} written")

@@ -138,3 +138,35 @@ def test_headline_reads_the_tables_of_a_profile(tmp_path):
     figure.savefig(tmp_path / "headline.png")
     assert len(figure.axes) == 2
     assert 10_000 < (tmp_path / "headline.png").stat().st_size < 200_000
+
+
+def test_the_waterfall_goes_through_the_stages_in_the_runtime_that_has_them_all():
+    assert figures.waterfall(COMPRESSION) is None
+    stages = pd.DataFrame({"control": ["after_prune", "after_quantize", ""], "accuracy": [90.0, 89.0, 91.0]})
+    stages = stages.assign(
+        technique="pipeline", method="prune_quantize_distill", point="macs=6x,bits=4", run="p"
+    )
+    stages = stages.assign(
+        artifact_bytes=[400, 100, 90], macs=[2e6] * 3, artifact_sha256=["p", "q", "r"], seed=1
+    )
+    dense = COMPRESSION.head(1).assign(artifact_bytes=1000, macs=8e6, artifact_sha256="a", run="b", seed=1)
+    table = pd.concat([dense, stages])
+    panels = figures.waterfall(table).axes
+    heights = [[bar.get_height() for bar in axes.patches] for axes in panels]
+    assert heights == [[1000, 400, 100, 90], [8, 2, 2, 2], [92, 90, 89, 91]]
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == [
+        "fp32",
+        "prune",
+        "quantize",
+        "distill",
+    ]
+    times = {("a", "onnxruntime"): 4.0, ("p", "onnxruntime"): 2.0, ("q", "onnxruntime"): 0.5}
+    times |= {("r", "onnxruntime"): 0.5, ("r", "executorch"): 0.1, ("a", "executorch"): 3.0}
+    rows = [
+        {"artifact_sha256": sha256, "runtime": runtime, "precision": "int8", "p50_ms": ms, "batch": 1}
+        | {"threads": 1, "control": ""}
+        for (sha256, runtime), ms in times.items()
+    ]
+    middle = figures.waterfall(table, pd.DataFrame(rows)).axes[1]
+    assert middle.get_title() == "milliseconds in ONNX Runtime"  # executorch lacks two of them
+    assert [bar.get_height() for bar in middle.patches] == [4.0, 2.0, 0.5, 0.5]

@@ -58,13 +58,21 @@ for name in ("compression", "latency", "summary"):
 # ## How small, how much worse, how fast?
 
 # %%
-figure = figures.headline(folder)
-(folder / "figures").mkdir(exist_ok=True)
-figure.savefig(folder / "figures" / "headline.png")
+figures.write(folder)
 figures.show(
-    figure,
+    figures.headline(folder),
     "Left: test accuracy against how many times smaller the file is. Right: against milliseconds a picture.",
 )
+
+# %% [markdown]
+# ## What did each stage of the pipeline give?
+
+# %%
+compression, latency = (figures.read_table(folder / f"{kind}.csv") for kind in ("compression", "latency"))
+if (figure := figures.waterfall(compression, latency)) is None:
+    print("not among these runs")
+else:
+    figures.show(figure, "Bytes, milliseconds and test accuracy after each stage of the pipeline")
 
 # %%
 Markdown(results.report(folder))
