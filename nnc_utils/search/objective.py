@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnc_utils import models
+from nnc_utils import batch_norm, models
 from nnc_utils.data import Data, Split
 from nnc_utils.models import Layer
 from nnc_utils.search.space import Architecture, Space, halved
@@ -267,7 +267,7 @@ class Evaluator:
     def _evaluate(self, architecture: Architecture) -> float:
         network = self.supernet.cut(architecture)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device)):
-            reestimated(network, self.calibration, self.batch_size)
+            batch_norm.take_statistics(network, self.calibration, batch_size=self.batch_size)
             hits = [
                 (network(images).argmax(1) == labels).sum()
                 for images, labels in zip(
@@ -298,20 +298,6 @@ class Evaluator:
 def _whole(lines: Iterable[str]) -> list[str]:
     """Without a last line that a killed run did not finish."""
     return [line for line in lines if line.endswith("]")]
-
-
-def reestimated(network: torch.nn.Module, images: Tensor, batch_size: int) -> torch.nn.Module:
-    """Give a network the batch-norm statistics of these images, in place; a plain average over batches."""
-    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    network.train()
-    whole = len(images) // batch_size * batch_size or len(images)
-    with torch.no_grad():
-        for batch in images[:whole].split(batch_size):
-            network(batch)
-    return network.eval()
 
 
 def described(costs: Costs, architecture: Architecture) -> dict[str, float | str]:

@@ -66,6 +66,7 @@ import torch
 # %%
 from nnc_utils import (
     artifact,
+    batch_norm,
     data,
     evaluation,
     figures,
@@ -319,7 +320,7 @@ if searching:
     begin = time.perf_counter()
     own = np.mean([evaluate(found) for found in some])
     seconds = (time.perf_counter() - begin) / len(some)
-    largest = objective.reestimated(evaluate.supernet.cut(space.largest), evaluate.calibration, 256)
+    largest = batch_norm.take_statistics(evaluate.supernet.cut(space.largest), evaluate.calibration)
     wrong = np.mean([with_statistics_of(largest, found) for found in some])
     print(f"with the largest network's statistics {wrong:.1f} %, with their own {own:.1f} %")
     print(f"the largest {evaluate(space.largest):.1f} %, the smallest {evaluate(space.smallest):.1f} %")
