@@ -61,11 +61,6 @@ class Constraints:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
-def layer_parameters(layer: Layer) -> int:
-    """Trainable parameters of a layer and its batch-norm."""
-    return math.prod(layer.weight_shape) + layer.out_channels * (2 if layer.batch_norm else 1)
-
-
 def layer_int8_bytes(layer: Layer) -> int:
     """Bytes of a layer in integers: one a weight, a scale and a bias of 4 bytes each a channel."""
     return math.prod(layer.weight_shape) + 8 * layer.out_channels
@@ -73,7 +68,7 @@ def layer_int8_bytes(layer: Layer) -> int:
 
 COSTS: dict[str, Part] = {
     "macs": lambda layers, _: sum(layer.macs for layer in layers),
-    "params": lambda layers, _: sum(map(layer_parameters, layers)),
+    "params": lambda layers, _: sum(layer.parameters for layer in layers),
     "int8_bytes": lambda layers, _: sum(map(layer_int8_bytes, layers)),
 }
 
