@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from nnc_utils import batch_norm, data, evaluation, models, training
-from nnc_utils.search.objective import Constraints, Costs, Evaluator
+from nnc_utils.search.costs import Constraints, Costs
+from nnc_utils.search.evaluator import Evaluator
 from nnc_utils.search.space import Space
 from nnc_utils.search.supernet import Supernet, sandwich
 
