@@ -36,14 +36,14 @@ def reestimate(
         For fewer than 2 images, or images of another shape.
     """
     models.check_images(changed, images, least=2)
-    corrected, measured = copy.deepcopy(changed), _batch_norms(changed, images, batch_size)
-    norms = [module for module in corrected.modules() if isinstance(module, nn.BatchNorm2d)]
+    corrected, measured = copy.deepcopy(changed), _measured(changed, images, batch_size)
+    norms = _batch_norms(corrected)
     if original is None:
         for norm, new in zip(norms, measured, strict=True):
             norm.running_mean.copy_(new.running_mean)
             norm.running_var.copy_(new.running_var)
         return corrected
-    before = _batch_norms(original, images, batch_size)
+    before = _measured(original, images, batch_size)
     for norm, new, old in zip(norms, measured, before, strict=True):
         norm.running_mean += new.running_mean - old.running_mean
         # A variance that grew from nearly nothing has a ratio that says nothing.
@@ -52,15 +52,32 @@ def reestimate(
     return corrected
 
 
-def _batch_norms(model: nn.Module, images: Tensor, batch_size: int) -> list[nn.BatchNorm2d]:
-    """Batch-norms with the average statistics of these batches."""
-    home, device = next(model.parameters()).device, exact_device()
-    network = copy.deepcopy(model).train().to(device)
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
+@torch.no_grad()
+def take_statistics(network: nn.Module, images: Tensor, *, batch_size: int = 256) -> nn.Module:
+    """Give a network the batch-norm statistics of these images, in place; a plain average over the batches.
+
+    Parameters
+    ----------
+    network : then in eval mode; computes where it is, under the caller's autocast.
+    images, batch_size : as in `reestimate`.
+    """
+    device = next(network.parameters()).device
+    for norm in _batch_norms(network):
         norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
+        norm.momentum = None  # the plain average
+    network.train()
     whole = len(images) // batch_size * batch_size or len(images)
     for batch in images[:whole].split(batch_size):
         network(batch.to(device).contiguous(memory_format=torch.channels_last))
-    return [norm.to(home) for norm in norms]
+    return network.eval()
+
+
+def _measured(model: nn.Module, images: Tensor, batch_size: int) -> list[nn.BatchNorm2d]:
+    """Batch-norms as those of a network, with the statistics of these images."""
+    copied = copy.deepcopy(model).to(exact_device())
+    home = next(model.parameters()).device
+    return [norm.to(home) for norm in _batch_norms(take_statistics(copied, images, batch_size=batch_size))]
+
+
+def _batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]

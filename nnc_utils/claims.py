@@ -12,6 +12,7 @@ import numpy as np
 from nnc_utils import artifact, evaluation
 from nnc_utils.data import Data
 from nnc_utils.devices import exact_device
+from nnc_utils.rows import NO_LOSS
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def choose(
     """In each order, the first file that is likely without loss on the test set.
 
     There are fewer validation than test pictures, so a paired interval on them is wider by the root of the
-    ratio. Narrowed by that, its lower end has to be at least -0.3 points.
+    ratio. Narrowed by that, its lower end has to be at least `rows.NO_LOSS`.
 
     Parameters
     ----------
@@ -76,7 +77,7 @@ def choose(
                 compressed_correct=right(path), reference_correct=right(against[division])
             )
             looked[path.stem] = [interval.low, interval.mean, interval.high]
-            if interval.mean - narrowed * (interval.mean - interval.low) >= -evaluation.NO_LOSS_MARGIN:
+            if interval.mean - narrowed * (interval.mean - interval.low) >= NO_LOSS:
                 claimed[division, counted] = path
                 break
     return Chosen(against["open"], claimed, looked)

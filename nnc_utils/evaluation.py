@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from nnc_utils.data import Split
 
-NO_LOSS_MARGIN = 0.3  # percentage points; "no loss" is said only above minus this
-
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -127,21 +125,6 @@ class Interval:
     mean: float
     low: float
     high: float
-
-    @property
-    def no_loss(self) -> bool:
-        """Whether "no loss" may be said: the lower end is at least -0.3 points."""
-        return self.low >= -NO_LOSS_MARGIN
-
-    @property
-    def beats(self) -> bool:
-        """Whether "beats" may be said: the whole interval is above 0."""
-        return self.low > 0
-
-    @property
-    def not_below(self) -> bool:
-        """Whether "not below" may be said: the upper end is at least 0."""
-        return self.high >= 0
 
 
 def paired_interval(*, compressed_correct: np.ndarray, reference_correct: np.ndarray) -> Interval:

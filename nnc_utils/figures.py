@@ -15,7 +15,7 @@ from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnc_utils.rows import AGAIN
+from nnc_utils.rows import AFTER, AGAIN, NO_LOSS
 
 MARKERS = "osD^vP*X<>hdp8"
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows
@@ -164,14 +164,13 @@ def _series(compression: pd.DataFrame) -> pd.Series:
 
 
 def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -> None:
-    compression = compression[~compression["control"].fillna("").str.startswith("after_")]  # between stages
+    compression = compression[~compression["control"].fillna("").str.startswith(AFTER)]
     ratio = ratio[compression.index]
     for value in compression[_is_reference(compression)]["accuracy"]:
         axes.axhline(value, color="grey", linewidth=1)
-        axes.axhline(value - 0.3, color="grey", linewidth=1, linestyle=":")
-        axes.annotate(
-            "−0.3 points", (1, value - 0.3), xytext=(2, -11), textcoords="offset points", fontsize=8
-        )
+        axes.axhline(value + NO_LOSS, color="grey", linewidth=1, linestyle=":")
+        place = {"xytext": (2, -11), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"−{-NO_LOSS} points", (1, value + NO_LOSS), **place)
     table = compression.assign(ratio=ratio, series=_series(compression))
     for number, (label, rows) in enumerate(table.groupby("series", sort=True)):
         rows = rows.sort_values("ratio")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,11 @@ class Layer:
         return (self.out_channels, self.in_channels, *plane)
 
     @property
+    def parameters(self) -> int:
+        """Trainable parameters: the weight, and its batch-norm's scales and shifts or the bias."""
+        return math.prod(self.weight_shape) + self.out_channels * (2 if self.batch_norm else 1)
+
+    @property
     def macs(self) -> int:
         """Multiplications for one picture."""
         return self.in_channels * self.out_channels * self.kernel**2 * self.size_out**2
@@ -269,11 +275,7 @@ def layers(spec: Spec) -> list[Layer]:
 
 def parameters(spec: Spec) -> int:
     """Trainable parameters: weights, batch-norm scales and shifts, the classifier's bias."""
-    return sum(
-        layer.in_channels * layer.out_channels * layer.kernel**2
-        + layer.out_channels * (2 if layer.batch_norm else 1)
-        for layer in layers(spec)
-    )
+    return sum(layer.parameters for layer in layers(spec))
 
 
 def macs(spec: Spec) -> int:

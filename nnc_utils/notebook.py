@@ -24,7 +24,7 @@ from nnc_utils import parameters as declarations
 from nnc_utils import processes, provenance
 from nnc_utils.parameters import Parameter
 from nnc_utils.provenance import root
-from nnc_utils.rows import CompressionRow
+from nnc_utils.rows import CompressionRow, run_name
 from nnc_utils.tables import ResultError, Run, RunRecord, read_run
 
 WRITER_WAIT = 30  # seconds, for the kernel of a killed runner to die
@@ -46,8 +46,7 @@ class Current:
     @property
     def name(self) -> str:
         """How rows name this run."""
-        part = self.parameters.get("part")
-        return f"{self.profile}/{self.notebook}/seed={self.seed}" + (f",{part}" if part else "")
+        return run_name(self.profile, self.notebook, self.seed, self.parameters.get("part", ""))
 
     @property
     def profile(self) -> str:

@@ -18,6 +18,7 @@ import pandas as pd
 from nnc_utils.provenance import code_sha256, root, write_atomically
 from nnc_utils.rows import (
     AGAIN,
+    JOINED,
     NO_LOSS,
     CompressionRow,
     LatencyRow,
@@ -27,6 +28,7 @@ from nnc_utils.rows import (
     evidence,
     labels_of,
     latency_rows,
+    notebook_of,
     read_predictions,
     timed_evidence,
 )
@@ -561,7 +563,7 @@ def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Ser
     pairs = [(row["point"], row) for _, row in joined[joined["method"] != PIPELINE].iterrows()]
     if ours.empty:
         return []
-    peers = compression["run"].str.contains("06_pipeline") & (compression["technique"] == "peer")
+    peers = (compression["run"].map(notebook_of) == JOINED) & (compression["technique"] == "peer")
     for _, rows in compression[control.isin(THIN) | peers].groupby(["method", "point"], sort=False):
         able = sizes[sizes <= rows["artifact_bytes"].mean()]
         pairs += [(able.index[-1], row) for _, row in rows.iterrows() if len(able)]

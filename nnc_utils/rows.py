@@ -18,6 +18,8 @@ from nnc_utils.provenance import commit
 
 NO_LOSS = -0.3  # percentage points: "no loss" means that the interval's lower end is not below
 AGAIN = "again"  # control of what was timed a second time
+AFTER = "after_"  # begins the control of a network between two stages, as "after_prune"
+JOINED = "06_pipeline"  # the notebook whose peers are held against the pipeline
 ROUNDING = 5e-5  # accuracies are stored with four decimals
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -166,6 +168,19 @@ class SummaryRow(Row):
     artifact_bytes: Positive
     params: Positive
     macs: Positive
+
+
+# --- Names of runs ------------------------------------------------------------------------------
+
+
+def run_name(profile: str, notebook: str, seed: int, part: str = "") -> str:
+    """How rows name a run: "quick/03_pruning/seed=1,channels"."""
+    return f"{profile}/{notebook}/seed={seed}" + (f",{part}" if part else "")
+
+
+def notebook_of(run: str) -> str:
+    """The notebook of a run by the name that `run_name` gave it."""
+    return run.split("/")[1]
 
 
 # --- Evidence: the predictions behind a row -----------------------------------------------------

@@ -208,7 +208,7 @@ def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
 
     Returns
     -------
-    The table of `SummaryRow`; no_loss = 1 where the interval's lower end is at least -0.3 points.
+    The table of `SummaryRow`; no_loss = 1 where the interval's lower end is at least `rows.NO_LOSS`.
     """
     rows = []
     for key, group in compression.groupby(POINT, sort=False):

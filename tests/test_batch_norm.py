@@ -83,6 +83,21 @@ def test_without_an_original_the_statistics_are_those_of_the_pictures(model):
     assert fixed.bn1.momentum == model.bn1.momentum and not fixed.training
 
 
+def test_statistics_are_taken_in_place_or_by_a_copy(model):
+    """Behind the first layer those of both batches by hand; all as those that a copy gets."""
+    fixed = batch_norm.reestimate(model, IMAGES, batch_size=32)
+    with torch.no_grad():
+        halves = [model.conv1(half).var((0, 2, 3)) for half in IMAGES.split(32)]
+    before = copy.deepcopy(model)
+    assert batch_norm.take_statistics(model, IMAGES, batch_size=32) is model and not model.training
+    torch.testing.assert_close(model.bn1.running_var, (halves[0] + halves[1]) / 2)
+    for name, tensor in model.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(tensor, fixed.state_dict()[name], msg=name)
+        elif not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, before.state_dict()[name]), name
+
+
 def test_too_few_images_are_refused(model):
     for original in (model, None):
         with pytest.raises(ValueError, match="at least 2"):

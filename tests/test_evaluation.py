@@ -181,20 +181,3 @@ def test_equal_networks_have_an_interval_of_no_width():
 def test_what_cannot_be_paired_is_refused(compressed, reference, named):
     with pytest.raises(ValueError, match=named):
         paired_interval(compressed_correct=compressed, reference_correct=reference)
-
-
-def test_the_words_that_may_be_said():
-    said = [
-        (interval.no_loss, interval.beats, interval.not_below)
-        for interval in (
-            Interval(0.5, 0.1, 0.9),
-            Interval(0.2, -0.3, 0.7),
-            Interval(0.0, -0.31, 0.31),
-            Interval(-0.2, -0.25, -0.15),
-            Interval(-1.0, -2.0, 0.0),
-        )
-    ]
-    expected = ["no_loss beats not_below", "no_loss not_below", "not_below", "no_loss", "not_below"]
-    assert said == [
-        tuple(word in words.split() for word in ("no_loss", "beats", "not_below")) for words in expected
-    ]

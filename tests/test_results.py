@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from nnc_utils import evaluation, provenance, results, rows, tables
+from nnc_utils import provenance, results, rows, tables
 
 # the measurement protocol's tables, copied by hand
 COMPRESSION = """profile, run, dataset, model, technique, method, point, seed, division, control, headline,
@@ -389,8 +389,9 @@ def test_make_report_writes_figure_report_and_readme(published):
     assert done.returncode == 2 and "publish needs --profile" in done.stderr
 
 
-def test_no_loss_is_the_same_wherever_it_is_said():
-    assert rows.NO_LOSS == -evaluation.NO_LOSS_MARGIN
+def test_a_runs_name_says_its_notebook():
+    assert rows.run_name("quick", "03_pruning", 2, "channels") == "quick/03_pruning/seed=2,channels"
+    assert rows.notebook_of(rows.run_name("full", "06_pipeline", 1)) == "06_pipeline"
 
 
 def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):

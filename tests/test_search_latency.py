@@ -6,7 +6,7 @@ import pytest
 from nnc_utils import artifact, measure, models, runtimes
 from nnc_utils.quantization import activations, uniform
 from nnc_utils.search import latency
-from nnc_utils.search.objective import Constraints, Costs, InfeasibleError
+from nnc_utils.search.costs import Constraints, Costs, InfeasibleError
 from nnc_utils.search.space import around
 
 SPACE = around(channels=1, size=28, classes=10, stem="small_stride2")

@@ -8,7 +8,7 @@ import torch
 
 from nnc_utils import peers
 from nnc_utils.search import gradient, searchers
-from nnc_utils.search.objective import Constraints, Costs
+from nnc_utils.search.costs import Constraints, Costs
 from nnc_utils.search.space import Space
 
 SPACE = Space(1, 28, 10, "small_stride2", ((8, 16, 24), (8, 16, 32), (16, 32, 64)), blocks=1)
@@ -29,7 +29,8 @@ def table():
     worth = random.normal(size=(len(SPACE.choices), 3))
     pairs = 0.3 * random.normal(size=(len(SPACE.choices), 3, len(SPACE.choices), 3))
     scored = {}
-    for found in SPACE.every():
+    numbers = itertools.product(*map(range, SPACE.options))
+    for found in dict.fromkeys(map(SPACE.canonical, numbers)):
         alone = sum(worth[place, number] for place, number in enumerate(found))
         two = itertools.combinations(enumerate(found), 2)
         together = sum(pairs[a, m, b, n] for (a, m), (b, n) in two)

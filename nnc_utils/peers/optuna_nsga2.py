@@ -6,7 +6,7 @@ import warnings
 
 import optuna
 
-from nnc_utils.search.objective import Constraints, Costs
+from nnc_utils.search.costs import Constraints, Costs
 from nnc_utils.search.searchers import Evaluate, Trace
 
 TRIALS = 20  # for each question, at most: what costs too much is known without one

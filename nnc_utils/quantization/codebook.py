@@ -150,24 +150,6 @@ def quantize_network(
     return quantized(model, rule)
 
 
-def train_codebooks_only(model: nn.Module) -> None:
-    """Let `training.fit` move a network's centroids and nothing else that has a gradient.
-
-    Changes ``requires_grad`` in place. Batch-norm still follows the statistics of what it sees.
-
-    Raises
-    ------
-    ValueError
-        When the network has no codebooks.
-    """
-    codebooks = [module.codebook for module in model.modules() if isinstance(module, encoding.CodebookWeight)]
-    if not codebooks:
-        raise ValueError("the network has no codebooks: quantize_network attaches them")
-    model.requires_grad_(False)
-    for codebook in codebooks:
-        codebook.requires_grad_(True)
-
-
 # --- Inside k-means -----------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnc_utils.search.objective import Constraints, Costs, Tables
+from nnc_utils.search.costs import Constraints, Costs, Tables
 from nnc_utils.search.searchers import Evaluate, Trace, random_search
 from nnc_utils.search.space import KERNELS, LATER, Architecture, Space
 
@@ -48,8 +48,7 @@ class Relaxed:
     """
 
     def __init__(self, space: Space, tables: Mapping[str, Tables]) -> None:
-        self.space, most = space, int(space.options.max())
-        place = {(c.stage, c.block, c.about): number for number, c in enumerate(space.choices)}
+        self.space, most, place = space, int(space.options.max()), space.places
         gates = torch.zeros(len(space.choices), len(space.choices), most, dtype=torch.float64)
         for number, choice in enumerate(
             space.choices

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import nnls
 
-from nnc_utils import models
 from nnc_utils.models import Layer, Spec
+from nnc_utils.search.costs import parts
 from nnc_utils.search.space import Space
 
 FEATURES = (
@@ -56,16 +56,6 @@ def _padded(channels: int, multiple: int) -> int:
     return -(-channels // multiple) * multiple
 
 
-def parts(spec: Spec) -> list[tuple[list[Layer], str]]:
-    """Stem, blocks and classifier: the layers of each, and its connection."""
-    layers = models.layers(spec)
-    found = [([layers[0]], "stem")]
-    for name, block in models.named_blocks(spec):
-        inside = [layer for layer in layers if layer.name.startswith(f"{name}.")]
-        found.append((inside, block.connection))
-    return [*found, ([layers[-1]], "classifier")]
-
-
 @dataclass(frozen=True)
 class Predictor:
     """Milliseconds of a picture, a sum over a network's parts.
@@ -80,7 +70,7 @@ class Predictor:
     seen: frozenset[str] = field(repr=False)
 
     def part(self, layers: list[Layer], connection: str) -> float:
-        """Milliseconds of a part; a cost for `objective.Costs`."""
+        """Milliseconds of a part; a cost for `costs.Costs`."""
         return float(features(layers, connection) @ self.coefficients)
 
     def of(self, spec: Spec) -> float:

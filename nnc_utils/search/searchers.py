@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nnc_utils.search.objective import Constraints, Costs
+from nnc_utils.search.costs import Constraints, Costs
 from nnc_utils.search.space import Architecture
 
 Evaluate = Callable[[Architecture], float]

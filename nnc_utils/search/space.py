@@ -7,7 +7,6 @@ one network has one tuple.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -117,12 +116,13 @@ class Space:
         return prod(of(stage) for stage in range(len(self.widths)))
 
     @functools.cached_property
-    def _places(self) -> dict[tuple[int, int, str], int]:
+    def places(self) -> dict[tuple[int, int, str], int]:
+        """Where in an architecture a decision is: (stage, block, about what) -> place."""
         return {(c.stage, c.block, c.about): place for place, c in enumerate(self.choices)}
 
     def value(self, architecture: Architecture, stage: int, block: int, about: str) -> int | str:
         """What an architecture has chosen there: a width, a depth, a kernel, a connection."""
-        place = self._places[stage, block, about]
+        place = self.places[stage, block, about]
         return self.choices[place].options[architecture[place]]
 
     def active(self, architecture: Architecture) -> np.ndarray:
@@ -198,27 +198,12 @@ class Space:
         child[place] = (parent[place] + random.integers(1, self.options[place])) % self.options[place]
         return self.canonical(child)
 
-    def crossover(
-        self, first: Architecture, second: Architecture, random: np.random.Generator
-    ) -> Architecture:
-        """Each decision of one of the two parents."""
-        return self.canonical(np.where(random.integers(0, 2, len(first)), first, second))
-
     def neighbours(self, architecture: Architecture) -> Iterator[Architecture]:
         """Each architecture that differs in one decision that matters (new blocks are the first option)."""
         for place in np.flatnonzero(self.active(architecture)):
             for number in range(self.options[place]):
                 if number != architecture[place]:
                     yield self.canonical((*architecture[:place], number, *architecture[place + 1 :]))
-
-    def every(self) -> Iterator[Architecture]:
-        """All architectures, once each; for small spaces."""
-        seen = set()
-        for numbers in itertools.product(*(range(count) for count in self.options)):
-            found = self.canonical(numbers)
-            if found not in seen:
-                seen.add(found)
-                yield found
 
 
 def around(

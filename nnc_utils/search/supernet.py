@@ -66,8 +66,7 @@ class Supernet(nn.Module):
     def cut(self, architecture: Architecture) -> models.ResNet:
         """A network of its own with a copy of its part of the weights, in eval mode.
 
-        Its batch-norm statistics are those of nothing yet: `objective.reestimated` or
-        `batch_norm.reestimate` gives it some.
+        Its batch-norm statistics are those of nothing yet: `batch_norm.take_statistics` gives it some.
         """
         spec = self.space.spec(architecture)
         with torch.device("meta"):  # no weights are drawn that are thrown away

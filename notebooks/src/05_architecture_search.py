@@ -66,6 +66,7 @@ import torch
 # %%
 from nnc_utils import (
     artifact,
+    batch_norm,
     data,
     evaluation,
     figures,
@@ -80,9 +81,11 @@ from nnc_utils import peers as counterparts
 from nnc_utils.distillation import teaching
 from nnc_utils.quantization import activations, uniform
 from nnc_utils.run import start
-from nnc_utils.search import gradient, latency, objective, searchers
+from nnc_utils.search import gradient, latency, searchers
 from nnc_utils.search import space as spaces
 from nnc_utils.search import supernet as shared
+from nnc_utils.search.costs import Constraints, Costs, InfeasibleError, described
+from nnc_utils.search.evaluator import Evaluator
 
 figures.style()
 run = start("05_architecture_search", globals(), needs=("01_baseline",))
@@ -152,10 +155,10 @@ print("neighbours:  ", len(set(space.neighbours(example))))
 # what the smallest network costs:
 
 # %%
-costs = objective.Costs(space)
+costs = Costs(space)
 try:
-    costs.check(objective.Constraints(macs=1000))
-except objective.InfeasibleError as error:
+    costs.check(Constraints(macs=1000))
+except InfeasibleError as error:
     print(error)
 drawn = [space.sample(random) for _ in range(2000)]
 counted = np.array([costs.of(found, "macs") for found in drawn]) / 1e6
@@ -229,9 +232,9 @@ if "latency" in earlier:
     figures.show(figure, "Predicted against measured milliseconds of blocks and of networks never seen")
 
 # %%
-costs = objective.Costs(space, predictor.part if predictor else None)
+costs = Costs(space, predictor.part if predictor else None)
 limits = {"macs": models.macs(full) / macs if macs else None, "latency_ms": latency_ms or None}
-limits = objective.Constraints(**limits)
+limits = Constraints(**limits)
 costs.check(limits)
 point = ",".join([f"macs={macs:g}x"] * bool(macs) + [f"latency_ms={latency_ms:g}"] * bool(latency_ms))
 share = np.mean([costs.ratio(found, limits) <= 1 for found in drawn])
@@ -314,12 +317,12 @@ def with_statistics_of(network: models.ResNet, architecture: spaces.Architecture
 
 if searching:
     settings = {"calibration": calibration_images, "validation": validation_images}
-    evaluate = objective.Evaluator(supernet, pictures, file=run.path("evaluations.jsonl"), **settings)
+    evaluate = Evaluator(supernet, pictures, file=run.path("evaluations.jsonl"), **settings)
     some = [between(random) for _ in range(4)]
     begin = time.perf_counter()
     own = np.mean([evaluate(found) for found in some])
     seconds = (time.perf_counter() - begin) / len(some)
-    largest = objective.reestimated(evaluate.supernet.cut(space.largest), evaluate.calibration, 256)
+    largest = batch_norm.take_statistics(evaluate.supernet.cut(space.largest), evaluate.calibration)
     wrong = np.mean([with_statistics_of(largest, found) for found in some])
     print(f"with the largest network's statistics {wrong:.1f} %, with their own {own:.1f} %")
     print(f"the largest {evaluate(space.largest):.1f} %, the smallest {evaluate(space.smallest):.1f} %")
@@ -601,7 +604,7 @@ if searching:
             "shared": evaluate(found),
             "alone": validated(network),
         }
-        candidates.append(row | objective.described(costs, found))
+        candidates.append(row | described(costs, found))
     search["finalists"] = candidates
     winner = max(candidates, key=lambda row: row["alone"])
     search["winner"] = winner | {"spec": space.spec(tuple(winner["architecture"])).to_json()}
