@@ -1,13 +1,19 @@
 """The real notebooks, run with plain papermill and parameters of another size than their defaults."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import papermill
 import pytest
 from PIL import Image
 
-from nnc_utils import artifact, models, peers, provenance
+from nnc_utils import artifact, models, notebook, parameters, peers, provenance
 
 NOTEBOOKS = provenance.PACKAGE.parent / "notebooks"
 
@@ -219,9 +225,9 @@ def test_every_pipeline(baseline, tmp_path):
     points = ["prune_quantize_distill:macs=3x,bits=4", "prune_quantize_distill:macs=2x,size=10x,sparsity=0.3"]
     points += [f"{order}:macs=3x,bits=4" for order in orders]
     points += ["prune_only:macs=3x", "quantize_only:bits=3", "distill_only:macs=3x"]
-    points += ["prune_quantize_distill:macs=2x,size=9999x"]  # no row, and no reason to stop
+    points += ["prune_only:ms=1000"]  # which the whole network takes, too
     controls = ["small_dense:macs=3x", "small_dense_qat4:macs=3x", "small_dense_distilled:macs=3x,bits=4"]
-    controls += ["torch_pruning:macs=3x"]
+    controls += ["torch_pruning:macs=3x", "torch_pruning:macs=9999x"]  # the last: no row, no reason to stop
     about = {"prune_epochs": 0.4, "quantize_epochs": 0.4, "distill_epochs": 0.8, "scoring_images": 48}
     about |= {"multiple": 1, "batch_size": 16}
     made = execute(
@@ -233,12 +239,12 @@ def test_every_pipeline(baseline, tmp_path):
     missing = made["extra"]["missing"]
     if not peers.available("torch_pruning"):
         assert {row["technique"] for row in rows.values()} == {"pipeline", "baseline", "peer"}
+        assert len(missing) == 1
     else:
-        assert any("Torch-Pruning" in missing.pop(key) for key in list(missing) if key.startswith("torch"))
         controls.remove("torch_pruning:macs=3x")
-    assert set(rows) == {*points[:-1], *controls, "dense_finetuned:"}
-    [why] = missing.values()
-    assert "cannot be met" in why and "is the nearest" in why
+        assert len(missing) == 2
+    assert all(key.startswith("torch") and "Torch-Pruning" in why for key, why in missing.items())
+    assert set(rows) == {*points, *controls[:-1], "dense_finetuned:"}
     start = json.loads((baseline / "result.json").read_text())["compression"][0]
     for name, row in rows.items():
         assert row["train_images"] == 8 * 16, name  # everyone the same, however many stages
@@ -258,22 +264,148 @@ def test_every_pipeline(baseline, tmp_path):
     assert list(made["extra"]["missing"]) == ["zstd:macs=8x,bits=4"]
 
 
-def test_imagenet_weights_from_a_file(pictures, tmp_path):
-    """The README's command, with a file in torchvision's format."""
+def until_trained(folder, baseline, **given):
+    """What 06 knows before its first training: its cells up to there, with these parameters."""
+    path = NOTEBOOKS / "06_pipeline.ipynb"
+    namespace = {name: found.default for name, found in parameters.declared(path).items()}
+    namespace |= {"upstream": [str(baseline)], "run_dir": str(folder), "multiple": 1, "scoring_images": 48}
+    namespace |= given
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            exec(cell.source, namespace)
+            if "# before any training" in cell.source:
+                return namespace
+
+
+@pytest.fixture(scope="module")
+def known(baseline, tmp_path_factory):
+    """The same without milliseconds, and with times that no machine changes."""
+    found = until_trained(tmp_path_factory.mktemp("known"), baseline)
+    found["timings"] |= {
+        f"{stage} in onnxruntime": ([1, 2, 8], [0.4, 0.2, 0.1]) for stage in ("prune", "thin")
+    }
+    return found
+
+
+def test_milliseconds_become_a_ratio_of_macs(known):
+    def fewer(point):
+        method, values = known["parsed"](point)
+        return float(known["budgets"](method, values)["macs"].removesuffix("x"))
+
+    for method in ("prune_quantize_distill:bits=4,", "small_dense_qat4:", "distill_only:", "prune_only:"):
+        assert fewer(f"{method}ms=0.2") == pytest.approx(2, abs=0.02)
+        assert fewer(f"{method}ms=0.141421356") == pytest.approx(4, abs=0.02)  # the middle, in logarithms
+        assert fewer(f"{method}ms=0.1") == pytest.approx(8, abs=0.02)
+        assert fewer(f"{method}ms=3") == 1 and fewer(f"{method}macs=3x") == 3
+
+
+def test_networks_are_timed_from_the_whole_to_the_narrowest(baseline, known, tmp_path, capsys):
+    whole = models.macs(known["spec"])
+    for stage in ("prune", "thin"):
+        narrow = known["shrunk"](stage, 3.0).spec
+        assert 0.5 * whole / 3 < models.macs(narrow) <= whole / 3
+        assert models.macs(narrow) > models.macs(known["shrunk"](stage).spec)
+        assert narrow.classes == 2 and len(narrow.stages) == 4
+    made = until_trained(tmp_path / "timed", baseline, points=["prune_only:ms=1000"], controls=[])
+    assert "prune_only:ms=1000: 1x fewer MACs, as timed in onnxruntime" in capsys.readouterr().out
+    [(name, (fewer, took))] = made["timings"].items()
+    assert name == "prune in onnxruntime" and fewer[0] == 1 and len(fewer) == len(took)
+    assert fewer == sorted(fewer) and took == sorted(took, reverse=True) and took[-1] > 0
+    assert fewer[-1] == pytest.approx(made["most"]("prune"))
+    # who goes on has the same networks
+    again = until_trained(tmp_path / "timed", baseline, points=["prune_only:ms=1000"], controls=[])
+    assert again["timings"] == json.loads(json.dumps(made["timings"]))
+    with pytest.raises(ValueError, match=r"ms=0.00001 cannot be met in onnxruntime: 0.\d+ is the nearest"):
+        until_trained(tmp_path / "fast", baseline, points=["prune_only:ms=0.00001"])
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ("prune_only:macs=9999x", r"macs=9999x cannot be met: ([\d.]+)x is the nearest.* a multiple of 1$"),
+        ("small_dense:macs=99999x", r"macs=99999x cannot be met: ([\d.]+)x is the nearest$"),
+        ("prune_quantize_distill:macs=2x,size=9999x", r"size=9999x cannot be met: ([\d.]+)x is the nearest"),
+        ("quantize_only:size=99x", r"size=99x cannot be met: ([\d.]+)x is the nearest, with 2 bits"),
+        ("quantize_prune_distill:macs=2x,size=99x", r"size=99x cannot be met: ([\d.]+)x is the nearest"),
+        ("small_dense_distilled:macs=2x,size=999x", r"size=999x cannot be met: ([\d.]+)x is the nearest"),
+        ("prune_only:ms=2,macs=6x", "needs macs or ms$"),
+        ("quantize_only:ms=2,bits=4", "needs bits or size$"),
+        ("torch_pruning:ms=2", "needs macs$"),
+        ("prune_only:ms=-1", "ms is '-1', needed is milliseconds a picture"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused_before_any_training(baseline, tmp_path, point, message):
+    """And what is named as the nearest can be met."""
+    kind = "controls" if point.startswith(("small", "torch")) else "points"
+    with pytest.raises(ValueError, match=message) as refused:
+        until_trained(tmp_path / "refused", baseline, **{"points": [], "controls": [], kind: [point]})
+    if "nearest" in message:
+        nearest = re.search(message, str(refused.value))[1]
+        met = re.sub(r"=9+x", f"={nearest}x", point)
+        until_trained(tmp_path / "met", baseline, **{"points": [], "controls": [], kind: [met]})
+    assert not list(tmp_path.rglob("*artifacts/*.safetensors"))
+
+
+OWN_DATA = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8").split("### Your own data")[1]
+COMMANDS = {
+    Path(words[1]).stem: words for words in map(shlex.split, OWN_DATA.split("```")[1].split("\n")[1:-1])
+}
+SMALL = {  # what a test adds to a command; everything else is as the README has it
+    "01_baseline": "-p size 16 -p epochs 1 -p batch_size 16",
+    "02_quantization": "-y 'points: [uniform_per_channel:bits=7]'",
+    "03_pruning": "-p scoring_images 32",
+    "06_pipeline": "-p scoring_images 32",
+    "07_deployment": "-p rounds 1 -p seconds 1",
+}
+
+
+def as_in_the_readme(name, place, added, **replaced):
+    """Run a command of the README in a folder that stands for the clone."""
+    words = COMMANDS[name]
+    assert words[:2] == [".venv/bin/papermill", f"notebooks/{name}.ipynb"]
+    words = [sys.executable, "-m", "papermill", *words[1:], *shlex.split(added)]
+    for old, new in replaced.items():
+        assert sum(old in word for word in words) == 1, (name, old)
+        words = [word.replace(old, str(new)) for word in words]
+    environment = notebook.environment() | {"NNC_ROOT": str(place)}
+    return subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    (tmp_path / "notebooks").symlink_to(NOTEBOOKS)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_on_your_own_pictures(pictures, clone):
+    assert list(COMMANDS) == [path.stem for path in sorted(NOTEBOOKS.glob("0[1-7]*.ipynb"))]
+    for name, added in SMALL.items():
+        done = as_in_the_readme(name, clone, added, **{"/PATH": pictures} if name == "01_baseline" else {})
+        assert done.returncode == 0, done.stderr
+        made = json.loads((clone / f"mine/{name[1]}/result.json").read_text())
+        assert made["dataset"] == f"imagefolder:{pictures}" and (made["compression"] or made["latency"])
+
+
+def test_imagenet_weights_from_a_file(pictures, clone):
+    """The README's options, with a file in torchvision's format."""
     import torch
     import torchvision
 
     torch.manual_seed(0)
     weights = torchvision.models.resnet18(weights=None).state_dict()
-    torch.save(weights, tmp_path / "resnet18.pth")
-    about = {"dataset": f"imagefolder:{pictures}", "size": 32, "stem": "imagenet", "epochs": 0.1}
-    about |= {"weights": str(tmp_path / "resnet18.pth"), "learning_rate": 1e-6, "batch_size": 8}
-    execute("01_baseline", tmp_path / "run", **about)
-    trained = artifact.load(tmp_path / "run/artifacts/fp32.safetensors")
+    torch.save(weights, clone / "resnet18.pth")
+    from_imagenet, from_a_file, _ = re.findall("`(-p [^`]+)`", OWN_DATA.split("```")[2])
+    options = f"{from_imagenet} {from_a_file}"  # of two values the second counts
+    about = {"/PATH": pictures, "/FILE.pth": clone / "resnet18.pth"}
+    small = "-p size 32 -p epochs 0.1 -p learning_rate 1e-6 -p batch_size 8"
+    done = as_in_the_readme("01_baseline", clone, f"{options} {small}", **about)
+    assert done.returncode == 0, done.stderr
+    trained = artifact.load(clone / "mine/1/artifacts/fp32.safetensors")
+    assert trained.spec.stem == "imagenet"
     given = weights["layer3.0.conv1.weight"]
     assert float((trained.layer3[0].conv1.weight - given).abs().max()) < 1e-3
-    with pytest.raises(papermill.PapermillExecutionError, match="of another network"):
-        execute("01_baseline", tmp_path / "other", **about | {"depth": 34})
+    done = as_in_the_readme("01_baseline", clone, f"{options} {small} -p depth 34", **about)
+    assert done.returncode and "of another network" in done.stderr
 
 
 def test_every_way_to_search(baseline, tmp_path):
@@ -333,9 +465,6 @@ def test_every_way_to_search(baseline, tmp_path):
 )
 def test_searches_that_make_no_sense_are_refused(values, message):
     """The cells that check parameters, with the parameters' defaults."""
-    import nbformat
-
-    from nnc_utils import parameters, peers
     from nnc_utils.search import space
 
     path = NOTEBOOKS / "05_architecture_search.ipynb"

@@ -135,10 +135,13 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
     parts = {"first": {"once": {"seconds": 0.2, "runs": "first seed"}, "small": {"seconds": 0.1}}}
     parts["second"] = {"all": {"others": True}, "more": {}}
     parts["second"]["last"] = {"runs": "first seed", "after": "more", "alone": True}
+    parts["third"] = {"plain": {}, "both": {"with": {"first": "once", "second": "more"}}}
     stages = {name: about | {"runs": "each seed"} for name, about in STAGES.items()}
+    stages["third"] = {"upstream": [], "runs": "each seed"}  # but for what its parts name
+    shutil.copy(two_stages.root / "notebooks/second.ipynb", two_stages.root / "notebooks/third.ipynb")
     divided = {"seeds": [1, 2], "stages": stages, "parts": parts}
     two_stages.profile.write_text(yaml.safe_dump(divided, sort_keys=False))
-    for name in STAGES:
+    for name in stages:
         path = two_stages.root / f"notebooks/{name}.ipynb"
         about = 'upstream: list = []  # run folders\npart: str = ""  # of a divided benchmark\n'
         content = json.loads(path.read_text())
@@ -158,7 +161,7 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
         folder, values = words[words.index("nnc_utils.run") + 2 :][:2]
         values = json.loads(values)
         assert folder == f"results/runs/tiny/{folder.split('/')[3]}/seed={values['seed']},{values['part']}"
-        assert not {"runs", "others", "after", "alone"} & set(values)
+        assert not {"runs", "others", "after", "with", "alone"} & set(values)
         upstream = [path.removeprefix("results/runs/tiny/") for path in values["upstream"]]
         found[folder.removeprefix("results/runs/tiny/")] = upstream
     assert found == {
@@ -175,11 +178,17 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
             "second/seed=1,all",
             "second/seed=1,more",
         ],
+        "third/seed=1,plain": [],
+        "third/seed=2,plain": [],
+        "third/seed=1,both": ["first/seed=1,once", "second/seed=1,more", "third/seed=1,plain"],
+        "third/seed=2,both": ["first/seed=1,once", "second/seed=2,more", "third/seed=2,plain"],
     }
     for part, option, value, said in (
         ("once", "runs", "first", "`runs` is 'first seed' or left out"),
         ("small", "alone", "yes", "`alone` is true or left out"),
         ("once", "after", "small", "`after` names a part that stands before it, not 'small'"),
+        ("once", "with", {"second": "all"}, "`with` maps earlier notebooks to a part of each"),
+        ("once", "with", ["second"], "`with` maps earlier notebooks to a part of each"),
     ):
         wrong = {**divided, "parts": {**parts, "first": {**parts["first"], part: {option: value}}}}
         two_stages.profile.write_text(yaml.safe_dump(wrong, sort_keys=False))
@@ -242,7 +251,23 @@ def test_profiles_give_only_parameters_that_notebooks_declare(path):
         (name, values) for name, parts in (profile.get("parts") or {}).items() for values in parts.values()
     ]
     for name, values in given:
-        options = ("runs", "others", "after", "alone")  # the Snakefile's
+        options = ("runs", "others", "after", "with", "alone")  # the Snakefile's
         values = {key: value for key, value in values.items() if key not in options}
         notebook_file = provenance.PACKAGE.parent / "notebooks" / f"{name}.ipynb"
         assert check(declared(notebook_file), values, notebook=name) == values
+
+
+@pytest.mark.parametrize("name", ["quick", "standard", "full"])
+def test_the_part_with_the_searched_network_builds_on_the_search(name):
+    profile = yaml.safe_load((PROFILES / f"{name}.yaml").read_text(encoding="utf-8"))
+    given, parts = profile["parameters"], profile.get("parts") or {}
+    found = {}
+    for part, about in (parts.get("06_pipeline") or {"": {}}).items():
+        values = given["06_pipeline"] | about
+        found[part] = any(point.startswith("searched") for point in values["controls"])
+        assert found[part] == ("with" in about), part  # and no other part waits for it
+        for other, its in about.get("with", {}).items():
+            assert other == "05_architecture_search"
+            declared = {"steps": ["search"]} | given[other] | (parts[other][its] if its else {})
+            assert "search" in declared["steps"]
+    assert any(found.values()) == (name != "quick")

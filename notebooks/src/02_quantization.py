@@ -658,6 +658,7 @@ def finished(method: str, setting: dict[str, str]) -> torch.nn.Module:
 
 # %%
 training = {"epochs": train_epochs, "learning_rate": learning_rate, "seed": seed, "augment": False}
+training["batch_size"] = baseline.record.parameters["batch_size"]
 
 
 def trained(method: str, setting: dict[str, str]) -> tuple[torch.nn.Module, dict]:

@@ -34,6 +34,7 @@ alpha: float = 0.9  # [0, 1] share of the soft labels in the loss
 copies: int = 2  # [0, 64] augmentations of each picture in which the teacher looks before; 0: at each batch
 scoring_images: int = 256  # [2, 100000] training pictures for scores, curvature, ranges and batch-norm
 multiple: int = 8  # [1, 64] of which the number of channels is, as far as a layer has so many
+runtime: str = "onnxruntime"  # {onnxruntime, openvino, executorch} in which budgets of milliseconds are timed
 upstream: list = []  # run folders of 01_baseline (own seed first), 05, earlier parts; empty: 01's defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 claim: bool = True  # whether its points may be claimed
@@ -45,6 +46,7 @@ run_dir: str = ""  # folder of this run; empty: results/smoke/06_pipeline
 import copy
 import functools
 import itertools
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -62,6 +64,7 @@ from nnc_utils import (
     data,
     encoding,
     figures,
+    measure,
     models,
     results,
     scoring,
@@ -96,10 +99,12 @@ print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
 # %% [markdown]
 # ## 1 · A pipeline is data
 #
-# A point names the order of the stages and their budgets: `prune_quantize_distill:macs=6x,bits=4` has six times fewer MACs
-# and weights of 4 bits (8 in the first convolution and the classifier). `size=100x` instead of `bits` asks for a file a hundred times
-# smaller, and a bit width for each layer is found; `sparsity=0.5` sets half of the weights that are left to zero; `ensemble` lets
-# the baselines of all seeds teach together. The rivals start from a `thin` ResNet-18 that was trained like the baseline.
+# A point names the order of the stages and their budgets: `prune_quantize_distill:macs=6x,bits=4` has six
+# times fewer MACs and weights of 4 bits (8 in the first convolution and the classifier). `size=100x` instead
+# of `bits` asks for a file a hundred times smaller, and a bit width for each layer is found; `ms=0.25`
+# instead of `macs` asks for a network that takes so many milliseconds a picture in integers; `sparsity=0.5`
+# sets half of the weights that are left to zero; `ensemble` lets the baselines of all seeds teach together.
+# The rivals start from a `thin` ResNet-18 that was trained like the baseline.
 #
 # All train on for **the same number of pictures**: what a list of stages does not use, the others get.
 
@@ -129,6 +134,7 @@ RIVALS = {
 PEERS = {"torch_pruning_nncf": {"macs"}, "nncodec_pruned": {"macs", "qp"}}
 PEERS |= dict.fromkeys(("gzip", "xz", "zstd"), set())  # of the codes of the first order at these budgets
 BUDGET = prune_epochs + quantize_epochs + distill_epochs
+INSTEAD = {"size": "bits", "ms": "macs"}  # budgets that may stand in place of others
 
 
 # %%
@@ -141,11 +147,15 @@ def parsed(point: str) -> tuple[str, dict[str, str]]:
     able = set().union(*(STAGES[stage][1] for stage in stages))
     if method == "small_dense_qat4":
         needed -= {"bits"}
-    given = {"bits" if key == "size" and "bits" in needed else key for key in values}
-    if method not in ORDERS | RIVALS | PEERS or not needed <= given <= needed | able:
+    cuts = {"prune", "thin"} & set(stages)  # whose networks can be timed before any training
+    instead = {other: key for other, key in INSTEAD.items() if key in needed and (cuts or other != "ms")}
+    given = [instead.get(key, key) for key in values]
+    sensible = needed <= set(given) <= needed | able and len(given) == len(set(given))
+    if method not in ORDERS | RIVALS | PEERS or not sensible:
         known = {name: RIVALS.get(name) or ORDERS.get(name, ()) for name in ORDERS | RIVALS}
         known = ", ".join(f"{name} ({', '.join(found)})" for name, found in known.items())
-        budgets = f"; {method} needs {', '.join(sorted(needed))}" if needed else ""
+        either = [" or ".join([key, *(o for o in instead if instead[o] == key)]) for key in sorted(needed)]
+        budgets = f"; {method} needs {', '.join(either)}" if needed else ""
         raise ValueError(f"unknown point {point!r}: one of {known}; peers {', '.join(PEERS)}{budgets}")
     return method, values
 
@@ -159,6 +169,7 @@ def times(text: str) -> float:
 ALLOWED = {  # whether a budget makes sense, and what would
     "macs": (lambda text: text.endswith("x") and times(text) >= 1, "how many times fewer, such as 8x"),
     "size": (lambda text: text.endswith("x") and times(text) > 1, "how many times smaller, such as 100x"),
+    "ms": (lambda text: 0 < float(text) < 1e6, "milliseconds a picture, such as 0.25"),
     "bits": (lambda text: 2 <= int(text) <= 8, "2 to 8"),
     "sparsity": (lambda text: 0 <= float(text) < 1, "a share of zeros in [0, 1)"),
     "qp": (lambda text: -60 <= int(text) <= 0, "NNCodec's step, such as -20"),
@@ -184,11 +195,155 @@ for place, point in enumerate([*points, *controls, *peers]):  # before any work
         raise ValueError(f"{point!r}: the run of 05_architecture_search has to be in upstream")
 
 # %% [markdown]
+# ### Can the budgets be met?
+#
+# A budget that no network meets shall cost a sentence, not a training. The fewest MACs are those of the
+# narrowest network that `prune` or `thin` can make; the fewest bytes those of what is to be rounded,
+# untrained, with 2 bits in every layer. And **milliseconds** become a ratio of MACs: some untrained networks
+# between the whole one and the narrowest are timed in int8, one picture, one thread, and between them the
+# time is interpolated. That is a guide, taken on whatever else the machine does: the time that is reported
+# is measured in [07](07_deployment.ipynb).
+
+
+# %%
+def thin(fewer: float) -> models.Spec:
+    """The plain narrow ResNet of at most so many MACs; where there is none, the narrowest."""
+    about = {key: getattr(spec, key) for key in ("channels", "size", "classes", "stem")}
+    for width in np.arange(1, 0, -0.005) * recipe_of_01["width"]:
+        narrow = models.resnet(recipe_of_01["depth"], width=float(width), **about)
+        if models.macs(narrow) <= models.macs(spec) / fewer:
+            break
+    return narrow
+
+
+@functools.cache
+def scores_of_dense() -> dict[str, torch.Tensor]:
+    """What the loss would miss without each channel of the baseline."""
+    return channels.scores(dense, "fisher", images=seen, labels=seen_labels)
+
+
+def shrunk(stage: str, fewer: float = np.inf) -> torch.nn.Module:
+    """The baseline, merely cut to what `prune` or `thin` will have; without a number to the narrowest."""
+    layers = models.layers(thin(fewer) if stage == "thin" else spec)
+    widths = {x.name: x.out_channels for x in layers if x.name in structured.groups(spec)}
+    budget = {"macs": models.macs(spec) / fewer, "multiple": multiple}
+    if stage == "thin":
+        kept = {name: torch.arange(width) for name, width in widths.items()}
+    elif fewer < np.inf:
+        kept = channels.within_macs(spec, scores_of_dense(), **budget)
+    else:  # of channels that are all worth the same go all that may
+        equal = {name: torch.zeros(width) for name, width in widths.items()}
+        kept = channels.within_macs(spec, equal, **budget | {"macs": models.macs(spec) - 1})
+    return structured.remove_channels(dense, kept)
+
+
+@functools.cache
+def most(stage: str) -> float:
+    """How many times fewer MACs a stage can reach."""
+    return models.macs(spec) / models.macs(shrunk(stage).spec)
+
+
+# %%
+saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes, "dtype": torch.float16}
+TIMED = 8  # networks
+kept_timings = run.path("checkpoint_timings.json")  # so that a resumed run goes on with the same networks
+timings = json.loads(kept_timings.read_text()) if kept_timings.is_file() else {}
+for earlier in parts:
+    timings |= earlier.extra.get("timings", {})
+
+
+def timed(stage: str) -> tuple[list[float], list[float]]:
+    """From the whole network to the narrowest: times fewer MACs, and int8 milliseconds of a picture."""
+    name, macs, paths = f"{stage} in {runtime}", [], []
+    for number, fewer in enumerate(np.geomspace(1, most(stage), TIMED) if name not in timings else ()):
+        network = shrunk(stage, fewer if number < TIMED - 1 else np.inf)
+        macs.append(models.macs(network.spec))
+        network = activations.calibrate(
+            uniform.quantize_network(network, bits=7, per_channel=True), seen[:64]
+        )
+        paths.append(run.path(f"scratch/timed/{number}.safetensors"))
+        artifact.save(network, paths[-1], **saving)
+    if paths:
+        found = measure.milliseconds(paths, runtime=runtime, precision="int8", folder=paths[0].parent)
+        found = np.maximum.accumulate(found[::-1])[::-1]  # a larger network is not faster
+        timings[name] = (models.macs(spec) / np.array(macs)).tolist(), found.tolist()
+        kept_timings.write_text(json.dumps(timings))
+    return timings[name]
+
+
+# %%
+def floor(number: float) -> float:
+    """Two decimals, never more than the number."""
+    return np.floor(100 * number) / 100
+
+
+def budgets(method: str, values: dict[str, str]) -> dict[str, str]:
+    """A point's budgets with milliseconds as MACs; a ValueError where these cannot be met."""
+    stage = next((s for s in (ORDERS | RIVALS).get(method, ()) if s in ("prune", "thin")), None)
+    if "ms" in values:
+        (fewer, took), wanted = timed(stage), float(values["ms"])
+        if wanted < took[-1]:
+            nearest = f"{took[-1]:.3g} is the nearest ({fewer[-1]:.0f} times fewer MACs)"
+            raise ValueError(f"ms={values['ms']} cannot be met in {runtime}: {nearest}")
+        met = np.exp(np.interp(np.log(wanted), np.log(took[::-1]), np.log(fewer[::-1])))
+        values = values | {"macs": f"{max(1.0, floor(met)):g}x"}
+    if stage and times(values["macs"]) > most(stage):
+        nearest = f"{floor(most(stage)):g}x is the nearest"
+        if stage == "prune":
+            nearest += f", with a number of channels that is a multiple of {multiple}"
+        raise ValueError(f"macs={values['macs']} cannot be met: {nearest}")
+    return values
+
+
+# %%
+WIDTHS = range(2, 9)
+SPARE = 0.97  # of the budget: trained codes are coded a little longer or shorter than those of the plan
+
+
+def sparse(network, values: dict[str, str]) -> torch.nn.Module:
+    """A network with this share of its weights set to zero, the smallest."""
+    if "sparsity" not in values:
+        return network
+    score = unstructured.scores(network, "magnitude")
+    return unstructured.masked(network, unstructured.masks(score, float(values["sparsity"])))
+
+
+def smallest(method: str, values: dict[str, str]) -> float:
+    """How many times smaller a file can be: with 2 bits in each layer of the network that is rounded."""
+    stages = (ORDERS | RIVALS)[method]
+    before = stages[: stages.index("quantize")]
+    if "found" in before:
+        return np.inf  # its weights are not known before its training
+    cuts = [stage for stage in before if stage in ("prune", "thin")]
+    network = shrunk(cuts[0], times(values["macs"])) if cuts else dense
+    network = sparse(network, values) if "prune" in cuts else network
+    bits = {layer.name: min(WIDTHS) for layer in models.layers(network.spec)}
+    network = uniform.quantize_network(network, bits=bits, per_channel=True, clip="mse")
+    path = run.path("scratch/smallest.safetensors")
+    saved = artifact.save(activations.calibrate(network, seen[:64]), path, **saving)
+    return SPARE * artifact.fp32_bytes(spec) / saved.nbytes
+
+
+# %%
+for point in [*points, *controls]:  # before any training
+    method, values = parsed(point)
+    try:
+        given = budgets(method, values)
+        if "size" in given and times(given["size"]) > (able := smallest(method, given)):
+            nearest = f"{floor(able):g}x is the nearest, with 2 bits in each layer"
+            raise ValueError(f"size={given['size']} cannot be met: {nearest}")
+    except ValueError as error:
+        raise ValueError(f"{point!r}: {error}") from None
+    if "ms" in values:
+        print(f"{point}: {given['macs']} fewer MACs, as timed in {runtime}")
+
+# %% [markdown]
 # ## 2 · Do the gains multiply?
 #
 # With $p$ the share of weights that pruning leaves and $b$ bits for each of the rest, the file should be $32 / (p\,b)$ times
 # smaller. *Predict* it from the narrower Spec before anything is trained, then round the pruned network and save it: the header,
 # batch-norm and the two layers at 8 bits do not shrink with it, and entropy coding takes less than $b$ bits.
+
 
 # %%
 def cut(network, fewer: float) -> torch.nn.Module:
@@ -201,9 +356,8 @@ def cut(network, fewer: float) -> torch.nn.Module:
     return batch_norm.reestimate(narrow, seen)
 
 
-saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes, "dtype": torch.float16}
-first = parsed(points[0])[1] if points else {}
-fewer = times(first.get("macs", "6x"))
+first = budgets(*parsed(points[0])) if points else {}
+fewer = times(first["macs"]) if "macs" in first else min(6.0, most("prune"))
 narrow, bits = cut(dense, fewer), int(first.get("bits", 4))
 rounded = uniform.quantize_network(narrow, bits=bits, per_channel=True, clip="mse")
 file = artifact.save(rounded, run.path("scratch/rounded.safetensors"), **saving)
@@ -242,11 +396,8 @@ except ValueError as error:
 # A file of a given size: each layer has a price list (bytes at 2 to 8 bits) and a list of harms (what the loss rises by). The
 # [allocation](../nnc_utils/allocation.py) buys the least harm.
 
+
 # %%
-WIDTHS = range(2, 9)
-SPARE = 0.97  # of the budget: trained codes are coded a little longer or shorter than those of the plan
-
-
 def planned(network, smaller: float) -> dict[str, int]:
     """Bits for each layer, so that the network's file is so many times smaller than the baseline's."""
     layers = {x.name: network.get_submodule(x.name).weight.detach() for x in models.layers(network.spec)}
@@ -262,7 +413,7 @@ def planned(network, smaller: float) -> dict[str, int]:
     least = beside + sum(min(prices.values()) for prices in cost.values())
     if budget < least - beside:
         nearest = SPARE * artifact.fp32_bytes(spec) / least
-        raise ValueError(f"size={smaller:g}x cannot be met by these MACs: {nearest:.0f}x is the nearest")
+        raise ValueError(f"size={smaller:g}x cannot be met by these MACs: {floor(nearest):g}x is the nearest")
     return {name: int(width) for name, width in allocation.allocate(cost, harm, budget=budget).items()}
 
 
@@ -280,6 +431,7 @@ figures.show(figure, "Bits of each layer of the pruned network in a file of a gi
 # Each takes a network and gives one back. `prune` cuts channels by their Fisher score and mends the readers
 # ([03](03_pruning.ipynb)); `quantize` trains with the rounding, by LSQ ([02](02_quantization.ipynb)); `distill` trains what there is,
 # with its masks, integers and ranges in the loop, by the teacher's soft labels ([04](04_distillation.ipynb)).
+
 
 # %%
 def is_rounded(network) -> bool:
@@ -300,9 +452,7 @@ def unrounded(network) -> torch.nn.Module:
 def prune(network, values: dict[str, str]) -> torch.nn.Module:
     """Channels to the budget, then weights inside what is left; what was rounded is rounded once more."""
     narrow = cut(unrounded(network) if is_rounded(network) else network, times(values["macs"]))
-    if "sparsity" in values:
-        score = unstructured.scores(narrow, "magnitude")
-        narrow = unstructured.masked(narrow, unstructured.masks(score, float(values["sparsity"])))
+    narrow = sparse(narrow, values)
     return quantize(narrow, values) if is_rounded(network) else narrow
 
 
@@ -311,16 +461,6 @@ def quantize(network, values: dict[str, str]) -> torch.nn.Module:
     """Weights and activations rounded in the forward pass, the scales to be trained."""
     bits = planned(unrounded(network), times(values["size"])) if "size" in values else int(values["bits"])
     return qat.prepare(network, seen, bits=bits, method="lsq")
-
-
-def thin(fewer: float) -> models.Spec:
-    """The plain narrow ResNet of at most so many MACs."""
-    about = {key: getattr(spec, key) for key in ("channels", "size", "classes", "stem")}
-    able = (
-        models.resnet(recipe_of_01["depth"], width=float(width), **about)
-        for width in np.arange(1, 0, -0.005) * recipe_of_01["width"]
-    )
-    return next(candidate for candidate in able if models.macs(candidate) <= models.macs(spec) / fewer)
 
 
 def from_the_start(network: models.Spec, name: str) -> torch.nn.Module:
@@ -415,12 +555,13 @@ def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torc
 # The rivals get the baseline's training first, which the pruned networks had, too. `small_dense_qat4` is what anyone would try
 # first: a thin ResNet-18, trained as long, in 4 bits.
 
+
 # %%
 def candidate(method: str, stages: tuple[str, ...], values: dict[str, str], control: str = "") -> dict:
     """The network behind these stages as a file, and what its row will say."""
     whole = (ORDERS | RIVALS)[method]
     scale = BUDGET / sum(STAGES[stage][2] for stage in whole)
-    given = values | ({"bits": "4"} if method == "small_dense_qat4" else {})
+    given = budgets(method, values) | ({"bits": "4"} if method == "small_dense_qat4" else {})
     keys = set().union(*(STAGES[stage][0] | STAGES[stage][1] for stage in stages), {"size"} & set(values))
     network, took = after(stages, frozenset((k, v) for k, v in given.items() if k in keys), scale)
     if stages[-1] == "round":
@@ -583,7 +724,8 @@ files = {
 }
 files = {name: f"artifacts/{c['path'].name}" for name, c in files.items()}
 done = run.finish(
-    compression=rows, extra={"validation_delta": decided.looked, "files": files, "missing": missing}
+    compression=rows,
+    extra={"validation_delta": decided.looked, "files": files, "missing": missing, "timings": timings},
 )
 print(f"{done.run} is finished: {len(rows)} rows")
 
