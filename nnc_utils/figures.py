@@ -19,7 +19,6 @@ from nnc_utils.rows import AFTER, AGAIN, NO_LOSS
 
 MARKERS = "osD^vP*X<>hdp8"
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows
-BETWEEN = "after_"  # begins the control of a network between two stages of a pipeline
 UNTIMED = ("identity", AGAIN)  # controls of rows that are no network's first timing
 NAMES = {
     "eager": "eager PyTorch",
@@ -226,17 +225,18 @@ def _single(latency: pd.DataFrame, threads: int) -> pd.DataFrame:
 
 
 def _point(row: pd.Series) -> str:
-    """A network in two or three words."""
+    """A network in a few words."""
     point = row["point"].replace("bits=", "") + (" bits" if "bits=" in row["point"] else "")
-    return " ".join(
-        filter(None, (row["model"] if row["technique"] == "baseline" else name(row["method"]), point))
-    )
+    dense = row["technique"] == "baseline" and not row["control"]
+    stage = name(row["control"]) if row["control"].startswith(AFTER) else ""
+    return " ".join(filter(None, (row["model"] if dense else name(row["method"]), point, stage)))
 
 
 def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
     """Which networks are worth having? Accuracy against time: a colour a technique, a marker a runtime."""
     axes = axes or plt.subplots(figsize=(8, 4.5))[1]
     rows = _single(latency, threads).dropna(subset=["accuracy"]).sort_values("p50_ms", kind="stable")
+    rows = rows[~rows["control"].str.startswith(AFTER)]
     kinds = rows["technique"] + rows["control"].map(lambda control: f", {name(control)}" if control else "")
     colours = dict(zip(kinds.unique(), sns.color_palette("colorblind", 10), strict=False))
     markers = dict(zip(rows["runtime"].unique(), MARKERS, strict=False))
@@ -283,7 +283,7 @@ def waterfall(compression: pd.DataFrame, latency: pd.DataFrame | None = None) ->
 
     Of the first pipeline that has rows between its stages; None where there is none.
     """
-    between = compression[compression["control"].str.startswith(BETWEEN)]
+    between = compression[compression["control"].str.startswith(AFTER)]
     if not len(between):
         return None
     first = between.iloc[0]
@@ -292,7 +292,7 @@ def waterfall(compression: pd.DataFrame, latency: pd.DataFrame | None = None) ->
     ]
     dense = compression[_is_reference(compression) & (compression["seed"] == first["seed"])]
     stages = pd.concat([dense.head(1), same[same["control"] != ""], same[same["control"] == ""]])
-    names = [control.removeprefix(BETWEEN) for control in stages["control"]]
+    names = [control.removeprefix(AFTER) for control in stages["control"]]
     names[0], names[-1] = "fp32", first["method"].rpartition("_")[2]
     shown = {"bytes of the file": stages["artifact_bytes"], "million MACs": stages["macs"] / 1e6}
     if latency is not None and (found := _stage_times(stages["artifact_sha256"], latency)):

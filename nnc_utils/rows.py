@@ -178,6 +178,11 @@ def run_name(profile: str, notebook: str, seed: int, part: str = "") -> str:
     return f"{profile}/{notebook}/seed={seed}" + (f",{part}" if part else "")
 
 
+def label(row: CompressionRow) -> str:
+    """How other notebooks name an artifact: method, point, and the stage that it was saved behind."""
+    return f"{row.method}:{row.point}" + (f" {row.control}" if row.control.startswith(AFTER) else "")
+
+
 def notebook_of(run: str) -> str:
     """The notebook of a run by the name that `run_name` gave it."""
     return run.split("/")[1]

@@ -346,14 +346,20 @@ for point in [*points, *controls]:  # before any training
 
 
 # %%
+cuts = {}  # (network, times fewer) -> the cut network
+
+
 def cut(network, fewer: float) -> torch.nn.Module:
     """Channels removed until there are so many times fewer MACs than at first; the readers mended."""
+    if (key := (network_digest(network), fewer)) in cuts:
+        return copy.deepcopy(cuts[key])
     budget, about = models.macs(spec) / fewer, {"images": seen, "labels": seen_labels}
     score = channels.scores(network, "fisher", **about)
     kept = channels.within_macs(network.spec, score, macs=budget, multiple=multiple)
     known = curvature.curvatures(network, seen, seed=seed)
     narrow = structured.remove_channels(obs.compensated(network, kept, known), kept)
-    return batch_norm.reestimate(narrow, seen)
+    cuts[key] = batch_norm.reestimate(narrow, seen)
+    return copy.deepcopy(cuts[key])
 
 
 first = budgets(*parsed(points[0])) if points else {}
@@ -679,27 +685,16 @@ table[[*shown, "delta_ci_low", "delta_ci_high", "headline"]].sort_values("size_r
 # ### What did each stage give?
 
 # %%
-first = next((row for row in rows if row.method in ORDERS and not row.control), None)
-if first is not None:
-    stages = [row for row in rows if (row.method, row.point) == (first.method, first.point)]
-    stages = [reference, *sorted(stages, key=lambda row: not row.control)]
-    names = ["fp32", *(row.control.replace("after_", "") for row in stages[1:-1]), ORDERS[first.method][-1]]
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
-    kinds = (("artifact_bytes", "bytes"), ("macs", "MACs"), ("accuracy", "test accuracy (%)"))
-    for axes, (column, label) in zip(panels, kinds, strict=True):
-        heights = [getattr(row, column) for row in stages]
-        axes.bar(range(len(names)), heights, color=["grey"] + ["C0"] * (len(names) - 1))
-        axes.set_xticks(range(len(names)), names)
-        axes.set_title(label)
-        if column != "accuracy":
-            axes.set_yscale("log")
-    panels[2].set_ylim(min(row.accuracy for row in stages) - 1, max(row.accuracy for row in stages) + 0.5)
+everything = pd.concat([pd.DataFrame([reference.model_dump()]), table], ignore_index=True)
+if (figure := figures.waterfall(everything)) is not None:
     figures.show(figure, "Bytes, MACs and test accuracy after each stage of the first pipeline")
 
+# %% [markdown]
+# What each stage is worth in milliseconds is measured in [07](07_deployment.ipynb) and drawn in [10](10_report.ipynb).
+
 # %%
-everything = pd.concat([pd.DataFrame([reference.model_dump()]), table], ignore_index=True)
 figures.show(
-    figures.size_against_accuracy(everything[~everything["control"].str.startswith("after")]),
+    figures.size_against_accuracy(everything),
     "Test accuracy against how many times smaller the file is: pipelines, rivals and other tools",
 )
 
@@ -719,10 +714,7 @@ versus if len(versus) else "no two of these points are to be compared"
 # header, batch-norm and scales are left out.
 
 # %%
-files = {
-    f"{c['row']['method']}:{c['row']['point']}": c for c in candidates if "after" not in c["row"]["control"]
-}
-files = {name: f"artifacts/{c['path'].name}" for name, c in files.items()}
+files = {results.label(row): f"artifacts/{c['path'].name}" for c, row in zip(candidates, rows, strict=False)}
 done = run.finish(
     compression=rows,
     extra={"validation_delta": decided.looked, "files": files, "missing": missing, "timings": timings},
@@ -740,7 +732,7 @@ if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
     full = figures.read_table(committed / "compression.csv")
-    ours = full["run"].str.contains("06_pipeline") & ~full["control"].str.startswith("after")
+    ours = full["run"].str.contains("06_pipeline") & ~full["control"].str.startswith("after_")
     joined = full[ours | (full["technique"] == "baseline") & (full["control"] == "")]
     figures.show(
         figures.size_against_accuracy(joined),

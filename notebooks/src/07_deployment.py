@@ -28,7 +28,7 @@ batches: list = [1, 16]  # [1, 4096] pictures at once
 in_runtimes: list = ["eager", "onnxruntime"]  # and openvino, executorch, inductor, where they are installed
 narrow: str = "channels_fisher:macs=4x mended tuned"  # of 03_pruning, which has it with " int8", too
 masked: str = "magnitude_global:sparsity=0.9 tuned"  # of 03_pruning
-joined: list = []  # of 06_pipeline, whose run is then in upstream; in int8 wherever it runs
+joined: list = []  # of 06_pipeline, whose run is then in upstream; all but the first in ONNX Runtime only
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
 rounds: int = 5  # [1, 1000] visits to each pair of runtime and network
 seconds: float = 4.0  # [1, 36000] for the timing, all rounds together
@@ -73,7 +73,7 @@ wanted = {"02": points, "03": [narrow, f"{narrow} int8", masked], "06": joined}
 for number, asked in wanted.items():
     found, parts = {}, [other for other in others if other.record.notebook.startswith(number)]
     for part in parts:
-        own = {f"{row.method}:{row.point}": row for row in part.compression}
+        own = {results.label(row): row for row in part.compression}
         own = {name: row for name, row in own.items() if name in part.record.extra["files"]}
         found |= own
         paths |= {name: part.folder / part.record.extra["files"][name] for name in own}
@@ -205,8 +205,9 @@ requests += requested(narrow_row, "fp32", several) + requested(narrow_int8_row, 
 requests += requested(narrow_int8_row, "s8s8", ["onnxruntime"])
 for row in (mask_row, *also):
     requests += requested(row, "fp32", ["onnxruntime"])
-for row in small:
-    requests += requested(row, "int8", several)
+for number, row in enumerate(small):
+    precision = "int8" if artifact.read(files[row.artifact_sha256]).ranges else "fp32"
+    requests += requested(row, precision, ["onnxruntime"] if number else several)
 
 # %%
 known = {row.artifact_sha256: row for row in (reference, *networks, *cut, *also, *small)}
