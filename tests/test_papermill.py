@@ -314,7 +314,7 @@ def test_networks_are_timed_from_the_whole_to_the_narrowest(baseline, known, tmp
     assert fewer[-1] == pytest.approx(made["most"]("prune"))
     # who goes on has the same networks
     again = until_trained(tmp_path / "timed", baseline, points=["prune_only:ms=1000"], controls=[])
-    assert again["timings"] == json.loads(json.dumps(made["timings"]))
+    assert again["timings"] == made["timings"]
     with pytest.raises(ValueError, match=r"ms=0.00001 cannot be met in onnxruntime: 0.\d+ is the nearest"):
         until_trained(tmp_path / "fast", baseline, points=["prune_only:ms=0.00001"])
 
@@ -350,12 +350,10 @@ OWN_DATA = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8").split("#
 COMMANDS = {
     Path(words[1]).stem: words for words in map(shlex.split, OWN_DATA.split("```")[1].split("\n")[1:-1])
 }
-SMALL = {  # what a test adds to a command; everything else is as the README has it
-    "01_baseline": "-p size 16 -p epochs 1 -p batch_size 16",
+SMALL = {  # those that are run, and what a test adds; everything else is as the README has it
+    "01_baseline": "-p size 16 -p width 0.25 -p epochs 1 -p batch_size 16",
     "02_quantization": "-y 'points: [uniform_per_channel:bits=7]'",
-    "03_pruning": "-p scoring_images 32",
     "06_pipeline": "-p scoring_images 32",
-    "07_deployment": "-p rounds 1 -p seconds 1",
 }
 
 
@@ -403,7 +401,7 @@ def test_imagenet_weights_from_a_file(pictures, clone):
     trained = artifact.load(clone / "mine/1/artifacts/fp32.safetensors")
     assert trained.spec.stem == "imagenet"
     given = weights["layer3.0.conv1.weight"]
-    assert float((trained.layer3[0].conv1.weight - given).abs().max()) < 1e-3
+    assert float((trained.layer3[0].conv1.weight.detach() - given).abs().max()) < 1e-3
     done = as_in_the_readme("01_baseline", clone, f"{options} {small} -p depth 34", **about)
     assert done.returncode and "of another network" in done.stderr
 

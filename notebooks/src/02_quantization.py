@@ -657,8 +657,9 @@ def finished(method: str, setting: dict[str, str]) -> torch.nn.Module:
 # wins by curing a baseline that was not trained to its end.
 
 # %%
-training = {"epochs": train_epochs, "learning_rate": learning_rate, "seed": seed, "augment": False}
+training = {"learning_rate": learning_rate, "seed": seed, "augment": False}
 training["batch_size"] = baseline.record.parameters["batch_size"]
+training["epochs"] = max(train_epochs, training["batch_size"] / len(pictures.train))  # a step at least
 
 
 def trained(method: str, setting: dict[str, str]) -> tuple[torch.nn.Module, dict]:

@@ -216,6 +216,7 @@ def thin(fewer: float) -> models.Spec:
     return narrow
 
 
+# %%
 @functools.cache
 def scores_of_dense() -> dict[str, torch.Tensor]:
     """What the loss would miss without each channel of the baseline."""
@@ -252,7 +253,7 @@ for earlier in parts:
     timings |= earlier.extra.get("timings", {})
 
 
-def timed(stage: str) -> tuple[list[float], list[float]]:
+def timed(stage: str) -> list[list[float]]:
     """From the whole network to the narrowest: times fewer MACs, and int8 milliseconds of a picture."""
     name, macs, paths = f"{stage} in {runtime}", [], []
     for number, fewer in enumerate(np.geomspace(1, most(stage), TIMED) if name not in timings else ()):
@@ -266,7 +267,7 @@ def timed(stage: str) -> tuple[list[float], list[float]]:
     if paths:
         found = measure.milliseconds(paths, runtime=runtime, precision="int8", folder=paths[0].parent)
         found = np.maximum.accumulate(found[::-1])[::-1]  # a larger network is not faster
-        timings[name] = (models.macs(spec) / np.array(macs)).tolist(), found.tolist()
+        timings[name] = [[models.macs(spec) / count for count in macs], found.tolist()]
         kept_timings.write_text(json.dumps(timings))
     return timings[name]
 
@@ -502,7 +503,7 @@ def trained(network, stage: str, values: dict[str, str], length: float, name: st
     """A stage's training, and what it took: by the teacher in `distill`, else by labels."""
     train, loss, augment, before = pictures, cross_entropy, recipe_of_01["augment"], 0.0
     size = batch_size or recipe_of_01["batch_size"]
-    steps = round(length * (len(pictures.train) // size))
+    steps = max(1, round(length * (len(pictures.train) // size)))
     lesson, together = teaching.Recipe(temperature=temperature, alpha=alpha), "ensemble" in values
     if stage == "distill" and copies == 0:
         loss = teaching.taught_by(teacher(together), lesson, network.spec)
