@@ -13,14 +13,6 @@ from small_networks import PLAIN, quantized
 
 from nnc_utils import artifact, data, encoding, evaluation, models, notebook, rows, tables
 
-
-def pytest_collection_modifyitems(items):
-    """What runs in one process of several: a file of tests; and all notebooks, which share results/smoke."""
-    for item in items:
-        name = "notebooks" if item.path.suffix == ".ipynb" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 PARAMETERS = """\
 seconds: float = 0.0  # [0, 100] how long it works
 profile: str = "smoke"  # name
