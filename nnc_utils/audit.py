@@ -15,12 +15,19 @@ from typing import Any
 import numpy as np
 
 from nnc_utils.provenance import file_sha256, json_sha256
-from nnc_utils.rows import AGAIN, CompressionRow, LatencyRow, SummaryRow, evidence, timed_evidence
+from nnc_utils.rows import (
+    AGAIN,
+    OWN_CLASSES,
+    CompressionRow,
+    LatencyRow,
+    SummaryRow,
+    evidence,
+    timed_evidence,
+)
 from nnc_utils.tables import COMMITTED_BYTES, ResultError, labels_name, read_rows
 
 EXACT = 6e-5  # stored with four decimals
 AGREEMENT = {1: 99.5, 0: 99.0}  # stored_codes -> least agreement in percent
-OWN_CLASSES = ("int8", "bf16")  # precisions that round where eager does not: no row without agreement
 HEADER_SHARE, HEADER_BYTES = 1.01, 100_000  # an fp32 file beyond its parameters: statistics, names
 REQUIRED = ("seed", "parameters", "parameters_sha256", "commit", "versions", "hardware", "wall_seconds")
 

@@ -19,7 +19,7 @@ import psutil
 from nnc_utils import artifact as artifacts
 from nnc_utils import data, evaluation, runtimes, scoring
 from nnc_utils.artifact import Artifact
-from nnc_utils.rows import AGAIN, evidence
+from nnc_utils.rows import AGAIN, OWN_CLASSES, evidence
 from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes.children import Child, ChildError, worker
 
@@ -148,6 +148,7 @@ def latency(
             once = ("accuracy", "agreement", "load_ms", "peak_rss_mb")
             columns = dict.fromkeys(once) | {"control": AGAIN}
             smallest = [(min(batches), min(threads))]
+            options["seconds"] = seconds / len(points)  # visits as long as the first ones
             twice = _timed(jobs, known, points=smallest, **options, identities=False)
             records += [record | columns for record in twice]
     absent = [
@@ -276,11 +277,14 @@ def _jobs(present: Sequence[tuple[str, str, str]], *, dataset: str, folder: Path
     made = {}
 
     def convert(name: str) -> None:
-        with worker(name, folder) as process:
-            for path, precision in ((p, kind) for p, runtime, kind in present if runtime == name):
+        wanted = [(path, kind) for path, runtime, kind in present if runtime == name]
+        with worker(name, folder, beside_others=True) as process:
+            first = networks[wanted[0][0]]  # compiled here, where the compiler is loaded
+            process.ask("identity", key="", shape=_shape(first), threads=1, folder=str(folder))
+            for path, precision in wanted:
                 source = os.path.abspath(path)
                 file = process.ask("convert", source=source, precision=precision, folder=str(folder))
-                if precision in runtimes.INTEGERS:  # counted here, where the compiler is loaded already
+                if precision in runtimes.INTEGERS:  # counted here, likewise
                     process.ask("load", key=file, path=file, precision=precision, threads=1)
                     found, kinds = process.ask("operators", key=file), runtimes.adapter(name).INTEGER
                     qdq.check_integer(networks[path].spec, found, kinds)
@@ -302,6 +306,11 @@ def _pictures(path: str, network: Artifact, dataset: str, folder: Path) -> Path:
     return file
 
 
+def _shape(network: Artifact) -> list[int]:
+    """Channels and size of its pictures."""
+    return [network.spec.channels, network.spec.size]
+
+
 def _probe(job: _Job, threads: int) -> dict[str, Any]:
     """Load time and memory of a network in a process of its own, after one prediction of one picture."""
     with worker(job.runtime, job.file.parent) as probe:
@@ -320,7 +329,7 @@ def _open(process: Child, visit: _Visit) -> None:
     """Make a visit's session in its worker."""
     job, about = visit.job, {"key": visit.session, "threads": visit.threads}
     if visit.key is None:
-        process.ask("identity", shape=[job.network.spec.channels, job.network.spec.size], **about)
+        process.ask("identity", shape=_shape(job.network), folder=str(job.images.parent), **about)
         return
     loaded = process.ask("load", path=str(job.file), precision=job.precision, **about)
     if loaded["threads"] != visit.threads:
@@ -375,7 +384,7 @@ def _classify(
     about["stored_codes"] = int(qdq.stored_codes(job.network)) if integers else None
     labels = scoring.matching(dataset, job.path, job.network).test.labels
     order = {"key": f"{job.key} {threads}", "images": str(job.images), "batch": batch}
-    as_eager = job.precision == "s8s8" or job.precision == "fp32" and not job.network.ranges
+    as_eager = job.precision not in OWN_CLASSES and not (job.precision == "fp32" and job.network.ranges)
     if as_eager and len(labels) > SAMPLE:
         sample = job.file.parent / file.name
         process.ask("predict", target=str(sample), first=SAMPLE, **order)

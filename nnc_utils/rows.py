@@ -20,6 +20,7 @@ NO_LOSS = -0.3  # percentage points: "no loss" means that the interval's lower e
 AGAIN = "again"  # control of what was timed a second time
 AFTER = "after_"  # begins the control of a network between two stages, as "after_prune"
 JOINED = "06_pipeline"  # the notebook whose peers are held against the pipeline
+OWN_CLASSES = ("int8", "bf16")  # precisions that round where eager does not: no row without agreement
 ROUNDING = 5e-5  # accuracies are stored with four decimals
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

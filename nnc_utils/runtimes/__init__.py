@@ -56,8 +56,11 @@ class Adapter(Protocol):
     def load(self, path: Path, precision: str, threads: int) -> Session:
         """A session of what `convert` made; needs nothing but the runtime."""
 
-    def identity(self, shape: tuple[int, int], threads: int) -> Session:
-        """A network that gives its input (channels, size) back: the cost of calling the runtime."""
+    def identity(self, shape: tuple[int, int], threads: int, folder: Path) -> Session:
+        """A network that gives its input (channels, size) back: the cost of calling the runtime.
+
+        What has to be compiled for it is left in the folder, and found there the next time.
+        """
 
 
 def adapter(name: str) -> ModuleType:

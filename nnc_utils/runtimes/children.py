@@ -20,7 +20,7 @@ class ChildError(RuntimeError):
 class Child:
     """A process that answers on stdout, line by line; it ends when its stdin does."""
 
-    def __init__(self, arguments: Sequence[str], temporary: Path | None = None) -> None:
+    def __init__(self, arguments: Sequence[str], **environment: str) -> None:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         self._name = " ".join(arguments[:2])
@@ -32,7 +32,7 @@ class Child:
             stderr=self._stderr,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": path} | ({"TMPDIR": str(temporary)} if temporary else {}),
+            env={**os.environ, "PYTHONPATH": path, **environment},
         )
 
     def answer(self) -> str:
@@ -69,15 +69,22 @@ class Child:
 
 
 @contextlib.contextmanager
-def child(arguments: Sequence[str], temporary: Path | None = None) -> Iterator[Child]:
-    """Start a process and close it, whatever happens in between; `temporary` is its TMPDIR."""
-    started = Child(arguments, temporary)
+def child(arguments: Sequence[str], **environment: str) -> Iterator[Child]:
+    """Start a process, with more in its environment, and close it, whatever happens in between."""
+    started = Child(arguments, **environment)
     try:
         yield started
     finally:
         started.close()
 
 
-def worker(runtime: str, temporary: Path | None = None) -> contextlib.AbstractContextManager[Child]:
-    """A process with one runtime in it; what that leaves behind when it ends lies in `temporary`."""
-    return child(["nnc_utils.runtimes.worker", runtime], temporary)
+def worker(
+    runtime: str, temporary: Path | None = None, *, beside_others: bool = False
+) -> contextlib.AbstractContextManager[Child]:
+    """A process with one runtime in it; what that leaves behind when it ends lies in `temporary`.
+
+    What works `beside_others` does so with one thread: OpenMP's threads are slow where they have to share.
+    """
+    environment = {"TMPDIR": str(temporary)} if temporary else {}
+    environment |= {"OMP_NUM_THREADS": "1"} if beside_others else {}
+    return child(["nnc_utils.runtimes.worker", runtime], **environment)

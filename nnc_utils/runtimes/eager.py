@@ -63,6 +63,6 @@ def load(path: Path, precision: str, threads: int) -> EagerSession:
     return prepare(artifacts.read(path), precision, threads)
 
 
-def identity(shape: tuple[int, int], threads: int) -> EagerSession:
+def identity(shape: tuple[int, int], threads: int, folder: Path) -> EagerSession:
     """A module that gives its input back."""
     return EagerSession(nn.Identity(), 0, threads)

@@ -7,7 +7,6 @@ classes is computed in floats; such a network is refused in int8.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
@@ -134,17 +133,10 @@ def load(path: Path, precision: str, threads: int) -> InductorSession:
     return InductorSession(Path(path), threads)
 
 
-@functools.lru_cache(maxsize=1)  # however many threads are to run it
-def _identity(shape: tuple[int, int]) -> bytes:
-    channels, size = shape
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "identity.pt2"
-        return _write(exported.Copy(), (channels, size, size), target).read_bytes()
-
-
-def identity(shape: tuple[int, int], threads: int) -> InductorSession:
+def identity(shape: tuple[int, int], threads: int, folder: Path) -> InductorSession:
     """A program that copies its input."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "identity.pt2"
-        target.write_bytes(_identity(shape))
-        return load(target, "fp32", threads)
+    channels, size = shape
+    target = folder / f"identity_{channels}_{size}.pt2"
+    if not target.exists():
+        _write(exported.Copy(), (channels, size, size), target)
+    return load(target, "fp32", threads)

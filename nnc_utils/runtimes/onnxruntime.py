@@ -164,7 +164,7 @@ def load(path: Path, precision: str, threads: int) -> OnnxRuntimeSession:
     return OnnxRuntimeSession(Path(path), precision, threads)
 
 
-def identity(shape: tuple[int, int], threads: int) -> OnnxRuntimeSession:
+def identity(shape: tuple[int, int], threads: int, folder: Path) -> OnnxRuntimeSession:
     """A session of `identity_model`."""
     return OnnxRuntimeSession(identity_model(shape).SerializeToString(), "fp32", threads)
 

@@ -121,7 +121,7 @@ def load(path: Path, precision: str, threads: int) -> OpenVinoSession:
     return OpenVinoSession(Path(path), precision, threads)
 
 
-def identity(shape: tuple[int, int], threads: int) -> OpenVinoSession:
+def identity(shape: tuple[int, int], threads: int, folder: Path) -> OpenVinoSession:
     """A model whose output is its input."""
     from nnc_utils.runtimes import onnxruntime
 

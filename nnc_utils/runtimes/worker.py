@@ -47,9 +47,9 @@ class Worker:
         _settle()
         return {"load_ms": load_ms, "threads": session.threads, "runtime_bytes": session.runtime_bytes}
 
-    def identity(self, *, key: str, shape: list[int], threads: int) -> dict[str, Any]:
-        """Make a network that gives its input back."""
-        self._sessions[key] = self._adapter.identity(tuple(shape), threads)
+    def identity(self, *, key: str, shape: list[int], threads: int, folder: str) -> dict[str, Any]:
+        """Make a network that gives its input back; what it is compiled to stays in the folder."""
+        self._sessions[key] = self._adapter.identity(tuple(shape), threads, Path(folder))
         _settle()
         return {"threads": self._sessions[key].threads}
 
