@@ -28,6 +28,7 @@ from nnc_utils.tables import COMMITTED_BYTES, ResultError, labels_name, read_row
 
 EXACT = 6e-5  # stored with four decimals
 AGREEMENT = {1: 99.5, 0: 99.0}  # stored_codes -> least agreement in percent
+ROUNDS = 5  # of timing, at least
 HEADER_SHARE, HEADER_BYTES = 1.01, 100_000  # an fp32 file beyond its parameters: statistics, names
 REQUIRED = ("seed", "parameters", "parameters_sha256", "commit", "versions", "hardware", "wall_seconds")
 
@@ -134,6 +135,8 @@ class _Audit:
         for column in columns if row.control == AGAIN else (*columns, "control", "headline"):
             if getattr(row, column) != getattr(network, column):
                 yield f"{what}: {column} differs from the one in compression.csv"
+        if row.rounds < ROUNDS and row.profile != "smoke":
+            yield f"{what}: {row.rounds} rounds, needed are {ROUNDS}"
         if row.accuracy is not None:
             found = {"accuracy": 100 * self.right(timed_evidence(row), row.dataset).mean()}
             if row.agreement is not None:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from nnc_utils import processes, results
+from nnc_utils import audit, processes, results
 from nnc_utils.notebook import environment
 from nnc_utils.processes import LockedError
 from nnc_utils.provenance import root
@@ -48,12 +48,15 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
         return 1
     print(f"\nprofile {profile} is complete ({time.time() - begin:.0f} s)\n")
     tables = root() / "results" / profile
-    if (tables / "compression.csv").is_file():
-        print(results.table(tables))
-        if (root() / "README.md").is_file():
-            results.update_readme(root())
-        print(f"\nThe report: {tables / 'report.md'}")
-    return 0
+    if not (tables / "compression.csv").is_file():
+        return 0
+    print(results.table(tables))
+    if (root() / "README.md").is_file():
+        results.update_readme(root())
+    print(f"\nThe report: {tables / 'report.md'}")
+    if problems := audit.problems(tables, rescore=False):
+        print("\n".join(["\nThese tables do not hold what they say:", *problems]))
+    return 1 if problems else 0
 
 
 def _snakemake(configuration: Path, profile: str, cores: str, rerun: str) -> list[str]:

@@ -73,7 +73,8 @@ def export(path: str | Path, *, to: str, out: str | Path, precision: str = "") -
         raise ExportError(f"{path} has no activation ranges: calibrate and save it again, or export fp32")
     spec, module = network.spec, runtimes.adapter(runtime)
     about = {
-        "input": "float32 (batch, channels, size, size), each channel (pixel / 255 - mean) / std",
+        "input": "float32 (batch, channels, size, size) of the middle square of the picture, "
+        "each channel (pixel / 255 - mean) / std",
         "output": "float32 (batch, classes), the largest is the class",
         "channels": spec.channels,
         "size": spec.size,

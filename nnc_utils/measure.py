@@ -96,15 +96,17 @@ def latency(
     folder : for the predictions, of eager (as `score` leaves them) and of each runtime.
     batches, threads : at which to time.
     rounds : at least 5 for numbers that are published.
-    seconds : for all the timing together, about; slow networks get fewer samples, 2 a visit at least.
+    seconds : for the timing, about, shared by all visits alike; slow networks get at least 2 samples in each.
     again : time the smallest batch and number of threads once more, in new processes: do the times hold?
 
     Returns
     -------
     Records with the columns of latency.csv that measuring knows (ratios are made from them by
     `rows.latency_rows`), path, samples (how many) and cpu_busy_before (percent). Without `agreement` the
-    accuracy is the artifact's in eager. An identity network a runtime has control "identity", what was timed
-    `again` control "again". Where a runtime is missing the record holds "why" instead of numbers.
+    accuracy is the artifact's in eager. `load_ms` and `peak_rss_mb` are of a fresh process that predicts one
+    picture. An identity network a runtime has control "identity", and the memory of a process with nothing
+    else; what was timed `again` has control "again". Where a runtime is missing the record holds "why"
+    instead of numbers.
 
     Raises
     ------
@@ -142,13 +144,13 @@ def latency(
                 about = _classify(workers[job.runtime], job, eager, dataset=dataset, folder=folder, **most)
                 known[job.runtime, job.key] |= about
 
-        options = {"rounds": rounds, "seconds": seconds, "temporary": Path(scratch)}
+        visits = len(points) * (len(jobs) + len({job.runtime for job in jobs}))
+        options = {"rounds": rounds, "share": seconds / rounds / visits, "temporary": Path(scratch)}
         records = _timed(jobs, known, points=points, **options, then=classify)
         if again:
             once = ("accuracy", "agreement", "load_ms", "peak_rss_mb")
             columns = dict.fromkeys(once) | {"control": AGAIN}
             smallest = [(min(batches), min(threads))]
-            options["seconds"] = seconds / len(points)  # visits as long as the first ones
             twice = _timed(jobs, known, points=smallest, **options, identities=False)
             records += [record | columns for record in twice]
     absent = [
@@ -220,12 +222,15 @@ def _timed(
     *,
     points: Sequence[tuple[int, int]],
     rounds: int,
-    seconds: float,
+    share: float,
     temporary: Path,
     identities: bool = True,
     then: Callable[[Mapping[str, Child]], None] = lambda workers: None,
 ) -> list[dict[str, Any]]:
-    """Records of all jobs at all points (batch, threads), in new processes; `then` may ask these more."""
+    """Records of all jobs at all points (batch, threads), in new processes; `then` may ask these more.
+
+    A visit gets a `share` of seconds.
+    """
     visits = [_Visit(job.key, job, *point) for job in jobs for point in points]
     if identities:
         firsts = {job.runtime: job for job in jobs[::-1]}
@@ -241,12 +246,16 @@ def _timed(
         with ThreadPoolExecutor(CONVERTERS) as pool:
             list(pool.map(ready, workers))
         busy = _busy()
-        samples = _time(workers, visits, rounds=rounds, seconds=seconds)
+        samples = _time(workers, visits, rounds=rounds, share=share)
+        memory = {name[0]: process.ask("memory") for name, process in workers.items() if name[1]}
         then({runtime: process for (runtime, identity), process in workers.items() if not identity})
     identity = {"precision": "fp32", "control": "identity", "artifact_sha256": ""}
     records = []
     for visit in visits:
-        about = known[visit.job.runtime, visit.key] if visit.key else identity
+        if visit.key:
+            about = known[visit.job.runtime, visit.key]
+        else:
+            about = identity | {"peak_rss_mb": round(memory[visit.job.runtime]["peak_rss_mb"], 1)}
         where = {"runtime": visit.job.runtime, "batch": visit.batch, "threads": visit.threads}
         summary = _summary(samples[visit], batch=visit.batch) | {"rounds": rounds, "cpu_busy_before": busy}
         records.append(where | summary | about)
@@ -339,18 +348,16 @@ def _open(process: Child, visit: _Visit) -> None:
 
 
 def _time(
-    workers: Mapping[tuple[str, bool], Child], visits: Sequence[_Visit], *, rounds: int, seconds: float
+    workers: Mapping[tuple[str, bool], Child], visits: Sequence[_Visit], *, rounds: int, share: float
 ) -> dict[_Visit, list[int]]:
     """Nanoseconds of each visit, over all rounds."""
     samples: dict[_Visit, list[int]] = {visit: [] for visit in visits}
-    networks = sum(visit.key is not None for visit in visits)
-    budget = max(seconds / rounds - IDENTITY_SECONDS * (len(visits) - networks), 0.0) / networks
     start = time.perf_counter()
     for number in range(1, rounds + 1):
         for visit in visits:
             about = {"key": visit.session, "images": str(visit.job.images), "batch": visit.batch}
-            share = budget if visit.key else IDENTITY_SECONDS
-            samples[visit] += workers[visit.process].ask("time", seconds=share, **about)
+            longest = share if visit.key else min(share, IDENTITY_SECONDS)
+            samples[visit] += workers[visit.process].ask("time", seconds=longest, **about)
         print(f"timed round {number} of {rounds}, {time.perf_counter() - start:.0f} s", flush=True)
     return samples
 

@@ -17,6 +17,7 @@ import pandas as pd
 
 from nnc_utils.provenance import code_sha256, root, write_atomically
 from nnc_utils.rows import (
+    AFTER,
     AGAIN,
     JOINED,
     NO_LOSS,
@@ -36,6 +37,7 @@ from nnc_utils.rows import (
 from nnc_utils.tables import ResultError, Run, labels_name, publish, read_rows, read_run, summarize, to_frame
 
 __all__ = [
+    "AFTER",
     "AGAIN",
     "APART",
     "CompressionRow",
@@ -174,7 +176,8 @@ def _network(row: pd.Series) -> str:
 def table(profile_dir: Path) -> str:
     """The headline table as Markdown: what the networks weigh, how right they are, how fast, and where.
 
-    A line is one network in one runtime; its accuracy is that of the code that was timed.
+    A line is one network in one runtime; its accuracy is that of the code that was timed, or eager's where a
+    runtime in fp32 was seen to compute the same.
     """
     tables = Tables(profile_dir)
     lines = []
@@ -193,7 +196,7 @@ def table(profile_dir: Path) -> str:
             accuracy = network["accuracy"] if row is None else row["accuracy"]
             line = {"network": _network(network) + (STALE if runs & tables.stale else ""), "runs in": where}
             line |= {"accuracy": f"{accuracy:.2f}"}
-            itself = is_baseline and row is None or is_baseline and row["runtime"] == "eager"
+            itself = is_baseline and (row is None or pd.isna(row["agreement"]))
             line["Δ points [95 %]"] = "reference" if itself else _delta(delta)
             line["no loss"] = "–" if itself else _yes(delta["delta_ci_low"] >= NO_LOSS)
             line |= size
@@ -218,13 +221,16 @@ def _legend(tables: Tables) -> str:
         f"Δ is the paired difference to the fp32 network in percentage points with its 95 % interval; "
         f"“no loss” means that its lower end is at least {NO_LOSS}."
     )
+    if seeds > 1:
+        text += " A line is the first seed's network; the report's rankings are over all seeds."
     if len(tables.latency):
         timed = tables.latency[tables.latency["batch"] == 1]
         threads = timed["threads"].min()
         hardware = tables.provenance.get(timed.iloc[0]["run"], {}).get("hardware", {}) if len(timed) else {}
         text += (
             f" ms: median for one picture, {threads} thread{'s' if threads > 1 else ''}"
-            f"{', ' + str(hardware['cpu']) if 'cpu' in hardware else ''}."
+            f"{', ' + str(hardware['cpu']) if 'cpu' in hardware else ''}. Of a runtime in fp32 the first "
+            "thousand pictures are compared with eager's; where they agree, its accuracy is eager's."
         )
     if tables.networks()["simulated"].any():
         text += (
@@ -311,7 +317,16 @@ def _stops_paying(tables: Tables) -> str:
 
 
 def _latency(tables: Tables) -> str:
-    return markdown(
+    notes = []
+    for run in tables.latency["run"].unique():
+        extra = tables.provenance[run]["extra"]
+        if "fewest_samples" in extra:
+            rounds = tables.latency[tables.latency["run"] == run]["rounds"].max()
+            notes.append(
+                f"Medians of at least {extra['fewest_samples']} predictions in {rounds} rounds; before the "
+                f"first, other processes used {extra['cpu_busy_before']:.0f} % of the processor.\n\n"
+            )
+    return "".join(notes) + markdown(
         [
             {
                 "network": "identity" if row["control"] == "identity" else _network(row),
@@ -420,10 +435,13 @@ def _provenance(tables: Tables) -> str:
         }
         for run, record in sorted(tables.provenance.items())
     ]
-    one = next(iter(tables.provenance.values()))
-    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-    hardware = ", ".join(f"{name}: {value}" for name, value in one["hardware"].items())
-    return markdown(lines) + f"\n\nVersions: {versions}.\n\nMachine: {hardware}."
+    told: dict[str, list[str]] = {}
+    for run, record in sorted(tables.provenance.items()):
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        machine = [f"{k}: {v}" for k, v in record["hardware"].items() if k != "load_average"]
+        told.setdefault(f"Versions: {versions}.\n\nMachine: {', '.join(machine)}.", []).append(run)
+    texts = [f"{', '.join(runs)}:\n\n" * (len(told) > 1) + text for text, runs in told.items()]
+    return "\n\n".join([markdown(lines), *texts])
 
 
 def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
@@ -499,7 +517,8 @@ def gaps(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.Da
     whole = compression[plain].set_index("seed")
     together: dict[str, list] = {}
     for mine, alone in _against_alone(compression):
-        if alone["control"] == "student_alone" and mine["seed"] in whole.index:
+        taught = not mine["control"]  # not by a shuffled teacher
+        if taught and alone["control"] == "student_alone" and mine["seed"] in whole.index:
             name = f"{mine['method']} {mine['point']}"
             together.setdefault(name, []).append((mine, alone, whole.loc[mine["seed"]]))
     lines = []
@@ -611,7 +630,8 @@ def report(profile_dir: Path) -> str:
             "## Open division: retrained, or another architecture",
             _ranking(tables, "open"),
             "## Where does each technique stop paying?",
-            _stops_paying(tables),
+            "Read off the test set, so a guide and no claim: claims were chosen on validation.\n\n"
+            + _stops_paying(tables),
             "## Side by side: paired differences",
             drawn["waterfall"] + _side_by_side(tables),
             "## Time",

@@ -61,6 +61,7 @@ QUANTIZED = {"method": "uniform_per_channel"}
         ("latency", INT8, "agreement", "100.0", "agreement is 100.0"),
         ("latency", INT8, "agreement", "", "not that of the code that was timed"),
         ("latency", INT8, "p50_ms", "0.4", "speedup_eager_fp32"),
+        ("latency", INT8, "rounds", "4", "4 rounds, needed are 5"),
         ("latency", INT8, "speedup_eager_fp32", "8.1", "speedup_eager_fp32 is 8.1"),
         ("latency", INT8, "speedup_best_fp32", "8.0", "speedup_best_fp32 is 8.0"),
         ("latency", INT8, "headline", "0", "headline differs"),

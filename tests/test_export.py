@@ -89,12 +89,16 @@ def test_the_example_of_the_readme_names_the_class_of_a_picture(trained, tmp_pat
     [code] = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "InferenceSession" in c]
     assert len(code.strip().splitlines()) <= 12 and "nnc_utils" not in code and "torch" not in code
     export.export(path, to="onnx", out=tmp_path / "net.onnx")
-    Image.fromarray(digits.test.images[0, 0].numpy()).save(tmp_path / "picture.png")
+    small = Image.fromarray(digits.test.images[0, 0].numpy())
+    wide = Image.new("L", (44, 32), 255)  # whose middle is the picture
+    wide.paste(small.resize((32, 32), Image.Resampling.NEAREST), (6, 0))
+    wide.save(tmp_path / "picture.png")
     done = subprocess.run(
         [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     stored = artifact.network(artifact.read(path))
-    first = data.Split(digits.test.images[:1], digits.test.labels[:1])
+    read = torch.tensor(data._read_picture(tmp_path / "picture.png", digits.size)).permute(2, 0, 1)[None]
+    first = data.Split(read, digits.test.labels[:1])
     [expected] = evaluation.predict(stored, first, normalize=digits.normalize)
     assert done.stdout.strip() == digits.classes[expected]
 

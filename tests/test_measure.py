@@ -78,6 +78,7 @@ def test_latency_measures_by_the_protocol(trained_digits, tmp_path, monkeypatch)
         assert record["throughput"] == pytest.approx(1e3 * record["batch"] / record["p50_ms"], rel=1e-4)
         assert (record["control"] == "identity") == (record["artifact_sha256"] == "")
         if record["control"] == "identity":
+            assert record["peak_rss_mb"] > 20
             continue
         sha256, how = record["artifact_sha256"], (record["runtime"], record["precision"])
         found = np.load(tmp_path / rows.timed_evidence(SimpleNamespace(**record)))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import psutil
 import pytest
@@ -238,6 +239,18 @@ def test_a_failing_notebook_is_named_with_its_last_lines(two_stages):
 def test_an_unknown_profile_is_named(two_stages, capsys):
     assert benchmark.benchmark("tyni") == 2
     assert "unknown profile 'tyni': one of tiny" in capsys.readouterr().out
+
+
+def test_tables_that_do_not_hold_are_a_failure(published, monkeypatch, capsys):
+    (published.parents[1] / "workflow/profiles").mkdir(parents=True)
+    (published.parents[1] / "workflow/profiles/quick.yaml").write_text("seeds: [1]")
+    finished = types.SimpleNamespace(run=lambda *_, **__: types.SimpleNamespace(returncode=0))
+    monkeypatch.setattr(benchmark, "subprocess", finished)
+    assert benchmark.benchmark("quick") == 0
+    table = published / "latency.csv"
+    table.write_text(table.read_text().replace("0.5,", "0.4,", 1))
+    assert benchmark.benchmark("quick") == 1
+    assert "do not hold what they say" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)

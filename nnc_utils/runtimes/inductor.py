@@ -61,8 +61,8 @@ class InductorSession:
         self._programs = {batch: programs[f"batch{batch}"] for batch in BATCHES}
         self._threads, self.runtime_bytes = threads, package.stat().st_size
         with zipfile.ZipFile(package) as content:
-            [name] = [n for n in content.namelist() if "/batch1/" in n and n.endswith(".wrapper.cpp")]
-            self._code = content.read(name).decode()
+            code = [name for name in content.namelist() if name.endswith(".wrapper.cpp")]
+            self._code = [content.read(name).decode() for name in code]
 
     @property
     def threads(self) -> int:
@@ -76,10 +76,14 @@ class InductorSession:
 
     @property
     def integer_operators(self) -> dict[str, int]:
-        """Counted in the C++ that was compiled for one picture."""
-        calls = re.findall(r"aoti_torch_cpu_\w+(?=\()", self._code)
-        kinds = (next((kind for name, kind in KERNELS.items() if name in call), "") for call in calls)
-        return dict(Counter(filter(None, kinds)))
+        """Counted in the C++ that was compiled: the fewest of any program, of floats the most."""
+        programs = []
+        for code in self._code:
+            calls = re.findall(r"aoti_torch_cpu_\w+(?=\()", code)
+            kinds = (next((kind for name, kind in KERNELS.items() if name in call), "") for call in calls)
+            programs.append(Counter(filter(None, kinds)))
+        found = set().union(*programs)
+        return {k: (max if k.startswith("float") else min)(p[k] for p in programs) for k in found}
 
     @torch.inference_mode()
     def predict(self, images: np.ndarray) -> np.ndarray:

@@ -735,8 +735,10 @@ def against_thin(table: pd.DataFrame, folder: Path, labels: np.ndarray) -> pd.Da
 against_thin(table, run.path("predictions"), results.labels_of(reference.dataset))
 
 # %%
+files = {results.label(row): f"artifacts/{m['path'].name}" for row, m in zip(rows, made, strict=True)}
 done = run.finish(
-    compression=rows, extra={**{n: earlier[n] for n in steps if n in earlier}, "missing": missing}
+    compression=rows,
+    extra={**{n: earlier[n] for n in steps if n in earlier}, "missing": missing, "files": files},
 )
 print(f"{done.run} is finished: {len(rows)} rows")
 

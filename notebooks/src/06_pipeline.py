@@ -733,7 +733,7 @@ if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
     full = figures.read_table(committed / "compression.csv")
-    ours = full["run"].str.contains("06_pipeline") & ~full["control"].str.startswith("after_")
+    ours = full["run"].str.contains("06_pipeline") & ~full["control"].str.startswith(results.AFTER)
     joined = full[ours | (full["technique"] == "baseline") & (full["control"] == "")]
     figures.show(
         figures.size_against_accuracy(joined),

@@ -25,15 +25,15 @@
 # %% tags=["parameters"]
 points: list = ["uniform_per_channel:bits=7"]  # of 02_quantization; all but the first in ONNX Runtime only
 batches: list = [1, 16]  # [1, 4096] pictures at once
-in_runtimes: list = ["eager", "onnxruntime"]  # and openvino, executorch, inductor, where they are installed
+in_runtimes: list = ["eager", "onnxruntime"]  # and openvino, executorch; inductor with batches of 1 and 64
 narrow: str = "channels_fisher:macs=4x mended tuned"  # of 03_pruning, which has it with " int8", too
 masked: str = "magnitude_global:sparsity=0.9 tuned"  # of 03_pruning
-joined: list = []  # of 06_pipeline, whose run is then in upstream; all but the first in ONNX Runtime only
+joined: list = []  # of 06_pipeline, whose run is then in upstream; stages of a pipeline in ONNX Runtime only
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
 rounds: int = 5  # [1, 1000] visits to each pair of runtime and network
 seconds: float = 4.0  # [1, 36000] for the timing, all rounds together
 again: bool = False  # take as long once more, and say whether the speed-ups hold
-upstream: list = []  # run folders of 01, 02, 03 and, for `joined`, 06; empty: the first three's defaults
+upstream: list = []  # run folders of 01, 02, 03, and of 04, 05, 06; empty: the first three's defaults
 seed: int = 1  # [0, 1000000] of the networks that are timed
 profile: str = "smoke"  # where the result belongs: smoke, quick, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/07_deployment
@@ -69,12 +69,12 @@ reference = baseline.baseline
 if unknown := set(in_runtimes) - set(runtimes.NAMES):
     raise ValueError(f"unknown runtime {', '.join(unknown)}: one of {', '.join(runtimes.NAMES)}")
 made, paths = {}, {}
-wanted = {"02": points, "03": [narrow, f"{narrow} int8", masked], "06": joined}
+wanted = {"02": points, "03": [narrow, f"{narrow} int8", masked], "04": [], "05": [], "06": joined}
 for number, asked in wanted.items():
     found, parts = {}, [other for other in others if other.record.notebook.startswith(number)]
     for part in parts:
         own = {results.label(row): row for row in part.compression}
-        own = {name: row for name, row in own.items() if name in part.record.extra["files"]}
+        own = {name: row for name, row in own.items() if name in part.record.extra.get("files", {})}
         found |= own
         paths |= {name: part.folder / part.record.extra["files"][name] for name in own}
     made |= found
@@ -83,17 +83,11 @@ for number, asked in wanted.items():
         raise ValueError(f"no artifact of {runs} is called {', '.join(unknown)}: it has {', '.join(found)}")
 
 # %%
-claimed = [
-    n
-    for n, row in made.items()
-    if row.technique == "quantization" and row.headline and artifact.read(paths[n]).ranges
-]  # in 8 bits, that is
-networks = [made[name] for name in dict.fromkeys([*points, *claimed])]
-also = [row for row in made.values() if row.technique == "pruning" and row.headline]
+networks = [made[name] for name in points]
 narrow_row, narrow_int8_row, mask_row = (made[name] for name in (narrow, f"{narrow} int8", masked))
 cut = [narrow_row, narrow_int8_row, mask_row]
-also = [row for row in also if row not in cut]  # further claims
 small = [made[name] for name in joined]
+claims = [row for row in made.values() if row.headline and row not in [*networks, *cut, *small]]
 files = {made[name].artifact_sha256: path for name, path in paths.items()}
 fp32 = artifact.read(baseline.artifact("fp32"))
 int8 = artifact.read(files[networks[0].artifact_sha256])
@@ -152,8 +146,16 @@ session = runtimes.prepare("onnxruntime", int8, "int8", 1)
 kinds = [step.kind for step in qdq.steps(spec)]
 print("predicted:", {kind: kinds.count(kind) for kind in ("conv", "add", "linear")})
 print("measured: ", {kind: session.integer_operators[kind] for kind in ("conv", "add", "linear")})
-broken = dict(session.integer_operators)
-broken["conv"] -= 1  # as if one convolution had stayed in float
+lost = "layer2.0.quant1"  # what is between two convolutions is no longer rounded
+for node in [n for n in model.graph.node if f"{lost}.codes" in (*n.input, *n.output)]:
+    model.graph.node.remove(node)
+for node in model.graph.node:
+    for place, tensor in enumerate(node.input):
+        if tensor == lost:
+            node.input[place] = f"{lost}.float"
+adapter = runtimes.adapter("onnxruntime")
+broken = adapter.OnnxRuntimeSession(model.SerializeToString(), "int8", 1).integer_operators
+print("without one pair:", {kind: broken[kind] for kind in ("conv", "add", "linear")})
 try:
     qdq.check_integer(spec, broken)
 except RuntimeError as error:
@@ -203,14 +205,14 @@ for row in networks[1:]:
     requests += requested(row, "int8", ["onnxruntime"])
 requests += requested(narrow_row, "fp32", several) + requested(narrow_int8_row, "int8", several)
 requests += requested(narrow_int8_row, "s8s8", ["onnxruntime"])
-for row in (mask_row, *also):
-    requests += requested(row, "fp32", ["onnxruntime"])
-for number, row in enumerate(small):
+requests += requested(mask_row, "fp32", ["onnxruntime"])
+for row in (*small, *claims):
     precision = "int8" if artifact.read(files[row.artifact_sha256]).ranges else "fp32"
-    requests += requested(row, precision, ["onnxruntime"] if number else several)
+    whole = row in small and not row.control.startswith(results.AFTER)  # a pipeline, or a rival of one
+    requests += requested(row, precision, several if whole else ["onnxruntime"])
 
 # %%
-known = {row.artifact_sha256: row for row in (reference, *networks, *cut, *also, *small)}
+known = {row.artifact_sha256: row for row in (reference, *networks, *cut, *small, *claims)}
 for part in run.upstream:  # the classes that each artifact gave in eager are known already
     for file in (part.folder / "predictions").glob("*.npy"):
         shutil.copy(file, run.path(f"predictions/{file.name}"))
@@ -328,7 +330,7 @@ for axes, column, label in zip(panels, ("macs", "bytes"), ("MACs", "bytes of the
         marker = figures.MARKERS[number]
         axes.scatter(rows_of[column], rows_of["p50_ms"], marker=marker, label=figures.name(runtime))
     r = correlation.loc[column, "p50_ms"]
-    title = f"{one[column].nunique()} networks, correlation of the logarithms {r:.2f}"
+    title = f"{one['artifact_sha256'].nunique()} networks, correlation of the logarithms {r:.2f}"
     axes.set(xscale="log", yscale="log", xlabel=label, title=title)
 panels[0].set_ylabel("median milliseconds a picture")
 panels[1].legend(fontsize=9)
@@ -342,7 +344,7 @@ correlation.round(2)
 # ## Which networks are worth having?
 #
 # A network in a runtime is worth having if none is both faster and better: those are on the **frontier**.
-# Accuracy is that of the code that was timed.
+# Accuracy is that of the code that was timed, or eager's where the runtime was seen to compute the same.
 
 # %%
 figures.show(
@@ -354,17 +356,18 @@ figures.show(
 # ## What fits a device?
 #
 # A microcontroller has a flash memory of about 1 MB and a quarter of that for what flows between layers; an
-# app may weigh some megabytes; a server counts milliseconds. Measured are bytes of what the runtime loads, the most
-# memory of a process that does nothing else, and milliseconds on *this* processor. What flows is computed from
+# app may weigh some megabytes; a server counts milliseconds. Measured are bytes of what the runtime loads,
+# milliseconds on *this* processor, and memory: the most that a process takes which does nothing else, less what one
+# with the runtime's identity network takes, which is Python, its libraries and the runtime. What flows is computed from
 # the Spec: the tensors that some step still needs, together, a byte for each number in int8. Of the
 # runtimes here ONNX Runtime and ExecuTorch run on phones; none runs on a microcontroller, where the question is
 # only whether the numbers would fit.
 
 # %%
-DEVICES = {  # what each allows: bytes to load, bytes that flow, megabytes of the process, milliseconds
+DEVICES = {  # what each allows: bytes to load, bytes that flow, megabytes beyond the runtime's, milliseconds
     "microcontroller": {"runtime_bytes": 1_000_000, "flowing_bytes": 256_000},
-    "phone app": {"runtime_bytes": 15_000_000, "peak_rss_mb": 500, "p50_ms": 20},
-    "small server": {"runtime_bytes": 1_000_000_000, "peak_rss_mb": 1_000, "p50_ms": 1},
+    "phone app": {"runtime_bytes": 15_000_000, "memory_mb": 100, "p50_ms": 20},
+    "small server": {"runtime_bytes": 1_000_000_000, "memory_mb": 1_000, "p50_ms": 1},
 }
 RUNS_ON = {"phone app": ("onnxruntime", "executorch")}  # others everywhere
 
@@ -390,19 +393,21 @@ def flowing(spec: models.Spec, nbytes: int) -> int:
 # %%
 specs = {sha256: artifact.read(files[sha256]).spec for sha256 in one["artifact_sha256"].unique()}
 sizes = {"int8": 1, "s8s8": 1, "bf16": 2, "fp32": 4}
+alone = first[first["control"] == "identity"].groupby("runtime")["peak_rss_mb"].max()
 fits = one.assign(
-    flowing_bytes=[flowing(specs[s], sizes[p]) for s, p in zip(one["artifact_sha256"], one["precision"])]
+    memory_mb=(one["peak_rss_mb"] - one["runtime"].map(alone)).clip(lower=0),
+    flowing_bytes=[flowing(specs[s], sizes[p]) for s, p in zip(one["artifact_sha256"], one["precision"])],
 )
 for device, limits in DEVICES.items():
     within = pd.concat([fits[column] <= limit for column, limit in limits.items()], axis=1).all(axis=1)
     within &= fits["runtime"].isin(RUNS_ON.get(device, in_runtimes))
     fits[device] = within.map({True: "fits", False: "–"})
-columns = ["runtime", "precision", "method", "point", "runtime_bytes", "peak_rss_mb", "load_ms", "p50_ms"]
+columns = ["runtime", "precision", "method", "point", "runtime_bytes", "memory_mb", "load_ms", "p50_ms"]
 fits[[*columns, "flowing_bytes", *DEVICES]].round(2)
 
 # %% [markdown]
 # **What would fool you.** The file's bytes: an entropy-coded artifact is decoded before it runs, and then takes
-# `runtime_bytes`. Python and its libraries are most of the memory here; a phone has the runtime alone. And these are
+# `runtime_bytes`. Inductor's package holds the weights once for each batch that it was compiled for. And these are
 # this processor's milliseconds: export the network (`python -m nnc_utils.export`) and time it on the device.
 #
 # ## Did the answers stay the same?
@@ -437,7 +442,9 @@ print(results.holding(table) if again else "timed once: set again=True")
 
 # %%
 busy = max(record.get("cpu_busy_before", 0) for record in measured)
-finished = run.finish(latency=rows, extra={"cpu_busy_before": busy, "missing": missing})
+fewest = min(record["samples"] for record in measured if "samples" in record)
+extra = {"cpu_busy_before": busy, "fewest_samples": fewest, "missing": missing}
+finished = run.finish(latency=rows, extra=extra)
 print(f"{finished.run} is finished: {len(rows)} rows")
 
 # %% [markdown]

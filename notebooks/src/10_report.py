@@ -28,7 +28,7 @@ run_dir: str = ""  # folder of this run; empty: results/smoke/10_report
 
 # %%
 import pandas as pd
-from IPython.display import Markdown, display
+from IPython.display import Image, Markdown, display
 
 from nnc_utils import audit, figures, results
 from nnc_utils.run import start
@@ -89,6 +89,21 @@ display(*tables) if tables else print("not among these runs")
 # %%
 finished = run.finish()
 print(f"{finished.run} is finished")
+
+# %% [markdown]
+# ## The committed results
+#
+# The same figures, of ResNet-18 on Fashion-MNIST; what is behind them stands in the report beside the tables.
+
+# %%
+committed = results.committed_profile(timed=True)
+if committed is None:
+    print("No committed tables yet: `make benchmark` makes them.")
+else:
+    for name, alt in results.FIGURES.items():
+        if (picture := committed / f"figures/{name}.png").is_file():
+            print(f"{committed.name}: {alt}")
+            display(Image(picture, width=900))
 
 # %% [markdown]
 # ## What you can now do
