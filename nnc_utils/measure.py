@@ -151,6 +151,7 @@ def latency(
             once = ("accuracy", "agreement", "load_ms", "peak_rss_mb")
             columns = dict.fromkeys(once) | {"control": AGAIN}
             smallest = [(min(batches), min(threads))]
+            options["share"] *= len(points)  # as long altogether: a slow minute weighs less
             twice = _timed(jobs, known, points=smallest, **options, identities=False)
             records += [record | columns for record in twice]
     absent = [
