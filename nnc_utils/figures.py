@@ -271,6 +271,7 @@ def headline(profile_dir: Path) -> Figure:
     compression = read_table(profile_dir / "compression.csv")
     many = compression["technique"].isin(["pruning", "distillation"])  # of them, what is claimed
     many |= compression["method"].str.startswith("torch_pruning")
+    many |= compression["method"].isin(["gzip", "xz", "zstd"])  # the same networks in other files
     size_against_accuracy(compression[~many | (compression["headline"] == 1)], left)
     for right in rest:
         frontier(latency, right, threads=int(latency["threads"].min()))
