@@ -10,6 +10,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from small_networks import PLAIN, quantized
+from xdist.scheduler import LoadFileScheduling
 
 from nnc_utils import artifact, data, encoding, evaluation, models, notebook, rows, tables
 
@@ -19,6 +20,18 @@ profile: str = "smoke"  # name
 seed: int = 1  # [0, 1000] seed
 run_dir: str = ""  # folder
 """
+
+
+class _NotebooksInOrder(LoadFileScheduling):
+    """A file's tests in one process, and all notebooks in one: each builds on the runs of those before it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "notebooks" if nodeid.startswith("notebooks/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return _NotebooksInOrder(config, log)
 
 
 def write_notebook(root: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> Path:
