@@ -10,6 +10,9 @@ VENV_PYTHON := .venv/bin/python
 SETUP       := $(PYTHON) workflow/setup_env.py
 MADE        := results/runs results/smoke .snakemake .pytest_cache .ruff_cache build
 
+# The set-up leaves modules to be compiled at their first import; unkept, each process would do it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: benchmark test lab report clean constraints help python profile
 
@@ -28,8 +31,8 @@ test: python ## linter, unit tests, every notebook, the workflow, the audit of t
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist || echo "going on without: what needs it is skipped"
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest tests -n 2 --dist loadfile
-	@$(VENV_PYTHON) -m pytest notebooks --nbval-lax --nbval-current-env \
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest notebooks tests/test_papermill.py tests -n 2 \
+		--no-loadscope-reorder --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 lab: python ## JupyterLab with the notebooks
