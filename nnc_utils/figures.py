@@ -15,6 +15,7 @@ from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nnc_utils import peers
 from nnc_utils.rows import AFTER, AGAIN, NO_LOSS
 
 MARKERS = "osD^vP*X<>hdp8"
@@ -271,7 +272,7 @@ def headline(profile_dir: Path) -> Figure:
     compression = read_table(profile_dir / "compression.csv")
     many = compression["technique"].isin(["pruning", "distillation"])  # of them, what is claimed
     many |= compression["method"].str.startswith("torch_pruning")
-    many |= compression["method"].isin(["gzip", "xz", "zstd"])  # the same networks in other files
+    many |= compression["method"].isin(peers.GENERAL)  # the same networks in other files
     size_against_accuracy(compression[~many | (compression["headline"] == 1)], left)
     for right in rest:
         frontier(latency, right, threads=int(latency["threads"].min()))

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from nnc_utils.models import ResNet
 
 RUNTIMES = ("ort_static", "nncf_ptq", "torchao_pt2e")
-CODECS = ("nncodec", "gzip", "xz", "zstd")
+GENERAL = ("gzip", "xz", "zstd")  # compressors of anything: here, of the codes of an artifact of ours
+CODECS = ("nncodec", *GENERAL)
 NAMES = RUNTIMES + CODECS
 PRUNERS = ("torch_pruning",)  # give a network back, not a file: `peer(name).prune`
 SEARCHERS = ("optuna_nsga2",)  # choose an architecture: `peer(name).search`
@@ -58,7 +59,7 @@ def peer(name: str) -> ModuleType:
     """
     if name not in NAMES + PRUNERS + SEARCHERS:
         raise ValueError(f"unknown peer {name!r}: one of {', '.join(NAMES + PRUNERS + SEARCHERS)}")
-    return importlib.import_module(f"nnc_utils.peers.{'plain' if name in ('gzip', 'xz', 'zstd') else name}")
+    return importlib.import_module(f"nnc_utils.peers.{'plain' if name in GENERAL else name}")
 
 
 def available(name: str) -> str:
@@ -83,7 +84,7 @@ def make(name: str, source: str | Path, images: np.ndarray, folder: str | Path, 
     -------
     The file; OpenVINO's weights lie beside it (`files`).
     """
-    if name in ("gzip", "xz", "zstd"):
+    if name in GENERAL:
         settings["compressor"] = name
     return peer(name).make(Path(source), images, Path(folder), **settings)
 

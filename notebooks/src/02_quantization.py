@@ -99,7 +99,7 @@ SETTINGS = dict.fromkeys(BITS, ("bits",)) | {
     "mixed_precision": ("budget", "rule"),
 }
 SETTINGS |= {"uniform_per_channel": ("bits", "levels")}
-SETTINGS |= dict.fromkeys(("gzip", "xz", "zstd"), ("bits",)) | {"nncodec": ("qp",)}
+SETTINGS |= dict.fromkeys(counterparts.GENERAL, ("bits",)) | {"nncodec": ("qp",)}
 FLAGS = {"bn", "float", "one_sided", "rdo"}
 WIDTHS = (2, 3, 4, 8)  # among which mixed precision chooses
 SETTINGS |= {"ort_static": ("U8S8", "S8S8"), "nncf_ptq": ("",), "torchao_pt2e": ("",)}
@@ -135,7 +135,7 @@ for point in (*points, *peers):  # before any work
         if key == "budget" and value not in (allowed := [*(f"{bits}bit" for bits in WIDTHS[1:]), "5level"]):
             raise ValueError(f"{point!r}: the budget is one of {', '.join(allowed)}")
     codes = f"uniform_per_channel:{parsed(point)[1]}"
-    if parsed(point)[0] in ("gzip", "xz", "zstd") and codes not in (*points, *sources):
+    if parsed(point)[0] in counterparts.GENERAL and codes not in (*points, *sources):
         raise ValueError(f"{point!r} compresses the codes of {codes}: add it to points")
 
 # %% [markdown]
@@ -763,7 +763,7 @@ def with_batch_norm(path, **settings):
 
 def made(name: str, values: dict[str, str]):
     """A peer's file, and the artifact that it was made of."""
-    if name in ("gzip", "xz", "zstd"):
+    if name in counterparts.GENERAL:
         source = sources[f"uniform_per_channel:bits={values['bits']}"]
         return counterparts.make(name, source, calibration.numpy(), folder), source
     settings = {"scheme": next(iter(values))} if name == "ort_static" else {}

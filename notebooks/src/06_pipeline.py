@@ -132,7 +132,7 @@ RIVALS = {
     "torch_pruning": ("torch", "train"),
 }
 PEERS = {"torch_pruning_nncf": {"macs"}, "nncodec_pruned": {"macs", "qp"}}
-PEERS |= dict.fromkeys(("gzip", "xz", "zstd"), set())  # of the codes of the first order at these budgets
+PEERS |= dict.fromkeys(counterparts.GENERAL, set())  # of the codes of the first order at these budgets
 BUDGET = prune_epochs + quantize_epochs + distill_epochs
 INSTEAD = {"size": "bits", "ms": "macs"}  # budgets that may stand in place of others
 
