@@ -24,6 +24,7 @@ from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes.children import Child, ChildError, worker
 
 BUSY = 10  # percent of the processor that others may use before a warning
+SWEEPS = 4  # times that a round goes over all networks at the smallest batch, where that takes little
 CONVERTERS = 2  # processes that convert networks at a time, each with its compiler
 IDENTITY_SECONDS = 0.05  # enough for thousands of calls
 SAMPLE = 1000  # test pictures by which a runtime is seen to compute what eager does,
@@ -81,8 +82,9 @@ def latency(
     """Time networks in their runtimes, and let each runtime classify the test set by the same code.
 
     Each runtime lives in one worker process, blocked while another is timed, its identity network in another
-    one. A round visits every pair of network and runtime at every batch and number of threads, with a warm-up
-    at each visit.
+    one. A round visits every pair of network and runtime, with a warm-up at each visit: all at one batch and
+    number of threads, then all at the next, and several times at the smallest batch. What is compared is thus
+    timed within seconds: a machine whose speed comes and goes slows both.
 
     The whole test set is classified where the runtime rounds what eager does not, in int8 and bf16. What it
     computes in fp32 (or in `s8s8`, from int8's codes) is seen to be the same by the first thousand pictures;
@@ -144,14 +146,14 @@ def latency(
                 about = _classify(workers[job.runtime], job, eager, dataset=dataset, folder=folder, **most)
                 known[job.runtime, job.key] |= about
 
-        visits = len(points) * (len(jobs) + len({job.runtime for job in jobs}))
+        passes = sum(_sweeps(batch, points) for batch, _ in points)
+        visits = passes * (len(jobs) + len({job.runtime for job in jobs}))
         options = {"rounds": rounds, "share": seconds / rounds / visits, "temporary": Path(scratch)}
         records = _timed(jobs, known, points=points, **options, then=classify)
         if again:
             once = ("accuracy", "agreement", "load_ms", "peak_rss_mb")
             columns = dict.fromkeys(once) | {"control": AGAIN}
             smallest = [(min(batches), min(threads))]
-            options["share"] *= len(points)  # as long altogether: a slow minute weighs less
             twice = _timed(jobs, known, points=smallest, **options, identities=False)
             records += [record | columns for record in twice]
     absent = [
@@ -258,7 +260,7 @@ def _timed(
         else:
             about = identity | {"peak_rss_mb": round(memory[visit.job.runtime]["peak_rss_mb"], 1)}
         where = {"runtime": visit.job.runtime, "batch": visit.batch, "threads": visit.threads}
-        summary = _summary(samples[visit], batch=visit.batch) | {"rounds": rounds, "cpu_busy_before": busy}
+        summary = _summary(samples[visit], batch=visit.batch) | {"cpu_busy_before": busy}
         records.append(where | summary | about)
     return records
 
@@ -350,22 +352,32 @@ def _open(process: Child, visit: _Visit) -> None:
 
 def _time(
     workers: Mapping[tuple[str, bool], Child], visits: Sequence[_Visit], *, rounds: int, share: float
-) -> dict[_Visit, list[int]]:
-    """Nanoseconds of each visit, over all rounds."""
-    samples: dict[_Visit, list[int]] = {visit: [] for visit in visits}
+) -> dict[_Visit, list[list[int]]]:
+    """Nanoseconds of the predictions in each visit, a list for each time that it was made."""
+    samples: dict[_Visit, list[list[int]]] = {visit: [] for visit in visits}
+    points = list(dict.fromkeys((visit.batch, visit.threads) for visit in visits))
     start = time.perf_counter()
     for number in range(1, rounds + 1):
-        for visit in visits:
-            about = {"key": visit.session, "images": str(visit.job.images), "batch": visit.batch}
-            longest = share if visit.key else min(share, IDENTITY_SECONDS)
-            samples[visit] += workers[visit.process].ask("time", seconds=longest, **about)
+        for batch, threads in [point for point in points for _ in range(_sweeps(point[0], points))]:
+            for visit in (v for v in visits if (v.batch, v.threads) == (batch, threads)):
+                about = {"key": visit.session, "images": str(visit.job.images), "batch": visit.batch}
+                longest = share if visit.key else min(share, IDENTITY_SECONDS)
+                samples[visit].append(workers[visit.process].ask("time", seconds=longest, **about))
         print(f"timed round {number} of {rounds}, {time.perf_counter() - start:.0f} s", flush=True)
     return samples
 
 
-def _summary(samples: Sequence[int], *, batch: int) -> dict[str, Any]:
-    first, p50, third, p90 = np.percentile(np.array(samples) / 1e6, (25, 50, 75, 90))
+def _sweeps(batch: int, points: Sequence[tuple[int, int]]) -> int:
+    """How often a round goes over the networks at this batch."""
+    return SWEEPS if batch == min(points)[0] else 1
+
+
+def _summary(visits: Sequence[Sequence[int]], *, batch: int) -> dict[str, Any]:
+    samples = np.concatenate(visits) / 1e6
+    first, p50, third, p90 = np.percentile(samples, (25, 50, 75, 90))
     return {
+        "rounds": len(visits),
+        "rounds_p50_ms": " ".join(f"{np.median(visit) / 1e6:.6g}" for visit in visits),
         "p50_ms": float(f"{p50:.6g}"),
         "p90_ms": float(f"{p90:.6g}"),
         "iqr_ms": float(f"{third - first:.6g}"),

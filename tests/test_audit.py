@@ -60,8 +60,10 @@ QUANTIZED = {"method": "uniform_per_channel"}
         ("latency", INT8, "accuracy", "99.9", "accuracy is 99.9"),
         ("latency", INT8, "agreement", "100.0", "agreement is 100.0"),
         ("latency", INT8, "agreement", "", "not that of the code that was timed"),
-        ("latency", INT8, "p50_ms", "0.4", "speedup_eager_fp32"),
-        ("latency", INT8, "rounds", "4", "4 rounds, needed are 5"),
+        ("latency", INT8, "p50_ms", "0.4", "p50_ms is 0.4, but its rounds are from 0.5 to 0.5"),
+        ("latency", INT8, "rounds_p50_ms", "0.5 0.5 0.4 0.4 0.4", "speedup_eager_fp32 is 8.0, but"),
+        ("latency", INT8, "rounds_p50_ms", "0.5 0.5 0.5 0.5", "5 rounds, but 4 medians"),
+        ("latency", INT8, "rounds", "4", "4 rounds, but 5 medians"),
         ("latency", INT8, "speedup_eager_fp32", "8.1", "speedup_eager_fp32 is 8.1"),
         ("latency", INT8, "speedup_best_fp32", "8.0", "speedup_best_fp32 is 8.0"),
         ("latency", INT8, "headline", "0", "headline differs"),
@@ -78,6 +80,14 @@ def test_one_changed_field_is_found(published, table, where, column, value, mess
     change(published / f"{table}.csv", where, column, value)
     found = audit.problems(published, rescore=False)
     assert any(message in problem for problem in found), found
+
+
+def test_too_few_rounds_are_found(published):
+    for column, value in (("rounds", "4"), ("rounds_p50_ms", "0.5 0.5 0.5 0.5")):
+        change(published / "latency.csv", INT8, column, value)
+    found = audit.problems(published, rescore=False)
+    assert any("4 rounds, needed are 5" in problem for problem in found), found
+    assert any("4 rounds, the uncompressed network 5" in problem for problem in found), found
 
 
 def test_one_changed_prediction_is_found(published):

@@ -23,7 +23,8 @@ accuracy_delta, delta_ci_low, delta_ci_high, reference_sha256, train_images, tra
 commit"""
 LATENCY = """profile, run, dataset, model, technique, method, point, seed, control, headline, runtime,
 precision, stored_codes, batch, threads, rounds, p50_ms, p90_ms, iqr_ms, throughput, accuracy, agreement,
-speedup_eager_fp32, speedup_best_fp32, peak_rss_mb, load_ms, runtime_bytes, artifact_sha256, commit"""
+speedup_eager_fp32, speedup_best_fp32, peak_rss_mb, load_ms, runtime_bytes, artifact_sha256, commit,
+rounds_p50_ms"""  # the last is ours: the ratios are medians over rounds
 SUMMARY = """dataset, technique, method, point, control, seeds, headline, division, accuracy_mean,
 accuracy_sd, delta_mean, delta_ci_low, delta_ci_high, no_loss, size_ratio, artifact_bytes, params, macs"""
 
@@ -111,20 +112,37 @@ def test_speedups_are_against_eager_and_the_fastest_fp32(example):
     assert float(found["train", "eager", "fp32", "64"]["speedup_best_fp32"]) == 0.5
 
 
+def times(*milliseconds):
+    """What is measured of as many rounds as are given; of one, five like it."""
+    rounds = milliseconds * (5 if len(milliseconds) == 1 else 1)
+    p50 = float(np.median(rounds))
+    found = {"p50_ms": p50, "p90_ms": max(rounds), "iqr_ms": 0.0}
+    return found | {"rounds_p50_ms": " ".join(map(str, rounds))}
+
+
+def test_a_machine_that_is_slow_for_a_while_changes_no_speedup(example):
+    """Of five rounds two or three were twice as slow, for whatever was timed in them."""
+    networks = [row for folder in example.folders for row in tables.read_run(folder).compression]
+    base, int8 = (example.scores[name, 1]["sha256"] for name in ("01_baseline", "02_quantization"))
+    common = {"batch": 1, "threads": 1, "rounds": 5}
+    for slow in ((1, 1, 1, 2, 2), (2, 1, 2, 1, 2)):
+        measured = [
+            {"artifact_sha256": base, "runtime": "eager", "precision": "fp32"},
+            {"artifact_sha256": int8, "runtime": "onnxruntime", "precision": "int8"},
+        ]
+        for row, alone, own in zip(measured, (8.0, 1.0), ((1, 1, 1, 1, 1.3), (1.1, 1, 1, 1, 1)), strict=True):
+            row |= {**times(*(alone * a * b for a, b in zip(slow, own, strict=True))), **common}
+        built = rows.latency_rows(measured, networks, reference_sha256=base)
+        assert [row["speedup_eager_fp32"] for row in built] == [1.0, 8.0]
+
+
 def test_identity_and_absent_runtimes_get_no_speedup(example):
     networks = [row for folder in example.folders for row in tables.read_run(folder).compression]
     sha256 = example.scores["01_baseline", 1]["sha256"]
     common = {"precision": "fp32", "batch": 1, "threads": 1, "rounds": 5}
     measured = [
-        {
-            "artifact_sha256": sha256,
-            "runtime": "eager",
-            "p50_ms": 2.0,
-            "p90_ms": 2.0,
-            "iqr_ms": 0.0,
-            **common,
-        },
-        {"control": "identity", "runtime": "eager", "p50_ms": 0.1, "p90_ms": 0.1, "iqr_ms": 0.0, **common},
+        {"artifact_sha256": sha256, "runtime": "eager", **times(2.0), **common},
+        {"control": "identity", "runtime": "eager", **times(0.1), **common},
         {"artifact_sha256": sha256, "runtime": "openvino", **common},
     ]
     built = rows.latency_rows(measured, networks, reference_sha256=sha256)
@@ -138,7 +156,7 @@ def timed_twice(example):
     """Rows of two networks in two runtimes, the second time with other numbers."""
     networks = [row for folder in example.folders for row in tables.read_run(folder).compression]
     base, int8 = (example.scores[name, 1]["sha256"] for name in ("01_baseline", "02_quantization"))
-    times = {
+    milliseconds = {
         ("", base, "eager", "fp32"): 4.0,
         ("", base, "onnxruntime", "fp32"): 2.0,
         ("", int8, "onnxruntime", "int8"): 0.5,
@@ -148,8 +166,8 @@ def timed_twice(example):
     }
     measured = [
         {"control": control, "artifact_sha256": sha256, "runtime": runtime, "precision": precision}
-        | {"p50_ms": ms, "p90_ms": ms, "iqr_ms": 0.0, "batch": 1, "threads": 1, "rounds": 5}
-        for (control, sha256, runtime, precision), ms in times.items()
+        | {**times(ms), "batch": 1, "threads": 1, "rounds": 5}
+        for (control, sha256, runtime, precision), ms in milliseconds.items()
     ]
     return rows.latency_rows(measured, networks, reference_sha256=base)
 

@@ -30,7 +30,7 @@ narrow: str = "channels_fisher:macs=4x mended tuned"  # of 03_pruning, which has
 masked: str = "magnitude_global:sparsity=0.9 tuned"  # of 03_pruning
 joined: list = []  # of 06_pipeline, whose run is then in upstream; stages of a pipeline in ONNX Runtime only
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
-rounds: int = 5  # [1, 1000] visits to each pair of runtime and network
+rounds: int = 5  # [1, 1000] visits to each pair of runtime and network, more at the smallest batch
 seconds: float = 4.0  # [1, 36000] for the timing, all rounds together
 again: bool = False  # take as long once more, and say whether the speed-ups hold
 upstream: list = []  # run folders of 01, 02, 03, and of 04, 05, 06; empty: the first three's defaults
@@ -183,9 +183,10 @@ pd.DataFrame([row.model_dump() for row in (reference, narrow_row, narrow_int8_ro
 # what the binding between Python and the runtime costs: an **identity** network, one operator that does
 # nothing, shows that.
 #
-# Each runtime lives in a process of its own, waiting while another is timed; a round visits every pair
-# of runtime and network once, so that a slow minute of the machine hits all alike. The medians are
-# over all rounds.
+# Each runtime lives in a process of its own, waiting while another is timed. A round visits every pair of runtime
+# and network at one batch, one after the other, so that a slow minute of the machine hits all alike. The medians
+# are over all rounds; a speed-up is the median of the ratios *within* a round. (On a rented processor, whose other
+# half works for somebody else now and then, the ratio of two medians jumps by a third; this one does not.)
 
 # %%
 def requested(row, precision: str, names: list[str]) -> list[dict]:
