@@ -229,9 +229,9 @@ def _legend(tables: Tables) -> str:
         hardware = tables.provenance.get(timed.iloc[0]["run"], {}).get("hardware", {}) if len(timed) else {}
         text += (
             f" ms: median for one picture, {threads} thread{'s' if threads > 1 else ''}"
-            f"{', ' + str(hardware['cpu']) if 'cpu' in hardware else ''}; × is the median of the ratios within "
-            "a round, in which both were timed. Of a runtime in fp32 the first "
-            "thousand pictures are compared with eager's; where they agree, its accuracy is eager's."
+            f"{', ' + str(hardware['cpu']) if 'cpu' in hardware else ''}; × is the median of the ratios "
+            "within a round, in which both were timed. Of a runtime in fp32 the first thousand "
+            "pictures are compared with eager's; where they agree, its accuracy is eager's."
         )
     if tables.networks()["simulated"].any():
         text += (
@@ -324,9 +324,10 @@ def _latency(tables: Tables) -> str:
         if "fewest_samples" in extra:
             rounds = tables.latency[tables.latency["run"] == run]["rounds"]
             notes.append(
-                f"Medians of at least {extra['fewest_samples']} predictions in {rounds.min()} rounds, or "
-                f"{rounds.max()} at the smallest batch; a speed-up is the median of the ratios within a round. "
-                f"Before the first, other processes used {extra['cpu_busy_before']:.0f} % of the processor.\n\n"
+                f"Medians of at least {extra['fewest_samples']} predictions in {rounds.min()} rounds, "
+                f"{rounds.max()} at the smallest batch; a speed-up is the median of the ratios within a "
+                f"round. Before the first, other processes used {extra['cpu_busy_before']:.0f} % of the "
+                "processor.\n\n"
             )
     return "".join(notes) + markdown(
         [
