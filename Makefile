@@ -31,7 +31,7 @@ test: python ## linter, unit tests, every notebook, the workflow, the audit of t
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist || echo "going on without: what needs it is skipped"
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest notebooks tests/test_papermill.py tests -n 2 \
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest notebooks tests -n 2 \
 		--no-loadscope-reorder --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 

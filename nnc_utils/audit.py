@@ -151,7 +151,7 @@ class _Audit:
                 yield f"{what}: agreement {row.agreement} is below {AGREEMENT[row.stored_codes]}"
         elif row.headline:
             yield f"{what}: carries a claim, but its runtime was not scored"
-        mine = np.array(row.rounds_p50_ms.split(), dtype=float)
+        mine = np.array(row.medians)
         if not (1 - EXACT) * mine.min() <= row.p50_ms <= (1 + EXACT) * mine.max():
             yield f"{what}: p50_ms is {row.p50_ms}, but its rounds are from {mine.min()} to {mine.max()}"
         times = {
@@ -160,7 +160,8 @@ class _Audit:
             if other.technique == "baseline" and other.precision == "fp32"
             if other.control == (AGAIN if row.control == AGAIN else "")
             if networks[other.artifact_sha256].control == ""
-            if (other.dataset, other.seed) == (row.dataset, row.seed) and other.p50_ms is not None
+            if (other.run, other.dataset, other.seed) == (row.run, row.dataset, row.seed)
+            if other.p50_ms is not None
             if (other.batch, other.threads) == (row.batch, row.threads)
         }
         if "eager" not in times:
@@ -168,7 +169,7 @@ class _Audit:
             return
         fastest = min(times.values(), key=lambda other: other.p50_ms)
         for column, other in (("speedup_eager_fp32", times["eager"]), ("speedup_best_fp32", fastest)):
-            its = np.array(other.rounds_p50_ms.split(), dtype=float)
+            its = np.array(other.medians)
             if len(its) != len(mine):
                 yield f"{what}: {len(mine)} rounds, the uncompressed network {len(its)}"
                 return

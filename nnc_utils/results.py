@@ -230,7 +230,7 @@ def _legend(tables: Tables) -> str:
         text += (
             f" ms: median for one picture, {threads} thread{'s' if threads > 1 else ''}"
             f"{', ' + str(hardware['cpu']) if 'cpu' in hardware else ''}; × is the median of the ratios "
-            "within a round, in which both were timed. Of a runtime in fp32 the first thousand "
+            "within a round, not the ratio of these medians. Of a runtime in fp32 the first thousand "
             "pictures are compared with eager's; where they agree, its accuracy is eager's."
         )
     if tables.networks()["simulated"].any():

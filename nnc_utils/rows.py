@@ -139,6 +139,11 @@ class LatencyRow(Row):
     commit: Name
     rounds_p50_ms: str = ""
 
+    @property
+    def medians(self) -> list[float]:
+        """The median of each round, in milliseconds."""
+        return [float(median) for median in self.rounds_p50_ms.split()]
+
     @model_validator(mode="after")
     def _agrees(self) -> LatencyRow:
         times = (self.p50_ms, self.p90_ms, self.iqr_ms)
@@ -146,8 +151,10 @@ class LatencyRow(Row):
             raise ValueError("p50_ms, p90_ms and iqr_ms are either all measured or all empty")
         if self.p50_ms is not None and self.p90_ms < self.p50_ms:
             raise ValueError(f"p90 {self.p90_ms} ms is below p50 {self.p50_ms} ms")
-        if self.p50_ms is not None and len(self.rounds_p50_ms.split()) != self.rounds:
-            raise ValueError(f"{self.rounds} rounds, but {len(self.rounds_p50_ms.split())} medians of rounds")
+        if self.p50_ms is not None and len(self.medians) != self.rounds:
+            raise ValueError(f"{self.rounds} rounds, but {len(self.medians)} medians of rounds")
+        if not all(0 < median < float("inf") for median in self.medians):
+            raise ValueError(f"rounds_p50_ms is {self.rounds_p50_ms!r}: milliseconds above 0 are needed")
         if not self.artifact_sha256 and self.control != "identity":
             raise ValueError("only the identity network has no artifact")
         return self
@@ -385,5 +392,5 @@ def _speedups(row: Mapping, rows: list[dict], reference_sha256: str) -> dict[str
 
 def _times_as_fast(row: Mapping, other: Mapping) -> float:
     """How many times as fast as another row, by the medians of the same rounds."""
-    mine, its = (np.array(r["rounds_p50_ms"].split(), dtype=float) for r in (row, other))
-    return float(np.median(its / mine))
+    rounds = ([float(median) for median in r["rounds_p50_ms"].split()] for r in (row, other))
+    return float(np.median([its / mine for mine, its in zip(*rounds, strict=True)]))

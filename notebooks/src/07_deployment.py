@@ -32,7 +32,9 @@ joined: list = []  # of 06_pipeline, whose run is then in upstream; stages of a 
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
 rounds: int = 5  # [1, 1000] visits to each pair of runtime and network, more at the smallest batch
 seconds: float = 4.0  # [1, 36000] for the timing, all rounds together
-again: bool = False  # take as long once more, and say whether the speed-ups hold
+again: bool = (
+    False  # time the smallest batch with the fewest threads once more, and say whether the speed-ups hold
+)
 upstream: list = []  # run folders of 01, 02, 03, and of 04, 05, 06; empty: the first three's defaults
 seed: int = 1  # [0, 1000000] of the networks that are timed
 profile: str = "smoke"  # where the result belongs: smoke, quick, standard or full
@@ -185,8 +187,8 @@ pd.DataFrame([row.model_dump() for row in (reference, narrow_row, narrow_int8_ro
 #
 # Each runtime lives in a process of its own, waiting while another is timed. A round visits every pair of runtime
 # and network at one batch, one after the other, so that a slow minute of the machine hits all alike. The medians
-# are over all rounds; a speed-up is the median of the ratios *within* a round. (On a rented processor, whose other
-# half works for somebody else now and then, the ratio of two medians jumps by a third; this one does not.)
+# are over all rounds; a speed-up is the median of the ratios *within* a round, in which both were timed a moment
+# apart. It need not be the ratio of the two medians beside it.
 
 # %%
 def requested(row, precision: str, names: list[str]) -> list[dict]:
@@ -436,7 +438,7 @@ for bits in (8, 7):
 # ## Would you measure the same again?
 #
 # A speed-up that holds is measured again, in new processes, with the same result. *Predict* which of the two ratios
-# holds better: eager fp32 fetches all its weights from memory, which others on the machine use, too.
+# holds better: is eager fp32, three times as slow, the steadier measure, or the fastest runtime?
 
 # %%
 print(results.holding(table) if again else "timed once: set again=True")

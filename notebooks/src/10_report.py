@@ -41,7 +41,7 @@ folder = results.publish([part.folder for part in run.upstream], profile)
 # ## Is everything there?
 #
 # The audit recomputes each accuracy, difference and interval from the stored predictions, each speed-up
-# from the medians, and each size from the files. It lists what does not agree.
+# from the medians of the rounds, and each size from the files. It lists what does not agree.
 
 # %%
 problems = audit.problems(folder)
