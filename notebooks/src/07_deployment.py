@@ -32,9 +32,7 @@ joined: list = []  # of 06_pipeline, whose run is then in upstream; stages of a 
 threads: list = [1, 2]  # [1, 256] threads a runtime may use
 rounds: int = 5  # [1, 1000] visits to each pair of runtime and network, more at the smallest batch
 seconds: float = 4.0  # [1, 36000] for the timing, all rounds together
-again: bool = (
-    False  # time the smallest batch with the fewest threads once more, and say whether the speed-ups hold
-)
+again: bool = False  # time the smallest batch, fewest threads, once more: do the speed-ups hold?
 upstream: list = []  # run folders of 01, 02, 03, and of 04, 05, 06; empty: the first three's defaults
 seed: int = 1  # [0, 1000000] of the networks that are timed
 profile: str = "smoke"  # where the result belongs: smoke, quick, standard or full
