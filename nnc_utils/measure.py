@@ -84,7 +84,7 @@ def latency(
     Each runtime lives in one worker process, blocked while another is timed, its identity network in another
     one. A round visits every pair of network and runtime, with a warm-up at each visit: all at one batch and
     number of threads, then all at the next, and several times at the smallest batch. What is compared is thus
-    timed within seconds: a machine whose speed comes and goes slows both.
+    timed within seconds, so that a machine whose speed comes and goes weighs on both.
 
     The whole test set is classified where the runtime rounds what eager does not, in int8 and bf16. What it
     computes in fp32 (or in `s8s8`, from int8's codes) is seen to be the same by the first thousand pictures;

@@ -384,17 +384,24 @@ def test_the_commands_of_the_readme_on_your_own_pictures(pictures, clone):
         assert made["dataset"] == f"imagefolder:{pictures}" and (made["compression"] or made["latency"])
 
 
-def test_imagenet_weights_from_a_file(pictures, clone):
-    """The README's options, with a file in torchvision's format."""
+@pytest.mark.parametrize("by_name", [True, False])
+def test_imagenet_weights(pictures, clone, monkeypatch, by_name):
+    """The README's options, with a file in torchvision's format: where a download leaves it, or any."""
     import torch
     import torchvision
 
     torch.manual_seed(0)
     weights = torchvision.models.resnet18(weights=None).state_dict()
-    torch.save(weights, clone / "resnet18.pth")
+    file = Path(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url).name if by_name else "resnet18.pth"
+    folder = clone / "hub/checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(weights, folder / file)
+    monkeypatch.setenv("TORCH_HOME", str(clone))
     from_imagenet, from_a_file, _ = re.findall("`(-p [^`]+)`", OWN_DATA.split("```")[2])
-    options = f"{from_imagenet} {from_a_file}"  # of two values the second counts
-    about = {"/PATH": pictures, "/FILE.pth": clone / "resnet18.pth"}
+    options = (
+        from_imagenet if by_name else f"{from_imagenet} {from_a_file}"
+    )  # of two values the second counts
+    about = {"/PATH": pictures} | ({} if by_name else {"/FILE.pth": folder / file})
     small = "-p size 32 -p epochs 0.1 -p learning_rate 1e-6 -p batch_size 8"
     done = as_in_the_readme("01_baseline", clone, f"{options} {small}", **about)
     assert done.returncode == 0, done.stderr
@@ -402,8 +409,9 @@ def test_imagenet_weights_from_a_file(pictures, clone):
     assert trained.spec.stem == "imagenet"
     given = weights["layer3.0.conv1.weight"]
     assert float((trained.layer3[0].conv1.weight.detach() - given).abs().max()) < 1e-3
-    done = as_in_the_readme("01_baseline", clone, f"{options} {small} -p depth 34", **about)
-    assert done.returncode and "of another network" in done.stderr
+    if not by_name:
+        done = as_in_the_readme("01_baseline", clone, f"{options} {small} -p depth 34", **about)
+        assert done.returncode and "of another network" in done.stderr
 
 
 def test_every_way_to_search(baseline, tmp_path):

@@ -436,7 +436,7 @@ for bits in (8, 7):
 # ## Would you measure the same again?
 #
 # A speed-up that holds is measured again, in new processes, with the same result. *Predict* which of the two ratios
-# holds better: is eager fp32, three times as slow, the steadier measure, or the fastest runtime?
+# holds better: is eager fp32 the steadier measure, or the fastest runtime?
 
 # %%
 print(results.holding(table) if again else "timed once: set again=True")
