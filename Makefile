@@ -18,10 +18,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 benchmark: python profile ## measure everything and print the table; a stopped run goes on where it was
 	@$(SETUP) --peers
-ifneq ($(filter medium standard full,$(PROFILE)),)
-	@$(SETUP) --nncodec
-endif
 ifneq ($(PROFILE),smoke)
+	@$(SETUP) --nncodec
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist
 endif
 	@$(VENV_PYTHON) -m nnc_utils.run benchmark --profile $(PROFILE) --cores $(CORES) $(if $(RERUN),--rerun $(RERUN))
