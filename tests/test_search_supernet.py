@@ -104,18 +104,22 @@ def test_every_network_learns_and_its_evaluation_is_remembered(digits, tmp_path,
         stream.write("[[0, 1")  # killed while it wrote
     again = Evaluator(supernet, digits, file=tmp_path / "evaluations.jsonl", **sizes)
     monkeypatch.setattr(again, "_evaluate", None)
+    assert again.known == {}  # what has not been asked yet is not known, or a resumed search would differ
     assert again(found) == accuracy and again(SPACE.largest) == evaluate(SPACE.largest)
+    assert again.known == evaluate.known
     with torch.no_grad():
         supernet.largest.fc.bias.add_(1)
     other = Evaluator(supernet, digits, file=tmp_path / "evaluations.jsonl", **sizes)
-    assert other.known == {}  # of other weights
-    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
+    other(SPACE.smallest)
+    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 2  # begun anew: of other weights
 
 
 def test_a_broken_file_of_evaluations_is_begun_anew(supernet, digits, tmp_path):
     for content in ("", "no json\n", json.dumps({"supernet": "other"}) + "\n"):
         (tmp_path / "e.jsonl").write_text(content)
-        assert Evaluator(supernet, digits, file=tmp_path / "e.jsonl", calibration=8, validation=8).known == {}
+        evaluate = Evaluator(supernet, digits, file=tmp_path / "e.jsonl", calibration=8, validation=8)
+        evaluate(SPACE.smallest)
+        assert len((tmp_path / "e.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_tiny_picture_needs_no_large_kernel(supernet):

@@ -184,6 +184,12 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
         "third/seed=1,both": ["first/seed=1,once", "second/seed=1,more", "third/seed=1,plain"],
         "third/seed=2,both": ["first/seed=1,once", "second/seed=2,more", "third/seed=2,plain"],
     }
+    assert planned.count("threads: 2") == len(found)
+    two_stages.profile.write_text(yaml.safe_dump(divided | {"jobs": 2}, sort_keys=False))
+    assert dry_run().count("threads: 2") == 1  # what is timed still has the machine to itself
+    two_stages.profile.write_text(yaml.safe_dump(divided | {"jobs": 0}, sort_keys=False))
+    status, output = complete()
+    assert status and "jobs is 0: how many trainings share the cores" in output
     for part, option, value, said in (
         ("once", "runs", "first", "`runs` is 'first seed' or left out"),
         ("small", "alone", "yes", "`alone` is true or left out"),

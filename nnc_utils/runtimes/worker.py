@@ -65,8 +65,7 @@ class Worker:
         session.predict(inputs)
         while time.perf_counter() < warm_until:
             session.predict(inputs)
-        gc.collect()
-        gc.disable()
+        gc.disable()  # to collect first would take longer than most visits, and empty the caches
         samples: list[int] = []
         clock, until = time.perf_counter_ns, time.perf_counter() + 0.9 * seconds
         while len(samples) < FEWEST or (len(samples) < MOST and time.perf_counter() < until):

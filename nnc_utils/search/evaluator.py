@@ -26,6 +26,11 @@ class Evaluator:
     calibration : training images that re-estimate each candidate's batch-norm.
     validation : validation images that score it, from the first; all of them if there are fewer.
     file : in which evaluations are kept, a line each; where it is of the same weights and images it is read.
+
+    Attributes
+    ----------
+    known : the accuracy of what has been asked here, in this order. What the file holds beyond that is not in
+        it, so that a run that was interrupted goes on as if it had not been.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Evaluator:
         self.images = self._ready(pictures, Split(held.images[:validation], held.labels[:validation]))
         self.labels = held.labels[:validation].to(self.device)
         self.known: dict[Architecture, float] = {}
+        self._remembered: dict[Architecture, float] = {}
         self.file = Path(file) if file else None
         self._call = {"supernet": digest, "calibration": len(self.calibration), "images": len(self.images)}
         self._read()
@@ -59,6 +65,8 @@ class Evaluator:
 
     def __call__(self, architecture: Architecture) -> float:
         """Validation accuracy in percent."""
+        if architecture in self._remembered:
+            self.known.setdefault(architecture, self._remembered[architecture])
         if architecture not in self.known:
             self.known[architecture] = found = self._evaluate(architecture)
             if self.file:
@@ -91,7 +99,7 @@ class Evaluator:
         try:
             first, *lines = self.file.read_text(encoding="utf-8").splitlines()
             if json.loads(first) == self._call:
-                self.known = {tuple(a): accuracy for a, accuracy in map(json.loads, _whole(lines))}
+                self._remembered = {tuple(a): accuracy for a, accuracy in map(json.loads, _whole(lines))}
                 return
         except (OSError, ValueError):
             pass  # missing, or no such file: begun anew
