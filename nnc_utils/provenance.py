@@ -178,7 +178,10 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine that measures: processor, the flags that matter to it, cores, memory, system, load, GPU."""
+    """The machine that measures: processor, its flags that matter, cores, memory, system, load.
+
+    Where torch is loaded also what that uses: threads, GPU.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, flags = _processor()
     return {
@@ -190,13 +193,14 @@ def hardware() -> dict[str, Any]:
         "system": platform.platform(),
         "machine": platform.machine(),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],
-    } | _gpu()
+    } | _torch()
 
 
-def _gpu() -> dict[str, str]:
-    """What trains, where a process that has loaded torch sees one."""
-    torch = sys.modules.get("torch")
-    return {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
+def _torch() -> dict[str, Any]:
+    if (torch := sys.modules.get("torch")) is None:
+        return {}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"threads": torch.get_num_threads()} | gpu
 
 
 def _processor() -> tuple[str, set[str]]:

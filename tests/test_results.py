@@ -541,7 +541,7 @@ def test_taught_students_meet_those_alone_over_all_seeds(tmp_path):
     }
 
 
-def test_the_pipeline_is_held_against_orders_and_rivals_that_are_no_smaller():
+def test_the_pipeline_is_held_against_orders_and_every_rival():
     def row(method, point, nbytes, seed=1, technique="pipeline", control=""):
         about = {"technique": technique, "method": method, "point": point, "control": control}
         return about | {"artifact_bytes": nbytes, "seed": seed, "run": f"quick/06_pipeline/seed={seed}"}
@@ -550,6 +550,10 @@ def test_the_pipeline_is_held_against_orders_and_rivals_that_are_no_smaller():
     ours += [row(results.PIPELINE, "bits=4", 100, s) for s in (1, 2)]
     rivals = [row("small_dense", "", 99, s, "baseline", "small_dense") for s in (1, 2)]
     rivals += [row("small_dense_qat4", "", 79, 1, "baseline", "small_dense_qat4")]  # smaller than any of ours
+    rivals += [
+        row("prune_only", "macs=6x", 400, 1),
+        row("prune_only", "bits=3,macs=6x", 90, 1),
+    ]  # other budgets
     rivals += [row("xz", "bits=4", 120, 1, "peer"), row("prune_only", "bits=4", 500, 3)]  # no such seed
     rivals += [row("quantize_prune_distill", "bits=3", 70, 2)]  # another order: the same budgets
     stages = [row(results.PIPELINE, "bits=4", 10, 1, control="after_prune")]
@@ -560,5 +564,32 @@ def test_the_pipeline_is_held_against_orders_and_rivals_that_are_no_smaller():
         ("bits=3", "small_dense", 2),
         ("bits=4", "xz", 1),
         ("bits=3", "quantize_prune_distill", 2),
+        ("bits=3", "small_dense_qat4", 1),
     }
+    ours = [row(results.PIPELINE, "macs=6x,bits=4", 100)]  # an order that has one of its budgets
+    [(mine, other)] = results._against_pipeline(pd.DataFrame(ours + [row("prune_only", "macs=6x", 400)]))
+    assert (mine["point"], other["point"]) == ("macs=6x,bits=4", "macs=6x")
     assert results._against_pipeline(pd.DataFrame(rivals)) == []
+
+
+def test_a_winner_is_held_against_the_network_by_hand():
+    columns = ["technique", "method", "point", "control", "seed"]
+    lines = [
+        ("search", "gradient", point, "", seed)
+        for point in ("macs=16x", "macs=16x taught")
+        for seed in (1, 2)
+    ]
+    lines += [("search", "thin_resnet18", "macs=16x", "thin_resnet18", seed) for seed in (1, 2)]
+    lines += [
+        ("search", "thin_resnet18", "macs=16x taught", "thin_resnet18", 2),
+        ("pruning", "x", "macs=16x", "", 1),
+    ]
+    pairs = results._against_thin(pd.DataFrame(lines, columns=columns))
+    found = [
+        (mine["method"], mine["point"], mine["seed"], other["point"], other["seed"]) for mine, other in pairs
+    ]
+    assert found == [
+        ("gradient", "macs=16x", 1, "macs=16x", 1),
+        ("gradient", "macs=16x", 2, "macs=16x", 2),
+        ("gradient", "macs=16x taught", 2, "macs=16x taught", 2),
+    ]

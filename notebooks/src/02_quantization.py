@@ -30,6 +30,7 @@ train_epochs: float = 0.15  # [0.001, 1000] of quantization-aware training, and 
 learning_rate: float = 0.02  # [0.00001, 1] peak of that training
 upstream: list = []  # run folders of 01_baseline and of the first part; empty: 01 with its defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
+claim: bool = True  # whether its points may be claimed
 seed: int = 1  # [0, 1000000] which calibration pictures, and the order of training
 profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/02_quantization
@@ -711,7 +712,7 @@ for method, setting, values in learned:
 dense = next((c["path"] for c in candidates if c["method"] == "dense_finetuned"), None)
 orders = {("closed", "bytes"): [], ("open", "bytes"): []}
 for c in sorted(candidates, key=lambda c: c["bytes"]):
-    if not c["control"]:
+    if not c["control"] and claim:
         orders[c["division"], "bytes"].append(c["path"])
 decided = claims.choose(orders, baseline=baseline.artifact("fp32"), dense=dense, pictures=pictures)
 for (division, _), path in decided.claimed.items():

@@ -526,7 +526,7 @@ if search:
 
 # %% [markdown]
 # **What would fool you.** Where a model answered, each search's best was looked at with real pictures afterwards. The harder a
-# search tries, the more its best owes to the model's errors (the *winner's curse*): compare the two medians. The standard
+# search tries, the more its best owes to the model's errors (the *winner's curse*): compare the two medians. The full
 # profile asks the supernet itself.
 #
 # ## 5 · Does the supernet rank networks as training alone would?
