@@ -353,7 +353,8 @@ def test_rows_of_older_code_are_marked(published, monkeypatch):
 def test_the_report_says_what_holds(published):
     text = results.report(published)
     assert (published / "report.md").read_text() == text + "\n"
-    claim = text.split("\n\n")[1]
+    warning, claim = text.split("\n\n")[1:3]
+    assert "with 2 seeds: too few for a claim" in warning
     assert "no loss" in claim and "4.00× as fast as the fastest fp32 runtime" in claim
     assert "quick/07_deployment/seed=1" in text and "more than 450,000" in text
     ratio = pd.read_csv(published / "summary.csv").set_index("technique")["size_ratio"]["quantization"]
@@ -364,7 +365,7 @@ def test_the_report_says_what_holds(published):
     frame.loc[frame["technique"] == "quantization", ["delta_ci_low", "no_loss"]] = [-0.5, 0]
     frame.to_csv(published / "summary.csv", index=False)
     text = results.report(published)
-    assert "**not** without loss" in text.split("\n\n")[1]
+    assert "**not** without loss" in text.split("\n\n")[2]
     assert f"| quantization | closed | none | – | uniform_per_channel bits=8, {ratio:.2f}× |" in text
 
 
