@@ -592,12 +592,14 @@ def _against_torch_pruning(compression: pd.DataFrame) -> list[tuple[pd.Series, p
 
 
 def _against_thin(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """The winner of a search and the network by hand under the same constraint, both taught or neither."""
-    found = compression[compression["technique"] == "search"]
-    by_hand = found["control"].fillna("") == "thin_resnet18"
-    hands = {(row["point"], row["seed"]): row for _, row in found[by_hand].iterrows()}
-    winners = [(row, (row["point"], row["seed"])) for _, row in found[~by_hand].iterrows()]
-    return [(row, hands[where]) for row, where in winners if where in hands]
+    """The winner of a search and the network by hand of its run and constraint, both taught or neither."""
+    control = compression["control"].fillna("")
+    by_hand = compression[control == "thin_resnet18"]
+    if by_hand.empty:
+        return []
+    hands = {(row["run"], row["point"]): row for _, row in by_hand.iterrows()}
+    others = [(row, (row["run"], row["point"])) for _, row in compression[control == ""].iterrows()]
+    return [(row, hands[where]) for row, where in others if where in hands]
 
 
 def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:

@@ -574,18 +574,15 @@ def test_the_pipeline_is_held_against_orders_and_every_rival():
 
 
 def test_a_winner_is_held_against_the_network_by_hand():
-    columns = ["technique", "method", "point", "control", "seed"]
-    lines = [
-        ("search", "gradient", point, "", seed)
-        for point in ("macs=16x", "macs=16x taught")
-        for seed in (1, 2)
-    ]
-    lines += [("search", "thin_resnet18", "macs=16x", "thin_resnet18", seed) for seed in (1, 2)]
-    lines += [
-        ("search", "thin_resnet18", "macs=16x taught", "thin_resnet18", 2),
-        ("pruning", "x", "macs=16x", "", 1),
-    ]
-    pairs = results._against_thin(pd.DataFrame(lines, columns=columns))
+    def row(method, point, seed, control="", notebook="05_architecture_search"):
+        about = {"run": f"quick/{notebook}/seed={seed}", "method": method, "point": point, "seed": seed}
+        return about | {"control": control}
+
+    made = [row("gradient", f"macs=16x{taught}", seed) for taught in ("", " taught") for seed in (1, 2)]
+    made += [row("thin_resnet18", "macs=16x", seed, "thin_resnet18") for seed in (1, 2)]
+    made += [row("thin_resnet18", "macs=16x taught", 2, "thin_resnet18")]
+    made += [row("torch_pruning", "macs=16x", 1, notebook="06_pipeline")]
+    pairs = results._against_thin(pd.DataFrame(made))
     found = [
         (mine["method"], mine["point"], mine["seed"], other["point"], other["seed"]) for mine, other in pairs
     ]

@@ -65,7 +65,7 @@ class Worker:
         session.predict(inputs)
         while time.perf_counter() < warm_until:
             session.predict(inputs)
-        gc.disable()  # to collect first would take longer than most visits, and empty the caches
+        gc.disable()  # no collection while the clock runs
         samples: list[int] = []
         clock, until = time.perf_counter_ns, time.perf_counter() + 0.9 * seconds
         while len(samples) < FEWEST or (len(samples) < MOST and time.perf_counter() < until):
@@ -98,7 +98,7 @@ class Worker:
 
 
 def _settle() -> None:
-    """What is there by now stays: the collections before each visit need not look through it again."""
+    """What is there by now stays: later collections need not look through it again."""
     gc.collect()
     gc.freeze()
 

@@ -55,7 +55,6 @@ run_dir: str = ""  # folder of this run; empty: results/smoke/05_architecture_se
 import hashlib
 import shutil
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -707,32 +706,11 @@ table[
     ["method", "point", "control", "params", "macs", "accuracy", "accuracy_delta", "train_images", "headline"]
 ]
 
-
 # %% [markdown]
 # **Does the winner beat the thin network?** On the same test pictures, trained as long, paired.
 
-
 # %%
-def against_thin(table: pd.DataFrame, folder: Path, labels: np.ndarray) -> pd.DataFrame:
-    """Winners minus thin networks at each point, seeds together."""
-    found = []
-    for (method, setting), own in table[table["control"] == ""].groupby(["method", "point"], sort=False):
-        other = table[(table["control"] == "thin_resnet18") & (table["point"] == setting)]
-        seeds = [s for s in own["seed"] if s in set(other["seed"])]
-        sides = [
-            [
-                np.load(folder / results.evidence(side.set_index("seed").loc[s, "artifact_sha256"]))
-                for s in seeds
-            ]
-            for side in (own, other)
-        ]
-        if seeds:
-            delta = results.differences(compressed=sides[0], reference=sides[1], labels=labels)
-            found.append({"winner of": method, "point": setting, "seeds": len(seeds)} | delta)
-    return pd.DataFrame(found)
-
-
-against_thin(table, run.path("predictions"), results.labels_of(reference.dataset))
+results.comparisons(table, run.path("predictions"), dataset=reference.dataset)
 
 # %%
 files = {results.label(row): f"artifacts/{m['path'].name}" for row, m in zip(rows, made, strict=True)}
@@ -761,10 +739,7 @@ else:
         figure,
         f"The committed results of the {committed.name} profile: accuracy against parameters",
     )
-    labels = results.read_predictions(
-        committed / "predictions" / results.labels_name(whole["dataset"].iloc[0])
-    )
-    display(against_thin(own[own["technique"] == "search"], committed / "predictions", labels))
+    display(results.comparisons(own, committed / "predictions", dataset=whole["dataset"].iloc[0]))
 
 # %% [markdown]
 # ## What you can now measure
