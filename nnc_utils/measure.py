@@ -24,8 +24,8 @@ from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes.children import Child, ChildError, worker
 
 BUSY = 10  # percent of the processor that others may use before a warning
-SWEEPS = 4  # times that a round goes over all networks at the smallest batch, where that takes little
-CONVERTERS = 2  # processes that convert networks at a time, each with its compiler
+SWEEPS = 4  # times that a round goes over all networks where that takes least: smallest batch, fewest threads
+CONVERTERS = 2  # processes that convert networks, or start, at a time
 IDENTITY_SECONDS = 0.05  # enough for thousands of calls
 SAMPLE = 1000  # test pictures by which a runtime is seen to compute what eager does,
 ALIKE = 99.5  # where it gives so many percent of their classes
@@ -83,8 +83,8 @@ def latency(
 
     Each runtime lives in one worker process, blocked while another is timed, its identity network in another
     one. A round visits every pair of network and runtime, with a warm-up at each visit: all at one batch and
-    number of threads, then all at the next, and several times at the smallest batch. What is compared is thus
-    timed within seconds, so that a machine whose speed comes and goes weighs on both.
+    number of threads, then all at the next, and several times at the smallest batch with the fewest threads.
+    What is compared is thus timed within seconds, so that a machine's changes of speed weigh on both.
 
     The whole test set is classified where the runtime rounds what eager does not, in int8 and bf16. What it
     computes in fp32 (or in `s8s8`, from int8's codes) is seen to be the same by the first thousand pictures;
@@ -138,7 +138,7 @@ def latency(
         # One job for each content: two files may well hold the same network.
         present = {(sha256[a[0]], a[1], a[2]): a for a in asked if not missing[a[1:]]}
         jobs = _jobs(list(present.values()), dataset=dataset, folder=Path(scratch))
-        known = {(job.runtime, job.key): _probe(job, threads[0]) for job in jobs}
+        known = _probes(jobs, threads[0])
 
         def classify(workers: Mapping[str, Child]) -> None:
             most = {"batch": max(batches), "threads": max(threads)}
@@ -146,7 +146,7 @@ def latency(
                 about = _classify(workers[job.runtime], job, eager, dataset=dataset, folder=folder, **most)
                 known[job.runtime, job.key] |= about
 
-        passes = sum(_sweeps(batch, points) for batch, _ in points)
+        passes = sum(_sweeps(point, points) for point in points)
         visits = passes * (len(jobs) + len({job.runtime for job in jobs}))
         options = {"rounds": rounds, "share": seconds / rounds / visits, "temporary": Path(scratch)}
         records = _timed(jobs, known, points=points, **options, then=classify)
@@ -323,12 +323,28 @@ def _shape(network: Artifact) -> list[int]:
     return [network.spec.channels, network.spec.size]
 
 
-def _probe(job: _Job, threads: int) -> dict[str, Any]:
-    """Load time and memory of a network in a process of its own, after one prediction of one picture."""
-    with worker(job.runtime, job.file.parent) as probe:
-        loaded = probe.ask("load", key="", path=str(job.file), precision=job.precision, threads=threads)
-        probe.ask("time", key="", images=str(job.images), batch=1, seconds=0.0)
-        memory = probe.ask("memory")
+def _probes(jobs: Sequence[_Job], threads: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """What is known of each job after one prediction of one picture in a process of its own.
+
+    Some processes start at a time; then one loads and predicts while the others are blocked.
+    """
+    known = {}
+    for start in range(0, len(jobs), CONVERTERS):
+        with contextlib.ExitStack() as stack:
+            some = jobs[start : start + CONVERTERS]
+            probes = [stack.enter_context(worker(job.runtime, job.file.parent)) for job in some]
+            for probe in probes:
+                probe.ask("memory")  # answered when its runtime is imported
+            for job, probe in zip(some, probes, strict=True):
+                known[job.runtime, job.key] = _probe(probe, job, threads)
+    return known
+
+
+def _probe(process: Child, job: _Job, threads: int) -> dict[str, Any]:
+    """Load time and memory of a network in a fresh process."""
+    loaded = process.ask("load", key="", path=str(job.file), precision=job.precision, threads=threads)
+    process.ask("time", key="", images=str(job.images), batch=1, seconds=0.0)
+    memory = process.ask("memory")
     return {
         "control": "",
         "load_ms": round(loaded["load_ms"], 3),
@@ -358,8 +374,8 @@ def _time(
     points = list(dict.fromkeys((visit.batch, visit.threads) for visit in visits))
     start = time.perf_counter()
     for number in range(1, rounds + 1):
-        for batch, threads in [point for point in points for _ in range(_sweeps(point[0], points))]:
-            for visit in (v for v in visits if (v.batch, v.threads) == (batch, threads)):
+        for point in [p for p in points for _ in range(_sweeps(p, points))]:
+            for visit in (v for v in visits if (v.batch, v.threads) == point):
                 about = {"key": visit.session, "images": str(visit.job.images), "batch": visit.batch}
                 longest = share if visit.key else min(share, IDENTITY_SECONDS)
                 samples[visit].append(workers[visit.process].ask("time", seconds=longest, **about))
@@ -367,9 +383,9 @@ def _time(
     return samples
 
 
-def _sweeps(batch: int, points: Sequence[tuple[int, int]]) -> int:
-    """How often a round goes over the networks at this batch."""
-    return SWEEPS if batch == min(points)[0] else 1
+def _sweeps(point: tuple[int, int], points: Sequence[tuple[int, int]]) -> int:
+    """How often a round goes over the networks at this batch and number of threads."""
+    return SWEEPS if point == min(points) else 1
 
 
 def _summary(visits: Sequence[Sequence[int]], *, batch: int) -> dict[str, Any]:

@@ -335,9 +335,9 @@ def _latency(tables: Tables) -> str:
             rounds = tables.latency[tables.latency["run"] == run]["rounds"]
             notes.append(
                 f"Medians of at least {extra['fewest_samples']} predictions in {rounds.min()} rounds, "
-                f"{rounds.max()} at the smallest batch; a speed-up is the median of the ratios within a "
-                f"round. Before the first, other processes used {extra['cpu_busy_before']:.0f} % of the "
-                "processor.\n\n"
+                f"{rounds.max()} at the smallest batch and fewest threads; a speed-up is the median of the "
+                f"ratios within a round. Before the first, other processes used "
+                f"{extra['cpu_busy_before']:.0f} % of the processor.\n\n"
             )
     return "".join(notes) + markdown(
         [

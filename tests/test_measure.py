@@ -2,12 +2,14 @@ import os
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nnc_utils import artifact, data, measure, rows, runtimes
+from nnc_utils.runtimes import worker
 from nnc_utils.runtimes.children import ChildError
 
 
@@ -96,6 +98,37 @@ def test_latency_measures_by_the_protocol(trained_digits, tmp_path, monkeypatch)
         assert (
             20 < record["peak_rss_mb"] < 1500 and record["load_ms"] > 0 and record["runtime_bytes"] > 10_000
         )
+
+
+def test_what_takes_least_is_visited_most():
+    job = namedtuple("Job", ["runtime", "images", "key"])
+    batches, jobs = (1, 64), [job("eager", "x", key) for key in "ab"]
+    points = [(batch, threads) for threads in (1, 2) for batch in batches]
+    visits = [measure._Visit(job.key, job, *point) for job in jobs for point in points]
+    asked = []
+
+    class Runtime:
+        def ask(self, order, *, key, batch, **about):
+            asked.append((key, batch))
+            return [1]
+
+    made = measure._time({("eager", False): Runtime()}, visits, rounds=1, share=0.1)
+    around = [[(f"{key} {threads}", batch) for key in "ab"] for batch, threads in points]
+    assert asked == 4 * around[0] + around[1] + around[2] + around[3]
+    assert {len(made[v]) for v in visits if (v.batch, v.threads) != (1, 1)} == {1}
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(1, 0.01), (2, 0.01), (2, 0.0)])
+def test_several_threads_get_time_to_spread(tmp_path, monkeypatch, threads, seconds):
+    monkeypatch.setattr(worker, "SPREAD", 0.5)
+    np.save(tmp_path / "x.npy", np.zeros((2, 1, 2, 2), np.float32))
+    times = []
+    process = worker.Worker("eager")
+    process._sessions["a"] = SimpleNamespace(
+        threads=threads, predict=lambda inputs: times.append(time.perf_counter())
+    )
+    samples = process.time(key="a", images=str(tmp_path / "x.npy"), batch=1, seconds=seconds)
+    assert (times[-len(samples)] - times[0] >= 0.5) == (threads > 1 and seconds > 0)
 
 
 def test_fp32_that_does_not_say_what_eager_says_is_classified_as_a_whole(

@@ -24,6 +24,7 @@ import psutil
 from nnc_utils import runtimes
 
 FEWEST, MOST = 2, 1000  # samples a visit
+SPREAD = 0.05  # seconds in which Linux gives each of a session's threads a core; until then they share one
 
 
 class Worker:
@@ -58,10 +59,14 @@ class Worker:
         return dict(self._sessions[key].integer_operators)
 
     def time(self, *, key: str, images: str, batch: int, seconds: float) -> list[int]:
-        """Nanoseconds of single predictions for about so many seconds, after a warm-up of a tenth."""
+        """Nanoseconds of single predictions for about so many seconds.
+
+        Before them comes a warm-up of a tenth of these, and as long as several threads need to spread.
+        """
         session = self._sessions[key]
         inputs = np.take(self._read(images), range(batch), axis=0, mode="wrap")
-        warm_until = time.perf_counter() + seconds / 10
+        spread = SPREAD if seconds and session.threads > 1 else 0.0
+        warm_until = time.perf_counter() + max(seconds / 10, spread)
         session.predict(inputs)
         while time.perf_counter() < warm_until:
             session.predict(inputs)
