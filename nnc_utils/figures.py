@@ -40,6 +40,7 @@ NAMES = {
     "nncf_ptq": "NNCF",
     "torchao_pt2e": "torchao PT2E",
     "nncodec": "NNCodec",
+    "prune_distill_quantize": "prune → distill → quantize",
     "prune_quantize_distill": "prune → quantize → distill",
     "small_dense_qat4": "thin, 4 bits",
     "thin_resnet18": "thin ResNet-18",

@@ -72,7 +72,7 @@ RIVALS = (
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
 OURS = "channels_fisher"  # what is held against Torch-Pruning, at every number of MACs
-PIPELINE = "prune_quantize_distill"  # held against the other orders, and against every rival
+PIPELINE = "prune_distill_quantize"  # held against the other orders, and against every rival
 THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls of the pipeline
 ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
 RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ

@@ -225,8 +225,14 @@ def test_every_pipeline(baseline, tmp_path):
     points = ["prune_quantize_distill:macs=3x,bits=4", "prune_quantize_distill:macs=2x,size=10x,sparsity=0.3"]
     points += [f"{order}:macs=3x,bits=4" for order in orders]
     points += ["prune_only:macs=3x", "quantize_only:bits=3", "distill_only:macs=3x"]
-    points += ["prune_only:ms=1000"]  # which the whole network takes, too
-    controls = ["small_dense:macs=3x", "small_dense_qat4:macs=3x", "small_dense_distilled:macs=3x,bits=4"]
+    points += [f"{order}:macs=3x,rate=1e-6" for order in ("prune_distill_quantize", "quantize_prune_distill")]
+    points += ["prune_distill_quantize:macs=3x,rate=1e-4", "prune_only:ms=1000"]  # which the whole takes, too
+    controls = [
+        "small_dense:macs=3x",
+        "small_dense:macs=3x,rate=1e-6",
+        "small_dense_qat4:macs=3x",
+        "small_dense_distilled:macs=3x,bits=4",
+    ]
     controls += ["torch_pruning:macs=3x", "torch_pruning:macs=9999x"]  # the last: no row, no reason to stop
     about = {"prune_epochs": 0.4, "quantize_epochs": 0.4, "distill_epochs": 0.8, "scoring_images": 48}
     about |= {"multiple": 1, "batch_size": 16}
@@ -254,6 +260,10 @@ def test_every_pipeline(baseline, tmp_path):
     first, pruned = rows[points[0]], rows["prune_only:macs=3x"]
     assert first["artifact_bytes"] < pruned["artifact_bytes"] < start["artifact_bytes"]
     assert rows[points[1]]["nonzeros"] < 0.75 * rows[points[1]]["params"]
+    cheap, dear = (rows[f"prune_distill_quantize:macs=3x,rate={rate}"] for rate in ("1e-6", "1e-4"))
+    assert dear["artifact_bytes"] < cheap["artifact_bytes"]  # the dearer a bit, the fewer
+    assert dear["train_seconds"] == cheap["train_seconds"]  # rounded from the same trained network
+    assert not cheap["simulated"]
     stages = [row["control"] for row in made["compression"] if "after" in row["control"]]
     assert stages == ["after_prune", "after_quantize"]
     rest = {"upstream": [str(baseline), str(tmp_path / "all")], "part": "peers", "points": [], "controls": []}
@@ -330,6 +340,9 @@ def test_networks_are_timed_from_the_whole_to_the_narrowest(baseline, known, tmp
         ("small_dense_distilled:macs=2x,size=999x", r"size=999x cannot be met: ([\d.]+)x is the nearest"),
         ("prune_only:ms=2,macs=6x", "needs macs or ms$"),
         ("quantize_only:ms=2,bits=4", "needs bits or size$"),
+        ("quantize_only:rate=1e-9", "needs bits or size$"),  # nothing would be trained
+        ("prune_distill_quantize:macs=6x,rate=0", "rate is '0', needed is the loss"),
+        ("small_dense_qat4:macs=6x,rate=1e-9", "small_dense_qat4 needs macs or ms$"),
         ("torch_pruning:ms=2", "needs macs$"),
         ("prune_only:ms=-1", "ms is '-1', needed is milliseconds a picture"),
     ],

@@ -1,11 +1,13 @@
 """Quantization-aware training: what is trained is what is exported."""
 
+import copy
+
 import onnx
 import pytest
 import torch
 
-from nnc_utils import artifact, data, encoding, models, training
-from nnc_utils.quantization import activations, qat
+from nnc_utils import artifact, curvature, data, encoding, models, training
+from nnc_utils.quantization import activations, hessian_rounding, qat
 from nnc_utils.runtimes import qdq
 
 DIGITS = data.load("digits")
@@ -78,6 +80,23 @@ def test_the_float_weights_are_behind_the_rounding_and_masks_stay(model, images)
     assert torch.equal(network.conv1.parametrizations.weight.original, model.conv1.weight)
     assert torch.equal(encoding.encoded(network.fc).mask, kept)
     assert torch.equal(model.conv1.weight, masked.conv1.weight)
+
+
+def test_training_goes_on_with_the_codes_of_another_rounding(model, images):
+    known = curvature.curvatures(model, images)
+    rounded = hessian_rounding.quantize_network(model, known, rate=1e-7)
+    layers = [layer.name for layer in models.layers(model.spec)]
+    found = {name: encoding.encoded(rounded.get_submodule(name)) for name in layers}
+    plain = copy.deepcopy(rounded)
+    for name in layers:
+        encoding.fold(plain.get_submodule(name))
+    scales = {name: code.scale for name, code in found.items()}
+    network = qat.prepare(plain, images, bits=hessian_rounding.BITS, method="lsq", scales=scales)
+    for name in layers:
+        again = encoding.encoded(network.get_submodule(name))
+        assert torch.equal(again.codes, found[name].codes) and torch.equal(again.scale, found[name].scale)
+    with pytest.raises(ValueError, match="scales must name each layer once; unknown or missing: conv1"):
+        qat.prepare(plain, images, bits=8, method="lsq", scales={n: scales[n] for n in layers[1:]})
 
 
 def test_bad_input_is_refused(model, images):

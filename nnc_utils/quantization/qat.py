@@ -16,7 +16,13 @@ METHODS = ("ste", "lsq")
 
 
 def prepare(
-    model: nn.Module, images: Tensor, *, bits: int | Mapping[str, int], method: str, ends: int = 8
+    model: nn.Module,
+    images: Tensor,
+    *,
+    bits: int | Mapping[str, int],
+    method: str,
+    ends: int = 8,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A copy of a network that rounds weights and activations in its forward pass, to be trained on.
 
@@ -30,12 +36,12 @@ def prepare(
     model : a trained network of `models.build`; not changed. An `encoding.ZeroMask` of it stays.
     images : normalized training images, from which the ranges of the 8-bit activations are taken.
         Calibrate once more after training.
-    bits : of the weights, 2 to 16, one number or one for each layer by name; a scale for each output channel,
-        first the one of least squared error.
+    bits : of the weights, 2 to 16, one number or one for each layer by name.
     method : "ste": the scales stay what they are. "lsq": they are trained, too (Esser et al., 2020,
         "Learned step size quantization").
     ends : bits of the first convolution and the classifier, which suffer most, where `bits` is one number;
         their scales stay.
+    scales : float32 (out,) for each layer by name, to start from; None: those of least squared error.
 
     Raises
     ------
@@ -48,12 +54,16 @@ def prepare(
     if not isinstance(bits, Mapping):
         bits = {layer.name: ends if layer in (layers[0], layers[-1]) else bits for layer in layers}
     widths = for_each_layer(model, "bits", bits)
+    scales = scales and for_each_layer(model, "scales", scales)
     trained = activations.calibrate(model, images)
     for layer in layers:
         module = trained.get_submodule(layer.name)
         inner = layer not in (layers[0], layers[-1])
         width = widths[layer.name]
-        scale = uniform.quantize(module.weight, bits=width, per_channel=True, clip="mse").scale
+        if scales is None:
+            scale = uniform.quantize(module.weight, bits=width, per_channel=True, clip="mse").scale
+        else:
+            scale = scales[layer.name]
         rounding = UniformWeight(scale, bits=width, learn_scale=inner and method == "lsq")
         parametrize.register_parametrization(module, "weight", rounding)
     return trained.train()

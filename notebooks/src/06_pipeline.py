@@ -21,7 +21,7 @@
 # **pipeline** is a list of stages, each the function of its own notebook, and budgets.
 
 # %% tags=["parameters"]
-points: list = ["prune_quantize_distill:macs=6x,bits=4", "quantize_prune_distill:macs=6x,bits=4"]  # pipelines
+points: list = ["prune_distill_quantize:macs=6x,rate=2e-9", "prune_quantize_distill:macs=6x,bits=4"]  # files
 controls: list = ["small_dense_qat4:macs=6x"]  # rivals: thin networks, the network of 05
 peers: list = []  # production counterparts, such as torch_pruning_nncf:macs=8x
 prune_epochs: float = 0.5  # [0.001, 1000] of training behind the cut
@@ -73,7 +73,7 @@ from nnc_utils import (
 from nnc_utils import peers as counterparts
 from nnc_utils.distillation import teaching
 from nnc_utils.pruning import channels, obs, structured, unstructured
-from nnc_utils.quantization import activations, qat, uniform
+from nnc_utils.quantization import activations, hessian_rounding, qat, uniform
 from nnc_utils.run import start
 from nnc_utils.training import TrainingError, cross_entropy, fit, network_digest
 
@@ -101,7 +101,9 @@ print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
 #
 # A point names the order of the stages and their budgets: `prune_quantize_distill:macs=6x,bits=4` has six
 # times fewer MACs and weights of 4 bits (8 in the first convolution and the classifier). `size=100x` instead
-# of `bits` asks for a file a hundred times smaller, and a bit width for each layer is found; `ms=0.25`
+# of `bits` asks for a file a hundred times smaller, and a bit width for each layer is found; `rate=1e-9`
+# names the price of a bit, in loss, and the second-order rounding of [02](02_quantization.ipynb) pays it
+# where it is worth it, without any training; `ms=0.25`
 # instead of `macs` asks for a network that takes so many milliseconds a picture in integers; `sparsity=0.5`
 # sets half of the weights that are left to zero; `ensemble` lets the baselines of all seeds teach together.
 # The rivals start from a `thin` ResNet-18 that was trained like the baseline.
@@ -111,15 +113,15 @@ print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
 # %%
 STAGES = {  # stage -> the budgets that it needs, those that it can have, its share of the training
     "prune": ({"macs"}, {"sparsity"}, prune_epochs),
-    "quantize": ({"bits"}, set(), quantize_epochs),
+    "quantize": ({"bits"}, set(), quantize_epochs),  # none where `rate` is the budget
     "distill": (set(), {"ensemble"}, distill_epochs),
     "train": (set(), set(), prune_epochs + distill_epochs),  # by labels alone
     "thin": ({"macs"}, set(), 0.0),
     "found": (set(), set(), 0.0),  # the network of 05_architecture_search
     "torch": ({"macs"}, set(), 0.0),  # cut by Torch-Pruning
-    "round": (set(), set(), 0.0),  # to 7 bits, without training
+    "round": (set(), {"rate"}, 0.0),  # to 7 bits or at a price, without training
 }
-ORDERS = ["prune_quantize_distill", "prune_distill_quantize", "distill_prune_quantize"]
+ORDERS = ["prune_distill_quantize", "prune_quantize_distill", "distill_prune_quantize"]
 ORDERS = {name: tuple(name.split("_")) for name in [*ORDERS, "quantize_prune_distill"]}
 FIRST = next(iter(ORDERS))
 ORDERS |= {"prune_only": ("prune",), "quantize_only": ("quantize",), "distill_only": ("thin", "distill")}
@@ -127,14 +129,14 @@ RIVALS = {
     "dense_finetuned": ("train",),
     "small_dense": ("thin", "train", "round"),
     "small_dense_qat4": ("thin", "train", "quantize"),
-    "small_dense_distilled": ("thin", "quantize", "distill"),
-    "searched": ("found", "quantize", "distill"),
+    "small_dense_distilled": ("thin", "distill", "quantize"),
+    "searched": ("found", "distill", "quantize"),
     "torch_pruning": ("torch", "train"),
 }
 PEERS = {"torch_pruning_nncf": {"macs"}, "nncodec_pruned": {"macs", "qp"}}
 PEERS |= dict.fromkeys(counterparts.GENERAL, set())  # of the codes of the first order at these budgets
 BUDGET = prune_epochs + quantize_epochs + distill_epochs
-INSTEAD = {"size": "bits", "ms": "macs"}  # budgets that may stand in place of others
+INSTEAD = {"size": "bits", "rate": "bits", "ms": "macs"}  # budgets that may stand in place of others
 
 
 # %%
@@ -147,8 +149,8 @@ def parsed(point: str) -> tuple[str, dict[str, str]]:
     able = set().union(*(STAGES[stage][1] for stage in stages))
     if method == "small_dense_qat4":
         needed -= {"bits"}
-    cuts = {"prune", "thin"} & set(stages)  # whose networks can be timed before any training
-    instead = {other: key for other, key in INSTEAD.items() if key in needed and (cuts or other != "ms")}
+    able_if = {"ms": {"prune", "thin"} & set(stages), "rate": len(stages) > 1}  # can be timed; trains at all
+    instead = {other: key for other, key in INSTEAD.items() if key in needed and able_if.get(other, True)}
     given = [instead.get(key, key) for key in values]
     sensible = needed <= set(given) <= needed | able and len(given) == len(set(given))
     if method not in ORDERS | RIVALS | PEERS or not sensible:
@@ -158,6 +160,17 @@ def parsed(point: str) -> tuple[str, dict[str, str]]:
         budgets = f"; {method} needs {', '.join(either)}" if needed else ""
         raise ValueError(f"unknown point {point!r}: one of {known}; peers {', '.join(PEERS)}{budgets}")
     return method, values
+
+
+def looked_at(stages: tuple[str, ...]) -> set[str]:
+    """The budgets that these stages look at."""
+    found = set().union(*(STAGES[stage][0] | STAGES[stage][1] for stage in stages))
+    return found | {other for other, key in INSTEAD.items() if key in found}
+
+
+def epochs_of(stage: str, values: dict[str, str]) -> float:
+    """A stage's share of the training."""
+    return 0.0 if stage == "quantize" and "rate" in values else STAGES[stage][2]
 
 
 def times(text: str) -> float:
@@ -171,6 +184,7 @@ ALLOWED = {  # whether a budget makes sense, and what would
     "size": (lambda text: text.endswith("x") and times(text) > 1, "how many times smaller, such as 100x"),
     "ms": (lambda text: 0 < float(text) < 1e6, "milliseconds a picture, such as 0.25"),
     "bits": (lambda text: 2 <= int(text) <= 8, "2 to 8"),
+    "rate": (lambda text: 0 < float(text) < 1, "the loss that a saved bit may cost, such as 1e-9"),
     "sparsity": (lambda text: 0 <= float(text) < 1, "a share of zeros in [0, 1)"),
     "qp": (lambda text: -60 <= int(text) <= 0, "NNCodec's step, such as -20"),
     "ensemble": (
@@ -436,8 +450,12 @@ figures.show(figure, "Bits of each layer of the pruned network in a file of a gi
 # ## Benchmark: the stages
 #
 # Each takes a network and gives one back. `prune` cuts channels by their Fisher score and mends the readers
-# ([03](03_pruning.ipynb)); `quantize` trains with the rounding, by LSQ ([02](02_quantization.ipynb)); `distill` trains what there is,
-# with its masks, integers and ranges in the loop, by the teacher's soft labels ([04](04_distillation.ipynb)).
+# ([03](03_pruning.ipynb)); `quantize` trains with the rounding, by LSQ, or, given a `rate`, rounds once to where loss and bits
+# together are least ([02](02_quantization.ipynb)); `distill` trains what there is, with its masks, integers and ranges in the loop,
+# by the teacher's soft labels ([04](04_distillation.ipynb)).
+#
+# *Predict*: which order suits a rounding that needs no training? Trained on behind it, the network has to live with steps
+# that were chosen for other weights; rounded at the end, the teacher's whole time goes into floats.
 
 
 # %%
@@ -464,8 +482,20 @@ def prune(network, values: dict[str, str]) -> torch.nn.Module:
 
 
 # %%
+def priced(network, rate: float) -> torch.nn.Module:
+    """Rounded so that loss and bits together are least, at this price of a bit in every layer."""
+    known = curvature.curvatures(network, seen, seed=seed)
+    return batch_norm.reestimate(hessian_rounding.quantize_network(network, known, rate=rate), seen)
+
+
 def quantize(network, values: dict[str, str]) -> torch.nn.Module:
     """Weights and activations rounded in the forward pass, the scales to be trained."""
+    if "rate" in values:
+        network = priced(unrounded(network), float(values["rate"]))
+        layers = {x.name: network.get_submodule(x.name) for x in models.layers(network.spec)}
+        scales = {name: encoding.encoded(layer).scale for name, layer in layers.items()}
+        bits = hessian_rounding.BITS
+        return qat.prepare(unrounded(network), seen, bits=bits, method="lsq", scales=scales)
     bits = planned(unrounded(network), times(values["size"])) if "size" in values else int(values["bits"])
     return qat.prepare(network, seen, bits=bits, method="lsq")
 
@@ -532,6 +562,8 @@ def reshaped(network, stage: str, values: dict[str, str], name: str) -> torch.nn
         network = counterparts.peer("torch_pruning").prune(network, "magnitude", macs=budget, **about)
         return batch_norm.reestimate(network, seen)
     if stage == "round":
+        if "rate" in values:
+            return priced(network, float(values["rate"]))
         return uniform.quantize_network(network, bits=7, per_channel=True)
     return None
 
@@ -544,18 +576,20 @@ def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torc
         return dense, {}
     *earlier, stage = stages
     values = dict(given)
-    have = set().union(*(STAGES[s][0] | STAGES[s][1] for s in earlier), {"size"} & set(values))
-    network, took = after(tuple(earlier), frozenset((k, v) for k, v in given if k in have), scale)
+    have = frozenset((k, v) for k, v in given if k in looked_at(tuple(earlier)))
+    network, took = after(tuple(earlier), have, scale)
     network, name = copy.deepcopy(network), "_".join([*stages, *(f"{k}{v}" for k, v in sorted(given))])
     untrained = reshaped(network, stage, values, name)
     if untrained is not None:
         return untrained, took
     if stage in ("prune", "quantize"):
         network = {"prune": prune, "quantize": quantize}[stage](network, values)
-    network, more = trained(network.train(), stage, values, scale * STAGES[stage][2], name)
+    if length := scale * epochs_of(stage, values):
+        network, more = trained(network.train(), stage, values, length, name)
+        took = {key: took.get(key, 0) + value for key, value in more.items()}
     if is_rounded(network):
         network = activations.calibrate(network, seen)
-    return network, {key: took.get(key, 0) + value for key, value in more.items()}
+    return network, took
 
 
 # %% [markdown]
@@ -567,10 +601,10 @@ def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torc
 def candidate(method: str, stages: tuple[str, ...], values: dict[str, str], control: str = "") -> dict:
     """The network behind these stages as a file, and what its row will say."""
     whole = (ORDERS | RIVALS)[method]
-    scale = BUDGET / sum(STAGES[stage][2] for stage in whole)
+    scale = BUDGET / sum(epochs_of(stage, values) for stage in whole)
     given = budgets(method, values) | ({"bits": "4"} if method == "small_dense_qat4" else {})
-    keys = set().union(*(STAGES[stage][0] | STAGES[stage][1] for stage in stages), {"size"} & set(values))
-    network, took = after(stages, frozenset((k, v) for k, v in given.items() if k in keys), scale)
+    given = frozenset((k, v) for k, v in given.items() if k in looked_at(stages))
+    network, took = after(stages, given, scale)
     if stages[-1] == "round":
         network = activations.calibrate(network, seen)
     point = ",".join("=".join(filter(None, item)) for item in values.items())
