@@ -21,7 +21,7 @@
 # **pipeline** is a list of stages, each the function of its own notebook, and budgets.
 
 # %% tags=["parameters"]
-points: list = ["prune_distill_quantize:macs=6x,rate=2e-9", "prune_quantize_distill:macs=6x,bits=4"]  # files
+points: list = ["prune_distill_quantize:macs=6x,rate=2e-9", "prune_quantize_distill:macs=6x,rate=2e-9"]
 controls: list = ["small_dense_qat4:macs=6x"]  # rivals: thin networks, the network of 05
 peers: list = []  # production counterparts, such as torch_pruning_nncf:macs=8x
 prune_epochs: float = 0.5  # [0.001, 1000] of training behind the cut
@@ -124,7 +124,12 @@ STAGES = {  # stage -> the budgets that it needs, those that it can have, its sh
 ORDERS = ["prune_distill_quantize", "prune_quantize_distill", "distill_prune_quantize"]
 ORDERS = {name: tuple(name.split("_")) for name in [*ORDERS, "quantize_prune_distill"]}
 FIRST = next(iter(ORDERS))
-ORDERS |= {"prune_only": ("prune",), "quantize_only": ("quantize",), "distill_only": ("thin", "distill")}
+ORDERS |= {
+    "prune_distill": ("prune", "distill"),
+    "prune_only": ("prune",),
+    "quantize_only": ("quantize",),
+    "distill_only": ("thin", "distill"),
+}
 RIVALS = {
     "dense_finetuned": ("train",),
     "small_dense": ("thin", "train", "round"),
@@ -146,7 +151,7 @@ def parsed(point: str) -> tuple[str, dict[str, str]]:
     values = dict(part.partition("=")[::2] for part in setting.split(",") if part)
     stages = (ORDERS | RIVALS).get(method, ORDERS[FIRST] if PEERS.get(method) == set() else ())
     needed = PEERS.get(method, set()).union(*(STAGES[stage][0] for stage in stages))
-    able = set().union(*(STAGES[stage][1] for stage in stages))
+    able = set().union(*(STAGES[stage][1] for stage in stages)) | ({"ensemble"} if "qp" in needed else set())
     if method == "small_dense_qat4":
         needed -= {"bits"}
     able_if = {"ms": {"prune", "thin"} & set(stages), "rate": len(stages) > 1}  # can be timed; trains at all
@@ -165,7 +170,7 @@ def parsed(point: str) -> tuple[str, dict[str, str]]:
 def looked_at(stages: tuple[str, ...]) -> set[str]:
     """The budgets that these stages look at."""
     found = set().union(*(STAGES[stage][0] | STAGES[stage][1] for stage in stages))
-    return found | {other for other, key in INSTEAD.items() if key in found}
+    return found | {other for other in ("size", "rate") if INSTEAD[other] in found}
 
 
 def epochs_of(stage: str, values: dict[str, str]) -> float:
@@ -356,8 +361,8 @@ for point in [*points, *controls]:  # before any training
 # ## 2 · Do the gains multiply?
 #
 # With $p$ the share of weights that pruning leaves and $b$ bits for each of the rest, the file should be $32 / (p\,b)$ times
-# smaller. *Predict* it from the narrower Spec before anything is trained, then round the pruned network and save it: the header,
-# batch-norm and the two layers at 8 bits do not shrink with it, and entropy coding takes less than $b$ bits.
+# smaller. *Predict* it from the narrower Spec before anything is trained, then round the pruned network and save it: the header
+# and batch-norm do not shrink with it, and entropy coding takes less than $b$ bits.
 
 
 # %%
@@ -410,7 +415,7 @@ except ValueError as error:
 # %% [markdown]
 # **What it means.** The integers of a file are those of one network; after the cut they would have to be chosen again. So
 # `quantize_prune_distill`, the order of many tutorials, has to go back to floats for the cut, and quantizes twice. What the first
-# quantization was worth is measured below.
+# quantization was worth, the order ablation of the `standard` profile measures.
 #
 # ## 4 · Where should the bits be?
 #
@@ -454,8 +459,9 @@ figures.show(figure, "Bits of each layer of the pruned network in a file of a gi
 # together are least ([02](02_quantization.ipynb)); `distill` trains what there is, with its masks, integers and ranges in the loop,
 # by the teacher's soft labels ([04](04_distillation.ipynb)).
 #
-# *Predict*: which order suits a rounding that needs no training? Trained on behind it, the network has to live with steps
-# that were chosen for other weights; rounded at the end, the teacher's whole time goes into floats.
+# *Predict*: which order suits a rounding that needs no training, in front of the teacher or behind it? Training moves the
+# weights to other codes, and nothing in its loss knows what a code costs: a network that was trained behind its rounding is
+# rounded once more.
 
 
 # %%
@@ -465,10 +471,14 @@ def is_rounded(network) -> bool:
 
 
 def unrounded(network) -> torch.nn.Module:
-    """A network's rounded weights as plain ones, its activations in floats."""
+    """A network's rounded weights as plain ones, its activations in floats; its masks stay."""
     network = copy.deepcopy(network)
     for layer in models.layers(network.spec):
-        encoding.fold(network.get_submodule(layer.name))
+        module = network.get_submodule(layer.name)
+        mask = encoding.mask_of(module)
+        encoding.fold(module)
+        if mask is not None:
+            encoding.attach(module, encoding.Dense(module.weight.detach(), mask))
     for place in models.activations(network).values():
         place.scale = None
     return network.eval()
@@ -485,11 +495,12 @@ def prune(network, values: dict[str, str]) -> torch.nn.Module:
 def priced(network, rate: float) -> torch.nn.Module:
     """Rounded so that loss and bits together are least, at this price of a bit in every layer."""
     known = curvature.curvatures(network, seen, seed=seed)
-    return batch_norm.reestimate(hessian_rounding.quantize_network(network, known, rate=rate), seen)
+    rounded = hessian_rounding.quantize_network(network, known, rate=rate)
+    return batch_norm.reestimate(rounded, seen, original=network)
 
 
 def quantize(network, values: dict[str, str]) -> torch.nn.Module:
-    """Weights and activations rounded in the forward pass, the scales to be trained."""
+    """Weights and activations rounded in the forward pass, the scales trained where training follows."""
     if "rate" in values:
         network = priced(unrounded(network), float(values["rate"]))
         layers = {x.name: network.get_submodule(x.name) for x in models.layers(network.spec)}
@@ -587,6 +598,8 @@ def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torc
     if length := scale * epochs_of(stage, values):
         network, more = trained(network.train(), stage, values, length, name)
         took = {key: took.get(key, 0) + value for key, value in more.items()}
+        if is_rounded(network) and "rate" in values:  # training has moved codes, and did not know their price
+            network = quantize(network, values).eval()
     if is_rounded(network):
         network = activations.calibrate(network, seen)
     return network, took
@@ -594,7 +607,8 @@ def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torc
 
 # %% [markdown]
 # The rivals get the baseline's training first, which the pruned networks had, too. `small_dense_qat4` is what anyone would try
-# first: a thin ResNet-18, trained as long, in 4 bits.
+# first: a thin ResNet-18, trained as long, in 4 bits. `small_dense` with a `rate` is the same network with the rounding of our
+# pipeline: what is left between the two is the worth of pruning and of the teacher.
 
 
 # %%
@@ -675,8 +689,8 @@ rows = [
 # %% [markdown]
 # ### Side by side: other tools at the same budget
 #
-# Torch-Pruning, trained on by labels for the whole budget, then NNCF's int8; NNCodec on our pruned network; and what a general
-# compressor makes of our codes.
+# Torch-Pruning, trained on by labels for the whole budget, then NNCF's int8; NNCodec on our pruned network, taught as long, before
+# it is rounded; and what a general compressor makes of our codes.
 
 # %%
 files = {f"{r.method}:{r.point}": c["path"] for c, r in zip(candidates, rows, strict=True) if not r.control}
@@ -689,20 +703,31 @@ for row in [*rows, *(row for earlier in parts for row in earlier.compression)]:
 
 
 TOOLS = {"torch_pruning_nncf": "nncf_ptq", "nncodec_pruned": "nncodec"}  # the others are called what they are
-FROM = {"torch_pruning_nncf": "torch_pruning:macs={macs}", "nncodec_pruned": "prune_only:macs={macs}"}
+FROM = {"torch_pruning_nncf": "torch_pruning", "nncodec_pruned": "prune_distill"}
 
 
 def made(tool: str, source: Path, values: dict[str, str]) -> Path:
-    """A peer's file of an artifact."""
-    settings = {"qp": int(values["qp"])} if "qp" in values else {}
-    return counterparts.make(tool, source, seen.numpy(), run.path("peers/x").parent, **settings)
+    """A peer's file of an artifact; NNCodec gets the same help as our rounding, batch-norm re-estimated."""
+    settings, folder = {"qp": int(values["qp"])} if "qp" in values else {}, run.path("peers/x").parent
+    path = counterparts.make(tool, source, seen.numpy(), folder, **settings)
+    if tool != "nncodec":
+        return path
+    codec, before = counterparts.peer(tool), artifact.load(source, trainable=True).eval()
+    decoded, network = codec.decode(path), copy.deepcopy(before)
+    for layer in models.layers(network.spec):
+        weight = network.get_submodule(layer.name).weight
+        weight.data.copy_(torch.from_numpy(decoded[f"{layer.name}.weight"]))
+    state = batch_norm.reestimate(network, seen, original=before).state_dict()
+    tensors = {n: t for n, t in state.items() if n.endswith(("running_mean", "running_var"))}
+    return codec.make(source, None, folder, batch_norm=tensors, **settings)
 
 
 # %%
 for point in peers:
     name, values = parsed(point)
     tool, setting = TOOLS.get(name, name), point.partition(":")[2]
-    needed = FROM.get(name, f"{FIRST}:{setting}").format(**values)
+    about = ",".join(part for part in setting.split(",") if not part.startswith("qp="))
+    needed = f"{FROM.get(name, FIRST)}:{about}"
     if why := counterparts.available(tool) or ("" if needed in files else f"there is no {needed}"):
         missing[point] = why
         print(f"{point}: {why}")
