@@ -130,7 +130,11 @@ class _Audit:
         if row.artifact_sha256 not in networks:
             yield f"{what}: no compression row for artifact {row.artifact_sha256[:16]}"
             return
-        network = networks[row.artifact_sha256]
+        about = (row.technique, row.method, row.point)  # a file may be that of several points
+        same = [r for r in self.compression if r.artifact_sha256 == row.artifact_sha256]
+        named = [r for r in same if (r.technique, r.method, r.point) == about]
+        named = [r for r in named if r.control == row.control] or named
+        network = (named or same)[0]
         columns = ("dataset", "model", "technique", "method", "point", "seed")
         for column in columns if row.control == AGAIN else (*columns, "control", "headline"):
             if getattr(row, column) != getattr(network, column):

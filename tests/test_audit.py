@@ -90,6 +90,19 @@ def test_one_changed_field_is_found(published, table, where, column, value, mess
     assert any(message in problem for problem in found), found
 
 
+def test_a_file_may_be_that_of_several_points(published):
+    path = published / "compression.csv"
+    with open(path, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    [row] = [r for r in rows if QUANTIZED.items() <= r.items()][:1]
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, row.keys())
+        writer.writeheader()
+        writer.writerows([*rows, row | {"method": "twin"}])
+    found = audit.problems(published, rescore=False)
+    assert not any("latency.csv" in problem for problem in found), found
+
+
 def test_too_few_rounds_are_found(published):
     for column, value in (("rounds", "4"), ("rounds_p50_ms", "0.5 0.5 0.5 0.5")):
         change(published / "latency.csv", INT8, column, value)

@@ -21,7 +21,7 @@
 # **pipeline** is a list of stages, each the function of its own notebook, and budgets.
 
 # %% tags=["parameters"]
-points: list = ["prune_distill_quantize:macs=6x,rate=2e-9", "prune_quantize_distill:macs=6x,rate=2e-9"]
+points: list = ["prune_distill_quantize:macs=6x,rate=2e-9", "prune_quantize_distill:macs=6x,rate=2e-9"]  # own
 controls: list = ["small_dense_qat4:macs=6x"]  # rivals: thin networks, the network of 05
 peers: list = []  # production counterparts, such as torch_pruning_nncf:macs=8x
 prune_epochs: float = 0.5  # [0.001, 1000] of training behind the cut
@@ -130,6 +130,8 @@ ORDERS |= {
     "quantize_only": ("quantize",),
     "distill_only": ("thin", "distill"),
 }
+
+# %%
 RIVALS = {
     "dense_finetuned": ("train",),
     "small_dense": ("thin", "train", "round"),
@@ -167,6 +169,7 @@ def parsed(point: str) -> tuple[str, dict[str, str]]:
     return method, values
 
 
+# %%
 def looked_at(stages: tuple[str, ...]) -> set[str]:
     """The budgets that these stages look at."""
     found = set().union(*(STAGES[stage][0] | STAGES[stage][1] for stage in stages))
