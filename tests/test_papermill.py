@@ -280,12 +280,16 @@ def test_every_pipeline(baseline, tmp_path):
     stages = [row["control"] for row in made["compression"] if "after" in row["control"]]
     assert stages == ["after_prune", "after_distill"]
     rest = {"upstream": [str(baseline), str(tmp_path / "all")], "part": "peers", "points": [], "controls": []}
-    others = ["xz:macs=3x,rate=1e-4", "zstd:macs=8x,bits=4"]
+    others = ["xz:macs=3x,rate=1e-4", "zstd:macs=8x,bits=4", "nncodec_pruned:macs=3x,qp=-24"]
     made = execute("06_pipeline", tmp_path / "peers", **rest, **about, peers=others)
-    [row] = made["compression"]
+    row, *coded = made["compression"]
     assert (row["method"], row["train_seconds"]) == ("xz", dear["train_seconds"])
     assert row["correct"] == dear["correct"]
-    assert list(made["extra"]["missing"]) == ["zstd:macs=8x,bits=4"]
+    assert list(made["extra"]["missing"]) == others[1 : 3 - len(coded)]
+    assert len(coded) == (not peers.available("nncodec"))
+    for row in coded:  # the taught network, as it was before any rounding
+        assert row["train_seconds"] == taught["train_seconds"] and row["macs"] == taught["macs"]
+        assert row["artifact_bytes"] < taught["artifact_bytes"] / 2
 
 
 def until_trained(folder, baseline, **given):
@@ -358,12 +362,21 @@ def test_networks_are_timed_from_the_whole_to_the_narrowest(baseline, known, tmp
         ("prune_distill_quantize:macs=6x,rate=0", "rate is '0', needed is the loss"),
         ("small_dense_qat4:macs=6x,rate=1e-9", "small_dense_qat4 needs macs or ms$"),
         ("torch_pruning:ms=2", "needs macs$"),
+        ("nncodec_pruned:macs=2x", "nncodec_pruned needs macs, qp$"),
+        (
+            "nncodec_pruned:macs=2x,qp=-20,ensemble",
+            "ensemble is '', needed is no value, and baselines of other",
+        ),
+        ("torch_pruning_nncf:macs=2x,ensemble", "torch_pruning_nncf needs macs$"),
+        ("xz:sparsity=0.5", "xz needs bits or size or rate, macs or ms$"),
         ("prune_only:ms=-1", "ms is '-1', needed is milliseconds a picture"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused_before_any_training(baseline, tmp_path, point, message):
     """And what is named as the nearest can be met."""
-    kind = "controls" if point.startswith(("small", "torch")) else "points"
+    method = point.partition(":")[0]
+    kind = "controls" if method.startswith("small") or method == "torch_pruning" else "points"
+    kind = "peers" if method in ("nncodec_pruned", "torch_pruning_nncf", "xz") else kind
     with pytest.raises(ValueError, match=message) as refused:
         until_trained(tmp_path / "refused", baseline, **{"points": [], "controls": [], kind: [point]})
     if "nearest" in message:

@@ -76,7 +76,8 @@ def make(name: str, source: str | Path, images: np.ndarray, folder: str | Path, 
     ----------
     name : one of `NAMES`.
     source : the artifact: fp32, or for gzip, xz and zstd the one whose codes are to be compressed.
-    images : normalized calibration images of train, float32 (n, C, H, W); codecs ignore them.
+    images : normalized calibration images of train, float32 (n, C, H, W); codecs ignore them,
+        but for NNCodec's `reestimate`.
     folder : for the file.
     settings : the peer's own, see its `make`.
 

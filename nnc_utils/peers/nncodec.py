@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nnc_utils import artifact as artifacts
-from nnc_utils import encoding, models, peers
+from nnc_utils import batch_norm, encoding, models, peers
 from nnc_utils.models import Spec
 
 # What NNCodec's own `encode` takes by default.
@@ -109,27 +109,35 @@ def make(
     *,
     qp: int,
     settings: Mapping | None = None,
-    batch_norm: Mapping[str, torch.Tensor] | None = None,
+    reestimate: bool = False,
 ) -> Path:
-    """Encode an artifact's float weights and batch-norm; the images do not matter.
+    """Encode an artifact's float weights and batch-norm.
 
     Parameters
     ----------
     qp, settings : see `encode`.
-    batch_norm : tensors of the state_dict (`Artifact.tensors`) to put in place of the artifact's, such as
-        running_mean and running_var re-estimated with the decoded weights. Those do not depend on
-        batch-norm: encoded again they decode to the same.
+    reestimate : whether batch-norm is re-estimated, with the images, for the weights that are decoded, as
+        for our own quantizers (`batch_norm.reestimate`); otherwise the images do not matter.
     """
     artifact = artifacts.read(source)
-    foreign = sorted(set(batch_norm or {}) - set(artifact.tensors))
-    if foreign:
-        raise ValueError(f"{foreign[0]} is no tensor of batch-norm: one of {', '.join(artifact.tensors)}")
     state = {f"{name}.weight": encoding.decode(weight) for name, weight in artifact.weights.items()}
-    state |= fold(artifact.spec, artifact.tensors | dict(batch_norm or {}))
     odd = [f".{key}={value}" for key, value in (settings or {}).items() if BEST.get(key) != value]
-    name = f"{artifact.sha256[:16]}.qp{qp}{''.join(odd)}{'.batch_norm' if batch_norm else ''}.nnc"
-    arrays = {name: tensor.numpy() for name, tensor in state.items()}
-    return encode(arrays, folder / name, qp=qp, settings=settings)
+    name = f"{artifact.sha256[:16]}.qp{qp}{''.join(odd)}{'.batch_norm' if reestimate else ''}.nnc"
+
+    def write(tensors: Mapping[str, torch.Tensor]) -> Path:
+        arrays = {name: tensor.numpy() for name, tensor in (state | fold(artifact.spec, tensors)).items()}
+        return encode(arrays, folder / name, qp=qp, settings=settings)
+
+    path = write(artifact.tensors)
+    if not reestimate:
+        return path
+    original, changed = models.build(artifact.spec).eval(), models.build(artifact.spec).eval()
+    original.load_state_dict(original.state_dict() | state | artifact.tensors)
+    found = {name: torch.from_numpy(array) for name, array in decode(path).items() if name in state}
+    changed.load_state_dict(original.state_dict() | found)
+    moved = batch_norm.reestimate(changed, torch.from_numpy(images), original=original).state_dict()
+    # Weights decode to the same whatever batch-norm is beside them.
+    return write({name: moved[name] for name in artifact.tensors})
 
 
 def load(path: Path, source: Path, threads: int) -> peers.Loaded:

@@ -46,7 +46,8 @@ def prepare(
     Raises
     ------
     ValueError
-        For an unknown method, widths out of range, unknown or missing layer names, no images.
+        For an unknown method, widths out of range, unknown or missing layer names, scales of another shape,
+        no images.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
@@ -54,7 +55,14 @@ def prepare(
     if not isinstance(bits, Mapping):
         bits = {layer.name: ends if layer in (layers[0], layers[-1]) else bits for layer in layers}
     widths = for_each_layer(model, "bits", bits)
-    scales = scales and for_each_layer(model, "scales", scales)
+    if scales is not None:
+        scales = for_each_layer(model, "scales", scales)
+        for layer in layers:
+            if scales[layer.name].shape != (layer.out_channels,):
+                raise ValueError(
+                    f"scales[{layer.name!r}] is {tuple(scales[layer.name].shape)}: one for each of "
+                    f"{layer.out_channels} output channels is needed"
+                )
     trained = activations.calibrate(model, images)
     for layer in layers:
         module = trained.get_submodule(layer.name)

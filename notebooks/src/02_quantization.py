@@ -36,7 +36,6 @@ profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standa
 run_dir: str = ""  # folder of this run; empty: results/smoke/02_quantization
 
 # %%
-import copy
 import functools
 import heapq
 import re
@@ -744,22 +743,12 @@ rows = [
 #
 # The same checkpoint and the same calibration pictures, in the tools that people use: ONNX Runtime's
 # static quantization, NNCF for OpenVINO, torchao for Inductor, and for size NNCodec, the ISO/IEC 15938-17
-# codec, with gzip, xz and zstd of the plain codes. What is not installed is said.
+# codec, with gzip, xz and zstd of the plain codes. `bn` gives NNCodec the help that ours gets: batch-norm
+# re-estimated for its decoded weights. What is not installed is said.
 
 # %%
 sources |= {f"{c['method']}:{c['point']}": c["path"] for c in candidates}
 fp32, folder = baseline.artifact("fp32"), run.path("peers/x").parent
-
-
-def with_batch_norm(path, **settings):
-    """NNCodec's file again, batch-norm re-estimated for its decoded weights: the same help as for ours."""
-    codec, network = counterparts.peer("nncodec"), copy.deepcopy(model)
-    decoded = codec.decode(path)
-    for name in shapes:
-        network.get_submodule(name).weight.data.copy_(torch.from_numpy(decoded[f"{name}.weight"]))
-    state = batch_norm.reestimate(network, repair, original=model).state_dict()
-    tensors = {name: t for name, t in state.items() if name.endswith(("running_mean", "running_var"))}
-    return codec.make(fp32, None, folder, batch_norm=tensors, **settings)
 
 
 def made(name: str, values: dict[str, str]):
@@ -767,12 +756,12 @@ def made(name: str, values: dict[str, str]):
     if name in counterparts.GENERAL:
         source = sources[f"uniform_per_channel:bits={values['bits']}"]
         return counterparts.make(name, source, calibration.numpy(), folder), source
-    settings = {"scheme": next(iter(values))} if name == "ort_static" else {}
     if name == "nncodec":
-        codec = counterparts.peer(name)
-        settings = {"qp": int(values["qp"]), "settings": codec.RDO if "rdo" in values else None}
-    path = counterparts.make(name, fp32, calibration.numpy(), folder, **settings)
-    return (with_batch_norm(path, **settings) if "bn" in values else path), fp32
+        settings = {"qp": int(values["qp"]), "reestimate": "bn" in values}
+        settings["settings"] = counterparts.peer(name).RDO if "rdo" in values else None
+        return counterparts.make(name, fp32, repair.numpy(), folder, **settings), fp32
+    settings = {"scheme": next(iter(values))} if name == "ort_static" else {}
+    return counterparts.make(name, fp32, calibration.numpy(), folder, **settings), fp32
 
 
 # %%

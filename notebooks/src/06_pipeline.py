@@ -140,8 +140,11 @@ RIVALS = {
     "searched": ("found", "distill", "quantize"),
     "torch_pruning": ("torch", "train"),
 }
-PEERS = {"torch_pruning_nncf": {"macs"}, "nncodec_pruned": {"macs", "qp"}}
-PEERS |= dict.fromkeys(counterparts.GENERAL, set())  # of the codes of the first order at these budgets
+PEERS = {  # the same budgets of other tools
+    "torch_pruning_nncf": ({"macs"}, set()),
+    "nncodec_pruned": ({"macs", "qp"}, {"ensemble"}),
+    **dict.fromkeys(counterparts.GENERAL, (set(), set())),  # those of the first order, whose codes they get
+}
 BUDGET = prune_epochs + quantize_epochs + distill_epochs
 INSTEAD = {"size": "bits", "rate": "bits", "ms": "macs"}  # budgets that may stand in place of others
 
@@ -151,9 +154,9 @@ def parsed(point: str) -> tuple[str, dict[str, str]]:
     """ "prune_only:macs=8x" -> "prune_only", {"macs": "8x"}; a ValueError that says what is allowed."""
     method, _, setting = point.partition(":")
     values = dict(part.partition("=")[::2] for part in setting.split(",") if part)
-    stages = (ORDERS | RIVALS).get(method, ORDERS[FIRST] if PEERS.get(method) == set() else ())
-    needed = PEERS.get(method, set()).union(*(STAGES[stage][0] for stage in stages))
-    able = set().union(*(STAGES[stage][1] for stage in stages)) | ({"ensemble"} if "qp" in needed else set())
+    stages = (ORDERS | RIVALS).get(method, ORDERS[FIRST] if method in counterparts.GENERAL else ())
+    declared = [*(STAGES[stage][:2] for stage in stages), PEERS.get(method, (set(), set()))]
+    needed, able = (set().union(*budgets) for budgets in zip(*declared, strict=True))
     if method == "small_dense_qat4":
         needed -= {"bits"}
     able_if = {"ms": {"prune", "thin"} & set(stages), "rate": len(stages) > 1}  # can be timed; trains at all
@@ -462,9 +465,8 @@ figures.show(figure, "Bits of each layer of the pruned network in a file of a gi
 # together are least ([02](02_quantization.ipynb)); `distill` trains what there is, with its masks, integers and ranges in the loop,
 # by the teacher's soft labels ([04](04_distillation.ipynb)).
 #
-# *Predict*: which order suits a rounding that needs no training, in front of the teacher or behind it? Training moves the
-# weights to other codes, and nothing in its loss knows what a code costs: a network that was trained behind its rounding is
-# rounded once more.
+# *Predict*: which order suits a rounding that needs no training, in front of the teacher or behind it? A network that was
+# trained behind its rounding is rounded once more, because its weights have moved.
 
 
 # %%
@@ -711,18 +713,8 @@ FROM = {"torch_pruning_nncf": "torch_pruning", "nncodec_pruned": "prune_distill"
 
 def made(tool: str, source: Path, values: dict[str, str]) -> Path:
     """A peer's file of an artifact; NNCodec gets the same help as our rounding, batch-norm re-estimated."""
-    settings, folder = {"qp": int(values["qp"])} if "qp" in values else {}, run.path("peers/x").parent
-    path = counterparts.make(tool, source, seen.numpy(), folder, **settings)
-    if tool != "nncodec":
-        return path
-    codec, before = counterparts.peer(tool), artifact.load(source, trainable=True).eval()
-    decoded, network = codec.decode(path), copy.deepcopy(before)
-    for layer in models.layers(network.spec):
-        weight = network.get_submodule(layer.name).weight
-        weight.data.copy_(torch.from_numpy(decoded[f"{layer.name}.weight"]))
-    state = batch_norm.reestimate(network, seen, original=before).state_dict()
-    tensors = {n: t for n, t in state.items() if n.endswith(("running_mean", "running_var"))}
-    return codec.make(source, None, folder, batch_norm=tensors, **settings)
+    settings = {"qp": int(values["qp"]), "reestimate": True} if tool == "nncodec" else {}
+    return counterparts.make(tool, source, seen.numpy(), run.path("peers/x").parent, **settings)
 
 
 # %%
