@@ -339,22 +339,26 @@ def _latency(tables: Tables) -> str:
                 f"ratios within a round. Before the first, other processes used "
                 f"{extra['cpu_busy_before']:.0f} % of the processor.\n\n"
             )
-    return "".join(notes) + markdown(
-        [
-            {
-                "network": "identity" if row["control"] == "identity" else _network(row),
-                "runtime": f"{row['runtime']} {row['precision']}",
-                "batch": str(row["batch"]),
-                "threads": str(row["threads"]),
-                "p50 ms": _number(row["p50_ms"], ".3f", tables.why(row)),
-                "p90 ms": _number(row["p90_ms"], ".3f"),
-                "images/s": _number(row["throughput"], ",.0f"),
-                "× eager fp32": _times(row["speedup_eager_fp32"]),
-                "× fastest fp32": _times(row["speedup_best_fp32"]),
-                "agreement %": _number(row["agreement"], ".2f"),
-            }
-            for _, row in tables.latency.iterrows()
-        ]
+    return (
+        "".join(notes)
+        + f"{_unrest(tables.latency)}\n\n".lstrip()
+        + markdown(
+            [
+                {
+                    "network": "identity" if row["control"] == "identity" else _network(row),
+                    "runtime": f"{row['runtime']} {row['precision']}",
+                    "batch": str(row["batch"]),
+                    "threads": str(row["threads"]),
+                    "p50 ms": _number(row["p50_ms"], ".3f", tables.why(row)),
+                    "p90 ms": _number(row["p90_ms"], ".3f"),
+                    "images/s": _number(row["throughput"], ",.0f"),
+                    "× eager fp32": _times(row["speedup_eager_fp32"]),
+                    "× fastest fp32": _times(row["speedup_best_fp32"]),
+                    "agreement %": _number(row["agreement"], ".2f"),
+                }
+                for _, row in tables.latency.iterrows()
+            ]
+        )
     )
 
 
@@ -380,6 +384,19 @@ def twice(latency: pd.DataFrame) -> pd.DataFrame:
     return pairs.assign(**apart)
 
 
+def _unrest(latency: pd.DataFrame) -> str:
+    """How much a network's time varied from round to round: what others on the host took shows here."""
+    most = latency[latency["rounds"] == latency["rounds"].max()]
+    rounds = [np.array(text.split(), float) for text in most["rounds_p50_ms"].dropna() if text]
+    spreads = [np.subtract(*np.percentile(found, (75, 25))) / np.median(found) for found in rounds]
+    if not spreads:
+        return ""
+    return (
+        f"From round to round a network took {100 * np.median(spreads):.0f} % more or less (interquartile "
+        "range over median, half of the networks more); it is a few percent where nobody else uses the host."
+    )
+
+
 def holding(latency: pd.DataFrame) -> str:
     """How many speed-ups held when they were timed again, of `twice`, in words."""
     pairs = twice(latency)
@@ -401,7 +418,8 @@ def _twice(tables: Tables) -> str:
     far = pairs[pairs[[f"{ratio} apart" for ratio in RATIOS]].max(axis=1) > APART]
     text = (
         f"Batch {batch} with threads={threads} was timed twice, in new processes. Of the speed-ups, "
-        f"{holding(both)}. " + ("Further apart:" if len(far) else "None is further apart.")
+        f"{holding(both)}. {_unrest(tables.again)} "
+        + ("Further apart:" if len(far) else "None is further apart.")
     )
     if not len(far):
         return text

@@ -201,6 +201,15 @@ def test_the_report_says_how_far_two_measurements_are_apart(example, published):
     assert text.count("again") < 16 and "(again)" not in results.table(published)
 
 
+def test_the_report_says_how_restless_the_host_was(published):
+    assert "took 0 % more or less" in results.report(published)
+    path = published / "latency.csv"
+    frame = pd.read_csv(path, keep_default_na=False)
+    frame["rounds_p50_ms"] = "1.0 1.0 1.2 1.4 1.4"
+    frame.to_csv(path, index=False)
+    assert "took 33 % more or less" in results.report(published)
+
+
 def test_the_summary_pairs_images_over_the_seeds(tmp_path):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 500).astype(np.uint8)
