@@ -24,7 +24,7 @@ from nnc_utils.rows import (
     evidence,
     timed_evidence,
 )
-from nnc_utils.tables import COMMITTED_BYTES, ResultError, labels_name, read_rows
+from nnc_utils.tables import COMMITTED_BYTES, ResultError, kept_artifacts, labels_name, read_rows
 
 EXACT = 6e-5  # stored with four decimals
 AGREEMENT = {1: 99.5, 0: 99.0}  # stored_codes -> least agreement in percent
@@ -224,11 +224,12 @@ class _Audit:
     def _artifacts(self) -> Iterator[str]:
         entries = {e["artifact_sha256"]: e for r in self.provenance.values() for e in r.get("artifacts", [])}
         files = {file.name for file in (self.folder / "artifacts").glob("*")}
+        kept, unwanted = kept_artifacts(self.compression), set(files)
         for row in self.compression:
             entry = entries.get(row.artifact_sha256)
             if row.headline and entry is None and row.technique != "peer":
                 yield f"{row.run} {row.method} {row.point}: its artifact is not in provenance.json"
-            if entry is None or not row.headline:
+            if entry is None or row.artifact_sha256 not in kept:
                 continue
             if entry["bytes"] != row.artifact_bytes:
                 size = entry["bytes"]
@@ -239,10 +240,10 @@ class _Audit:
             if name not in files:
                 yield f"{row.run} {row.method} {row.point}: artifacts/{name} is missing"
                 continue
-            files.discard(name)
+            unwanted.discard(name)
             yield from self._score_again(row, self.folder / "artifacts" / name, entry["sha256"])
-        if files:
-            yield f"artifacts that carry no claim: {', '.join(sorted(files))}"
+        if unwanted:
+            yield f"artifacts of no claim and no pipeline: {', '.join(sorted(unwanted))}"
 
     def _score_again(self, row: CompressionRow, file: Path, sha256: str) -> Iterator[str]:
         from nnc_utils import artifact, data, evaluation, models

@@ -14,12 +14,14 @@ import seaborn as sns
 from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from nnc_utils import peers
 from nnc_utils.rows import AFTER, AGAIN, NO_LOSS
 
 MARKERS = "osD^vP*X<>hdp8"
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows
+AS_FAST = 5  # percent: times that are no further apart are taken for equal
 UNTIMED = ("identity", AGAIN)  # controls of rows that are no network's first timing
 NAMES = {
     "eager": "eager PyTorch",
@@ -178,7 +180,10 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -
         below = (rows["accuracy_delta"] - rows["delta_ci_low"]).fillna(0)
         above = (rows["delta_ci_high"] - rows["accuracy_delta"]).fillna(0)
         marker = MARKERS[number % len(MARKERS)]
-        axes.errorbar(rows["ratio"], rows["accuracy"], (below, above), marker=marker, capsize=3, label=label)
+        style = {"marker": marker, "capsize": 3, "label": label}
+        if rows["control"].fillna("").ne("").any():  # each of a kind of its own
+            style["linestyle"] = "none"
+        axes.errorbar(rows["ratio"], rows["accuracy"], (below, above), **style)
         for _, row in rows[rows["point"].str.startswith("bits=")].iterrows():
             place = (row["ratio"], row["accuracy"])
             text = row["point"].removeprefix("bits=")
@@ -215,6 +220,8 @@ def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: in
         axes.text(row["p50_ms"], place, f" {row['p50_ms']:.2f} ms", va="center", fontsize=8)
     axes.set(xlabel=f"median milliseconds a picture, {threads} thread{'s' if threads > 1 else ''}")
     axes.set_title("How long does one picture take, where?")
+    shown = [p for p in colours if p in set(rows["precision"])]
+    axes.legend(handles=[Patch(color=colours[p], label=p) for p in shown], loc="upper right")
     axes.margins(x=0.18)
     axes.grid(axis="y", visible=False)
     return axes.figure
@@ -247,7 +254,7 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
         integers = row["precision"] in ("int8", "s8s8")
         style = {"edgecolors": colour, "facecolors": colour if integers else "none"}
         axes.scatter(row["p50_ms"], row["accuracy"], marker=markers[row["runtime"]], s=70, **style)
-    best = rows[rows["accuracy"] > rows["accuracy"].cummax().shift(fill_value=-1.0)]
+    best = _worth_having(rows)
     axes.step(best["p50_ms"], best["accuracy"], where="post", color="grey", linewidth=1, zorder=0)
     handles = [axes.scatter([], [], color=colour, label=kind) for kind, colour in colours.items()]
     handles += [axes.scatter([], [], color="grey", marker=m, label=name(r)) for r, m in markers.items()]
@@ -264,6 +271,21 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
     return axes.figure
 
 
+def _worth_having(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows, by time, that are more accurate than all that are faster: by `-NO_LOSS` points at least.
+
+    What takes less than `AS_FAST` percent longer counts as fast as what it is held against.
+    """
+    kept: list[pd.Series] = []
+    for _, row in rows.iterrows():
+        if kept and row["accuracy"] < kept[-1]["accuracy"] - NO_LOSS:
+            continue
+        if kept and row["p50_ms"] < kept[-1]["p50_ms"] * (1 + AS_FAST / 100):
+            kept.pop()
+        kept.append(row)
+    return pd.DataFrame(kept, columns=rows.columns)
+
+
 def headline(profile_dir: Path) -> Figure:
     """Smaller, worse, faster? The tables of one profile in one picture."""
     latency = read_table(profile_dir / "latency.csv")
@@ -274,7 +296,9 @@ def headline(profile_dir: Path) -> Figure:
     many = compression["technique"].isin(["pruning", "distillation"])  # of them, what is claimed
     many |= compression["method"].str.startswith("torch_pruning")
     many |= compression["method"].isin(peers.GENERAL)  # the same networks in other files
-    size_against_accuracy(compression[~many | (compression["headline"] == 1)], left)
+    in_integers = latency[latency["precision"] == "int8"]["artifact_sha256"]
+    shown = (compression["headline"] == 1) | compression["artifact_sha256"].isin(in_integers)
+    size_against_accuracy(compression[~many | shown], left)
     for right in rest:
         frontier(latency, right, threads=int(latency["threads"].min()))
     figure.tight_layout()
@@ -301,15 +325,20 @@ def waterfall(compression: pd.DataFrame, latency: pd.DataFrame | None = None) ->
     if latency is not None and (found := _stage_times(stages["artifact_sha256"], latency)):
         shown = {"bytes of the file": stages["artifact_bytes"], found[0]: found[1]}
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
-    for axes, (label, heights) in zip(
-        panels, (shown | {"test accuracy (%)": stages["accuracy"]}).items(), strict=True
-    ):
+    for axes, (label, heights) in zip(panels, shown.items(), strict=False):
         bars = axes.bar(names, heights, color=["grey"] + ["C0"] * (len(names) - 1))
         axes.bar_label(bars, fmt="{:.4g}" if axes is not panels[0] else "{:,.0f}", fontsize=8)
-        axes.set(title=label, yscale="linear" if axes is panels[2] else "log")
+        axes.set(title=f"{label} (log)", yscale="log", yticks=[])  # each bar says how much it is
         axes.margins(y=0.12)
         axes.minorticks_off()
-    panels[2].set_ylim(stages["accuracy"].min() - 1, stages["accuracy"].max() + 0.5)
+    half = (stages["delta_ci_high"] - stages["delta_ci_low"]).fillna(0) / 2
+    panels[2].errorbar(names, stages["accuracy"], half, marker="o", capsize=3, linestyle="none")
+    for place, accuracy in zip(names, stages["accuracy"], strict=True):
+        panels[2].annotate(
+            f"{accuracy:.2f}", (place, accuracy), xytext=(6, 0), textcoords="offset points", fontsize=8
+        )
+    panels[2].set(title="test accuracy (%)")
+    panels[2].margins(x=0.2)
     return figure
 
 
@@ -322,7 +351,11 @@ def _stage_times(networks: pd.Series, latency: pd.DataFrame) -> tuple[str, list[
     if not times.shape[1]:
         return None
     runtime = times.iloc[-1].idxmin()
-    return f"milliseconds in {name(runtime)}", list(times[runtime])
+    precisions = rows[rows["runtime"] == runtime].set_index("artifact_sha256")["precision"]
+    integers = [precisions.loc[[sha256]].eq("int8").any() for sha256 in networks]
+    label = f"milliseconds in {name(runtime)}"
+    label += ", the last in int8" if integers == [False] * (len(integers) - 1) + [True] else ""
+    return label, list(times[runtime])
 
 
 def write(profile_dir: Path) -> None:

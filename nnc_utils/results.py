@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nnc_utils.peers import GENERAL
 from nnc_utils.provenance import code_sha256, root, write_atomically
 from nnc_utils.rows import (
     AFTER,
@@ -59,6 +60,7 @@ __all__ = [
     "table",
     "twice",
     "update_readme",
+    "verdict",
 ]
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
@@ -80,6 +82,37 @@ RATIOS = {RATIO: "the fastest fp32 runtime", "speedup_eager_fp32": "fp32 in eage
 FIGURES = {  # in figures/ of a profile, and what they show
     "headline": "Size against accuracy, and accuracy against milliseconds",
     "waterfall": "Bytes, milliseconds and accuracy after each stage of the pipeline",
+}
+WORDS = {  # what stands in the column "network"; the number is the notebook's that teaches it
+    "train": "the fp32 network (01)",
+    "uniform_per_channel": "weights rounded to `bits`, one scale a channel (02)",
+    "kmeans": "weights from a codebook (02)",
+    "hessian_kmeans": "weights from a codebook that spares what the loss feels (02)",
+    "hessian_rounding": "weights rounded to where loss and bits cost least; `rate`: a bit's price (02)",
+    "mixed_precision": "bits for each layer, within a `budget` (02)",
+    "qat_ste": "trained with its rounding (02)",
+    "qat_lsq": "trained with its rounding, the scales as well (02)",
+    "magnitude_global": "the smallest weights set to zero (03)",
+    "channels_fisher": "channels that the loss would miss least removed, until there are `macs` times fewer "
+    "multiplications (03)",
+    "kd": "a narrower network, taught by soft labels (04)",
+    "dkd": "a narrower network, taught by soft labels in two parts (04)",
+    "ensemble": "a narrower network, taught by all seeds' networks together (04)",
+    "kd_attention": "a narrower network, taught by soft labels and attention maps (04)",
+    "kd_hints": "a narrower network, taught by soft labels and features (04)",
+    "reinforce": "an architecture found by REINFORCE (05)",
+    "evolution": "an architecture found by evolution (05)",
+    "gradient": "an architecture found by gradients (05)",
+    "prune_distill_quantize": "the pipeline: channels removed, taught, rounded at a price (06)",
+    "small_dense": "the rival: a plain thin ResNet-18, trained as long as the pipeline, rounded (06)",
+    "small_dense_qat4": "the same, trained with weights of 4 bits (06)",
+    "small_dense_distilled": "the same, taught (06)",
+    "searched": "the architecture of 05, taught and rounded (06)",
+    "bn": "batch-norm re-estimated",
+    "float": "activations stay floats",
+    "mended": "the weights that read a removed channel adjusted",
+    "tuned": "trained on by labels",
+    "taught": "trained on by a teacher",
 }
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 SEEDS_OF_A_CLAIM = 3
@@ -107,7 +140,7 @@ class Tables:
         Each baseline, what a claim rests on, what was timed in integers in more than one runtime, and the
         thin rivals of the pipeline.
         """
-        baseline = (self.compression["technique"] == "baseline") & (self.compression["control"] == "")
+        baseline = _baselines(self.compression)
         runtimes = self.latency[self.latency["precision"] == "int8"].groupby("artifact_sha256")["runtime"]
         spread = self.compression["artifact_sha256"].map(runtimes.nunique()).fillna(0) > 1
         rivals = self.compression["control"].isin(THIN)
@@ -137,6 +170,10 @@ class Tables:
             reference=[read_predictions(folder / evidence(row["reference_sha256"]))],
             labels=read_predictions(folder / labels_name(row["dataset"])),
         )
+
+
+def _baselines(compression: pd.DataFrame) -> pd.Series:
+    return (compression["technique"] == "baseline") & (compression["control"] == "")
 
 
 def _older(record: dict) -> bool:
@@ -185,13 +222,12 @@ def table(profile_dir: Path) -> str:
     for _, network in tables.networks().iterrows():
         is_baseline = network["artifact_sha256"] == network["reference_sha256"]
         size = {
-            "file": f"{network['artifact_bytes'] / 1e6:.2f} MB",
-            "smaller": _times(network["size_ratio"]),
+            "file": _megabytes(network["artifact_bytes"]),
+            "smaller": _times(network["size_ratio"]) + " (simulated)" * bool(network["simulated"]),
         }
         timed = tables.timed(network["artifact_sha256"])
         for _, row in timed.iterrows() if len(timed) else [(None, None)]:
             where = "eager, not timed" if row is None else f"{row['runtime']} {row['precision']}"
-            where += " (simulated)" if network["simulated"] else ""
             runs = {network["run"]} | ({row["run"]} if row is not None else set())
             delta = tables.differences(network, row)
             accuracy = network["accuracy"] if row is None else row["accuracy"]
@@ -199,9 +235,9 @@ def table(profile_dir: Path) -> str:
             line |= {"accuracy": f"{accuracy:.2f}"}
             itself = is_baseline and (row is None or pd.isna(row["agreement"]))
             line["Δ points [95 %]"] = "reference" if itself else _delta(delta)
-            line["no loss"] = "–" if itself else _yes(delta["delta_ci_low"] >= NO_LOSS)
-            line |= size
+            line["no loss"] = "–" if itself else _no_loss(delta["delta_ci_low"], delta["delta_ci_high"])
             time = {} if row is None else row
+            line |= size | {"runtime loads": _megabytes(time.get("runtime_bytes"))}
             line["ms"] = _number(time.get("p50_ms"), ".3f")
             line["× eager fp32"] = _times(time.get("speedup_eager_fp32"))
             line["× fastest fp32"] = _times(time.get("speedup_best_fp32"))
@@ -213,6 +249,15 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def _megabytes(count: float | None) -> str:
+    return "–" if count is None or pd.isna(count) else f"{count / 1e6:.2f} MB"
+
+
+def _no_loss(low: float, high: float) -> str:
+    """Of an interval: "no" where there is a loss, "not shown" where these pictures are too few to tell."""
+    return "yes" if low >= NO_LOSS else "no" if high < 0 else "not shown"
+
+
 def _legend(tables: Tables) -> str:
     first = tables.compression.iloc[0]
     images, seeds = first["total"], tables.compression["seed"].nunique()
@@ -220,10 +265,18 @@ def _legend(tables: Tables) -> str:
         f"Profile {first['profile']}: {first['dataset']}, {images:,} test images, "
         f"{seeds} seed{'s' if seeds > 1 else ''}. "
         f"Δ is the paired difference to the fp32 network in percentage points with its 95 % interval; "
-        f"“no loss” means that its lower end is at least {NO_LOSS}."
+        f"“no loss” means that its lower end is at least {NO_LOSS}; “no”, that all of it is below 0."
     )
     if seeds > 1:
         text += " A line is the first seed's network; the report's rankings are over all seeds."
+    baseline = tables.compression[_baselines(tables.compression)].iloc[0]
+    epochs = tables.provenance[baseline["run"]]["parameters"].get("epochs")
+    text += (
+        f" The fp32 network saw {baseline['train_images']:,} pictures"
+        + (f" ({epochs:g} epochs)" if epochs else "")
+        + ". “Smaller” is about the file, which is decoded before it runs: what the runtime then loads "
+        "stands beside it. Weights that stay floats are stored in 16 bits, so twice smaller than in fp32."
+    )
     if len(tables.latency):
         timed = tables.latency[tables.latency["batch"] == 1]
         threads = timed["threads"].min()
@@ -236,14 +289,18 @@ def _legend(tables: Tables) -> str:
         )
     if tables.networks()["simulated"].any():
         text += (
-            " Simulated: codes of fewer than 8 bits (or a mask); the size is the file's, the time that of "
-            "the int8 or fp32 network it decodes to."
+            " Simulated: no runtime computes with what is stored (masks, codebooks, codes of fewer than 8 "
+            "bits, or with activations in floats); the size is the file's, the time that of the int8 or fp32 "
+            "network it decodes to."
         )
+    shown = " ".join(tables.networks()[["method", "point"]].agg(" ".join, axis=1)).split()
+    known = [f"`{word}`: {meaning}" for word, meaning in WORDS.items() if word in shown]
+    text += ("\n\n" + "; ".join(known) + ".") * bool(known)
     return text + ("\n\n" + STALE_NOTE if tables.stale else "")
 
 
 def _claims(tables: Tables) -> str:
-    """What was claimed and whether it holds."""
+    """What was chosen on validation, before the test set was looked at, and whether it holds there."""
     claims = []
     for _, network in tables.networks().iterrows():
         if network["headline"] != 1 or network["artifact_sha256"] == network["reference_sha256"]:
@@ -273,20 +330,104 @@ def _claims(tables: Tables) -> str:
                 + ("." if pd.isna(row["agreement"]) else f", agreement {row['agreement']:.2f} %.")
             )
         claims.append(text)
-    if claims and (seeds := tables.compression["seed"].nunique()) < SEEDS_OF_A_CLAIM:
-        claims.insert(
-            0,
-            f"Chosen on validation, with {seeds} seed{'s' if seeds > 1 else ''}: too few for a claim. "
-            "Only int8 after training and times may be quoted from here; claims need the profile `standard`.",
-        )
     return "\n\n".join(claims) or "No row of this profile carries a claim (`headline` = 1)."
+
+
+def verdict(profile_dir: Path) -> str:
+    """Did it get smaller, faster, worse? A list: what needs no training, the smallest file, the pipeline."""
+    tables = Tables(profile_dir)
+    profile, seeds = tables.compression.iloc[0]["profile"], tables.compression["seed"].nunique()
+    text = ""
+    if seeds < SEEDS_OF_A_CLAIM:
+        text = (
+            f"{seeds} seed{'s' if seeds > 1 else ''}: too few for a claim"
+            + " (but for int8 after training, and times)" * bool(len(tables.latency))
+            + ("" if profile in ("standard", "full") else "; those are the profile `standard`'s")
+            + ".\n\n"
+        )
+    lines = [_untrained(tables), _smallest(tables), _pipeline(tables)]
+    return text + "\n".join(f"- {line}" for line in lines if line)
+
+
+def _untrained(tables: Tables) -> str:
+    """What int8 gives without a gradient step."""
+    closed = tables.compression[tables.compression["division"] == "closed"]
+    timed = [tables.timed(sha256) for sha256 in closed["artifact_sha256"].unique()]
+    timed = pd.concat([tables.latency.head(0), *timed])
+    timed = timed[timed["precision"] == "int8"].sort_values("p50_ms")
+    for _, row in timed.head(1).iterrows():
+        network = closed[closed["artifact_sha256"] == row["artifact_sha256"]].iloc[0]
+        return f"**Int8 without training**, {_faster(tables, network, row)}"
+    return ""
+
+
+def _faster(tables: Tables, network: pd.Series, row: pd.Series) -> str:
+    """What a network in a runtime is, against the uncompressed one."""
+    delta = tables.differences(network, row)
+    return (
+        f"`{network['method']} {network['point']}` in {row['runtime']}: "
+        f"{_times(network['size_ratio'])} smaller, {_times(row[RATIO])} as fast as the fastest fp32 runtime, "
+        f"{_delta(delta)} points: {_in_words(delta['delta_ci_low'], delta['delta_ci_high'])}"
+    )
+
+
+def _in_words(low: float, high: float) -> str:
+    return {"yes": "no loss.", "no": "a loss.", "not shown": "that there is no loss is not shown."}[
+        _no_loss(low, high)
+    ]
+
+
+def _smallest(tables: Tables) -> str:
+    """The smallest file without loss, whatever made it."""
+    good = tables.summary[(tables.summary["no_loss"] == 1) & (tables.summary["technique"] != "baseline")]
+    if good.empty:
+        return "**Smallest without loss**: none is shown to be."
+    point = good.loc[good["size_ratio"].idxmax()]
+    return (
+        f"**Smallest without loss**, `{point['method']} {point['point']}`: "
+        f"{_times(point['size_ratio'])} smaller, {_over_seeds(point)} points."
+    )
+
+
+def _pipeline(tables: Tables) -> str:
+    """The pipeline, and which rivals and other tools it does not beat, or beats."""
+    ours = tables.summary[(tables.summary["method"] == PIPELINE) & (tables.summary["control"] == "")]
+    if ours.empty:
+        return ""
+    point = ours.sort_values(["headline", "no_loss", "size_ratio"]).iloc[-1]
+    label = f"{PIPELINE} {point['point']}"
+    rows = tables.compression[tables.compression["dataset"] == point["dataset"]]
+    same = (rows["method"] == PIPELINE) & (rows["point"] == point["point"]) & (rows["control"] == "")
+    network = rows[same].sort_values("seed").iloc[0]
+    timed = tables.timed(network["artifact_sha256"])
+    about = f"{_over_seeds(point)} points over {point['seeds']} seed{'s' if point['seeds'] > 1 else ''}: "
+    about += _in_words(point["delta_ci_low"], point["delta_ci_high"])
+    text = f"**The pipeline**, `{label}`: {_times(point['size_ratio'])} smaller, {about}"
+    for _, row in timed[timed["precision"] == "int8"].iterrows():
+        text += (
+            f" In {row['runtime']} int8, {_times(row[RATIO])} as fast as the fastest fp32 runtime, "
+            f"{_delta(tables.differences(network, row))} points."
+        )
+    others = rows[rows["control"].isin(THIN) | (rows["technique"] == "peer")]
+    others = set(others[~others["method"].isin(GENERAL)][["method", "point"]].agg(" ".join, axis=1))
+    versus = comparisons(rows, tables.folder / "predictions", dataset=point["dataset"])
+    versus = versus[versus["ours"].str.startswith(f"{PIPELINE} ") & versus["theirs"].isin(others)]
+    for found, told in (("below", "It is below"), ("not below", "Undecided against"), ("beats", "It beats")):
+        rivals = [
+            f"`{row['theirs']}` ({row['their bytes']:,} bytes, {row['points']}"
+            + f", by `{row['ours'].removeprefix(PIPELINE).strip()}`" * (row["ours"] != label)
+            + ")"
+            for _, row in versus[versus["verdict"].str.split(",").str[0] == found].iterrows()
+        ]
+        text += f" {told} {', '.join(rivals)}." * bool(rivals)
+    return text
 
 
 def _ranking(tables: Tables, division: str) -> str:
     chosen = tables.summary[tables.summary["division"] == division]
     chosen = chosen.sort_values(["no_loss", "size_ratio"], ascending=False, kind="stable")
     lines = []
-    dense = tables.compression[tables.compression["technique"] == "baseline"]["macs"].max()
+    dense = tables.compression[_baselines(tables.compression)]["macs"].max()
     for _, row in chosen.iterrows():
         lines.append(
             {
@@ -297,7 +438,7 @@ def _ranking(tables: Tables, division: str) -> str:
                 "claim": _yes(row["headline"] == 1),
                 "accuracy (sd)": f"{row['accuracy_mean']:.2f} ({_number(row['accuracy_sd'], '.2f')})",
                 "Δ points [95 %]": _over_seeds(row),
-                "no loss": _yes(row["no_loss"] == 1),
+                "no loss": _no_loss(row["delta_ci_low"], row["delta_ci_high"]),
                 "smaller": _times(row["size_ratio"]),
                 "bytes": f"{row['artifact_bytes']:,.0f}",
                 "fewer MACs": _times(dense / row["macs"]),
@@ -311,6 +452,8 @@ def _stops_paying(tables: Tables) -> str:
     """The smallest file of each technique without loss, and the next smaller one; or the nearest to that."""
     lines = []
     ours = tables.summary[(tables.summary["control"] == "") & (tables.summary["technique"] != "baseline")]
+    rivals = tables.summary[tables.summary["control"].isin(THIN)].assign(technique="the thin rivals")
+    ours = pd.concat([ours, rivals])
     for (technique, division), rows in ours.groupby(["technique", "division"], sort=False):
         rows = rows.sort_values("size_ratio", kind="stable")
         good = rows[rows["no_loss"] == 1].tail(1)
@@ -386,14 +529,14 @@ def twice(latency: pd.DataFrame) -> pd.DataFrame:
 
 def _unrest(latency: pd.DataFrame) -> str:
     """How much a network's time varied from round to round: what others on the host took shows here."""
-    most = latency[latency["rounds"] == latency["rounds"].max()]
+    most = latency[(latency["rounds"] == latency["rounds"].max()) & (latency["control"] != "identity")]
     rounds = [np.array(text.split(), float) for text in most["rounds_p50_ms"].dropna() if text]
     spreads = [np.subtract(*np.percentile(found, (75, 25))) / np.median(found) for found in rounds]
     if not spreads:
         return ""
     return (
-        f"From round to round a network took {100 * np.median(spreads):.0f} % more or less (interquartile "
-        "range over median, half of the networks more); it is a few percent where nobody else uses the host."
+        f"The middle half of a network's rounds spans {100 * np.median(spreads):.0f} % of their median (half "
+        "of the networks more): what else ran on the host, which this machine may share."
     )
 
 
@@ -404,7 +547,9 @@ def holding(latency: pd.DataFrame) -> str:
     for ratio, against in RATIOS.items():
         apart = pairs[f"{ratio} apart"]
         held = f"{(apart <= APART).sum()} of {len(pairs)} are within {APART} % of each other"
-        texts.append(f"against {against} {held}, half of them within {apart.median():.1f} %")
+        lower = (pairs[f"{ratio} again"] < pairs[ratio]).sum()
+        half = f"half of them within {apart.median():.1f} %"
+        texts.append(f"against {against} {held}, {half}, {lower} lower the second time")
     return "; ".join(texts)
 
 
@@ -445,7 +590,9 @@ def _not_measured(tables: Tables) -> str:
     missing += [f"{name}: {why}." for name, why in sorted(where.items())]
     if tables.compression["seed"].nunique() == 1:
         missing.append("The spread between seeds: there is one, so intervals are about these networks.")
-    for record in tables.provenance.values():
+    for run, record in tables.provenance.items():
+        if seen := record["extra"].get("search", {}).get("images", {}).get("supernet"):
+            missing.append(f"The search of {run} in `train_images`: its supernet saw {seen:,} pictures.")
         points = record["extra"].get("missing", {}).items()
         missing += [f"{point}: {why}." for point, why in points if ":" in point]
         for entry in record["artifacts"]:
@@ -657,7 +804,10 @@ def _side_by_side(tables: Tables) -> str:
         for dataset, rows in tables.compression.groupby("dataset")
     ]
     compared, closed = (pd.concat(side).astype(str).to_dict("records") for side in zip(*found, strict=True))
-    text = markdown(compared)
+    text = (
+        "“not below” is undecided: the interval of the difference holds 0. A student whose point ends in "
+        "`shuffled` had a teacher of wrong answers, as a control.\n\n" + markdown(compared)
+    )
     if closed:
         text += (
             "\n\nFrom the student alone to the uncompressed network: what a teacher closes of that gap:\n\n"
@@ -676,6 +826,8 @@ def report(profile_dir: Path) -> str:
     text = "\n\n".join(
         [
             f"# Results of the {tables.compression.iloc[0]['profile']} profile",
+            verdict(profile_dir),
+            "## Chosen on validation",
             _claims(tables),
             "## Headline",
             drawn["headline"] + table(profile_dir),
@@ -729,7 +881,11 @@ def readme_block(folder: Path) -> str:
     alt = "Left: test accuracy against times smaller. Right: test accuracy against milliseconds a picture."
     figure = f"![{alt}]({place}/figures/headline.png)\n\n"
     shown = figure if (profile_dir / "figures/headline.png").is_file() else ""
-    return f"{table(profile_dir)}\n\n{shown}Everything else: [report]({place}/report.md)."
+    kept = sorted(profile_dir.glob("artifacts/*.safetensors"), key=lambda file: file.stat().st_size)
+    files = [f"[{file.stat().st_size:,} bytes]({place}/artifacts/{file.name})" for file in kept]
+    more = f"{shown}Everything else: [report]({place}/report.md)."
+    more += f" Networks that are small enough lie here: {', '.join(files)}." * bool(files)
+    return "\n\n".join([verdict(profile_dir), table(profile_dir), more])
 
 
 def readme_says(folder: Path) -> str:

@@ -254,11 +254,19 @@ def claimed_once(rows: list[CompressionRow]) -> list[CompressionRow]:
     return [row.model_copy(update={"headline": first[p]}) for p, row in zip(points, rows, strict=True)]
 
 
+def kept_artifacts(rows: Iterable[CompressionRow]) -> set[str]:
+    """Whose files are committed if they are small enough: those of claims, and the smallest pipeline."""
+    rows = list(rows)
+    joined = [row for row in rows if row.technique == "pipeline" and not row.control]
+    smallest = sorted(joined, key=lambda row: (row.artifact_bytes, row.seed))[:1]
+    return {row.artifact_sha256 for row in [*(row for row in rows if row.headline), *smallest]}
+
+
 def publish(runs: list[Path], profile: str) -> Path:
     """Write a profile's tables and their evidence; what was there before goes.
 
     compression.csv, latency.csv, summary.csv, provenance.json, predictions/ (of every row, and the
-    labels), artifacts/ (of rows that carry a claim, as far as they are small enough to commit).
+    labels), artifacts/ (`kept_artifacts`, as far as they are small enough to commit).
 
     Parameters
     ----------
@@ -285,6 +293,7 @@ def publish(runs: list[Path], profile: str) -> Path:
         )
     compression = claimed_once([row for run in finished for row in run.compression])
     claimed = {row.artifact_sha256 for row in compression if row.headline}
+    wanted = kept_artifacts(compression)
     sizes = {row.artifact_sha256: row.artifact_bytes for row in compression}
     latency = [row for run in finished for row in run.latency]
 
@@ -300,10 +309,10 @@ def publish(runs: list[Path], profile: str) -> Path:
             sha256 = entry["artifact_sha256"]
             name = f"{sha256[:16]}.safetensors"
             entry["bytes"], entry["headline"] = sizes.get(sha256), sha256 in claimed
-            entry["committed"] = "not: it carries no claim"
-            if entry["headline"] and entry["bytes"] > COMMITTED_BYTES:
+            entry["committed"] = "not: it carries no claim and is not the smallest pipeline's"
+            if sha256 in wanted and entry["bytes"] > COMMITTED_BYTES:
                 entry["committed"] = f"not: {entry['bytes']:,} bytes are more than {COMMITTED_BYTES:,}"
-            elif entry["headline"]:
+            elif sha256 in wanted:
                 entry["committed"] = f"artifacts/{name}"
                 _place(out / "artifacts" / name, run.artifact(sha256).read_bytes())
                 kept["artifacts"].add(name)

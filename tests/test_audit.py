@@ -4,9 +4,10 @@ import csv
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from nnc_utils import audit, provenance
+from nnc_utils import audit, provenance, results
 from nnc_utils.results import ALL_PROFILES
 
 RESULTS = provenance.PACKAGE.parent / "results"
@@ -16,6 +17,18 @@ COMMITTED = [RESULTS / name for name in ALL_PROFILES if (RESULTS / name / "compr
 @pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
 def test_committed_results_are_what_their_evidence_says(profile):
     assert audit.problems(profile) == []
+
+
+@pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
+def test_the_verdict_names_every_rival_of_the_pipeline(profile):
+    summary = pd.read_csv(profile / "summary.csv", keep_default_na=False)
+    rivals = summary[summary["control"].isin(results.THIN)]
+    if not (summary["method"] == results.PIPELINE).any():
+        assert "pipeline" not in results.verdict(profile)
+        return
+    told = results.verdict(profile).split("**The pipeline**")[1]
+    for _, row in rivals.iterrows():
+        assert f"`{row['method']} {row['point']}`" in told
 
 
 def test_an_untouched_profile_passes(published):
@@ -133,7 +146,7 @@ def test_a_changed_missing_or_foreign_artifact_is_found(published):
     assert any("is missing" in p for p in audit.problems(published, rescore=False))
     first.write_bytes(content)
     (published / "artifacts/extra.safetensors").write_bytes(content)
-    assert any("no claim: extra.safetensors" in p for p in audit.problems(published, rescore=False))
+    assert any("no pipeline: extra.safetensors" in p for p in audit.problems(published, rescore=False))
 
 
 def test_artifacts_are_scored_again(published):

@@ -127,13 +127,22 @@ def test_frontier_holds_every_network_and_joins_the_best():
     drawn = [tuple(point) for dots in axes.collections for point in dots.get_offsets().tolist()]
     assert sorted(drawn) == [(1.25, 91.9), (4.0, 91.5), (7.0, 92.0)]
     [line] = axes.lines
-    assert list(line.get_xdata()) == [1.25, 7.0]  # 4 ms is slower and worse than 1.25 ms
+    assert list(line.get_xdata()) == [1.25]  # a tenth of a point more is not worth 7 ms
     assert not figures.frontier(LATENCY.assign(batch=8)).axes[0].get_legend()
 
 
+def test_worth_having_is_what_noise_does_not_decide():
+    networks = pd.DataFrame(
+        [(1.0, 87.0), (1.01, 89.0), (2.0, 88.0), (3.0, 89.2), (4.0, 90.0), (5.0, 90.0)],
+        columns=["p50_ms", "accuracy"],
+    )
+    # as fast as the first and better; slower and worse; a hair better; better; only slower
+    assert list(figures._worth_having(networks)["p50_ms"]) == [1.01, 4.0]
+
+
 def test_headline_reads_the_tables_of_a_profile(tmp_path):
-    COMPRESSION.to_csv(tmp_path / "compression.csv", index=False)
-    LATENCY.to_csv(tmp_path / "latency.csv", index=False)
+    COMPRESSION.assign(artifact_sha256="a").to_csv(tmp_path / "compression.csv", index=False)
+    LATENCY.assign(artifact_sha256="a").to_csv(tmp_path / "latency.csv", index=False)
     figure = figures.headline(tmp_path)
     figure.savefig(tmp_path / "headline.png")
     assert len(figure.axes) == 2
@@ -153,7 +162,8 @@ def test_the_waterfall_goes_through_the_stages_in_the_runtime_that_has_them_all(
     table = pd.concat([dense, stages])
     panels = figures.waterfall(table).axes
     heights = [[bar.get_height() for bar in axes.patches] for axes in panels]
-    assert heights == [[1000, 400, 100, 90], [8, 2, 2, 2], [92, 90, 89, 91]]
+    assert heights == [[1000, 400, 100, 90], [8, 2, 2, 2], []]
+    assert list(panels[2].lines[0].get_ydata()) == [92, 90, 89, 91]
     assert [label.get_text() for label in panels[0].get_xticklabels()] == [
         "fp32",
         "prune",
@@ -168,5 +178,5 @@ def test_the_waterfall_goes_through_the_stages_in_the_runtime_that_has_them_all(
         for (sha256, runtime), ms in times.items()
     ]
     middle = figures.waterfall(table, pd.DataFrame(rows)).axes[1]
-    assert middle.get_title() == "milliseconds in ONNX Runtime"  # executorch lacks two of them
+    assert middle.get_title() == "milliseconds in ONNX Runtime (log)"  # executorch lacks two of them
     assert [bar.get_height() for bar in middle.patches] == [4.0, 2.0, 0.5, 0.5]

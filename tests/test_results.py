@@ -202,12 +202,12 @@ def test_the_report_says_how_far_two_measurements_are_apart(example, published):
 
 
 def test_the_report_says_how_restless_the_host_was(published):
-    assert "took 0 % more or less" in results.report(published)
+    assert "rounds spans 0 % of their median" in results.report(published)
     path = published / "latency.csv"
     frame = pd.read_csv(path, keep_default_na=False)
     frame["rounds_p50_ms"] = "1.0 1.0 1.2 1.4 1.4"
     frame.to_csv(path, index=False)
-    assert "took 33 % more or less" in results.report(published)
+    assert "rounds spans 33 % of their median" in results.report(published)
 
 
 def test_the_summary_pairs_images_over_the_seeds(tmp_path):
@@ -362,9 +362,11 @@ def test_rows_of_older_code_are_marked(published, monkeypatch):
 def test_the_report_says_what_holds(published):
     text = results.report(published)
     assert (published / "report.md").read_text() == text + "\n"
-    warning, claim = text.split("\n\n")[1:3]
-    assert "with 2 seeds: too few for a claim" in warning
-    assert "no loss" in claim and "4.00× as fast as the fastest fp32 runtime" in claim
+    warning, verdict, _, claim = text.split("\n\n")[1:5]
+    assert "2 seeds: too few for a claim" in warning
+    for said in (verdict, claim):
+        assert "no loss" in said and "4.00× as fast as the fastest fp32 runtime" in said
+    assert "Smallest without loss**, `uniform_per_channel bits=8`" in verdict and "pipeline" not in verdict
     assert "quick/07_deployment/seed=1" in text and "more than 450,000" in text
     ratio = pd.read_csv(published / "summary.csv").set_index("technique")["size_ratio"]["quantization"]
     assert (
@@ -374,7 +376,8 @@ def test_the_report_says_what_holds(published):
     frame.loc[frame["technique"] == "quantization", ["delta_ci_low", "no_loss"]] = [-0.5, 0]
     frame.to_csv(published / "summary.csv", index=False)
     text = results.report(published)
-    assert "**not** without loss" in text.split("\n\n")[2]
+    assert "**not** without loss" in text.split("\n\n")[4]
+    assert "none is shown to be" in text.split("\n\n")[2]
     assert f"| quantization | closed | none | – | uniform_per_channel bits=8, {ratio:.2f}× |" in text
 
 
@@ -383,7 +386,9 @@ def test_the_readme_gets_the_best_profile_between_its_markers(published):
     assert results.update_readme(root) and not results.update_readme(root)
     text = (root / "README.md").read_text()
     assert text.startswith("# T\n") and text.endswith("\nrest\n") and "old" not in text
-    assert results.table(published) in text
+    assert results.table(published) in text and results.verdict(published) in text
+    for file in (published / "artifacts").iterdir():
+        assert f"{file.stat().st_size:,} bytes](results/quick/artifacts/{file.name})" in text
     (published / "figures/headline.png").write_bytes(b"png")
     assert results.update_readme(root)
     assert re.search(

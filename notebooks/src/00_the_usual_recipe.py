@@ -448,7 +448,7 @@ print(f"what it keeps of step 1: weights are {', '.join(kinds)}; of step 2: {zer
 #
 # ### A loss without labels
 #
-# Whoever learns from the divergence alone learns the teacher's mistakes as truth. On the training pictures which the
+# Whoever learns from the divergence alone never hears that the teacher is wrong. On the training pictures which the
 # teacher gets wrong, what does the student say: the teacher's class or the label? *Predict* the larger bar.
 
 # %%
@@ -605,7 +605,7 @@ else:
 #
 # **Try it.** (1) Set `amount = 0.5`: predict all three sizes of step 2 before you run. (2) Compress the masked network's
 # file with `gzip`: does the mask pay then, and what of it does a runtime see? (3) Set `teacher_epochs` three times as
-# high: does the student by divergence alone still learn the teacher's mistakes? (4) Convert the masked network
+# high: does the student by divergence alone say the teacher's mistakes more clearly? (4) Convert the masked network
 # instead of the dense one: how many of the claimed 4× × 8× does the file show?
 #
 # Next: [01_baseline](01_baseline.ipynb), what "small", "fast" and "accurate" mean.

@@ -156,7 +156,7 @@ axes.set(
     xlabel="weight / standard deviation", ylabel="density", yscale="log", title="How are weights spread?"
 )
 axes.legend()
-figures.show(figure, "Histograms of the weights of four layers on a log axis: peaked at 0, with long tails")
+figures.show(figure, "Histograms of the weights of four layers on a log axis")
 pd.DataFrame(
     {
         "layer": name,
@@ -168,8 +168,10 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# **What it means.** The largest weight is many standard deviations out, and it is the one that the
-# textbook formula of the next section builds its scale on. Nearly all weights live in the middle.
+# **What it means.** Of a bell curve 0.3 % lie beyond 3 deviations. After so short a training the convolutions still are the
+# bell curve that they were drawn from; only the classifier has more. But of millions of draws even a bell curve's largest is
+# five deviations out, and that one is what the textbook formula of the next section builds its scale on. Nearly all weights live
+# in the middle.
 #
 # ## 2 · Build Q: the uniform quantizer
 #
@@ -214,7 +216,8 @@ print("same as torch.fake_quantize_per_channel_affine:", torch.equal(encoding.de
 #
 # Three things. One of the $2^b$ codes never occurs (at 2 bits, a quarter of them). A range centred on 0
 # is half empty where the weights are not: **affine** codes add a zero-point. And the range reaches to the
-# rarest weight: clipping it makes the other steps finer. Inside a step every position is about as
+# rarest weight: clipping makes the other steps finer (*percentile*: one weight in a thousand is outside; *mse*: the
+# range with the least squared error). Inside a step every position is about as
 # likely as another, so the error should be $s/\sqrt{12}$. *Predict* it for each range, then measure.
 
 # %%
@@ -231,7 +234,8 @@ for bits in (8, 4, 3, 2):
 pd.DataFrame(rows).round(4)
 
 # %% [markdown]
-# **What it means.** While many codes are in use the prediction holds. With few bits the range by max puts
+# **What it means.** While many codes are in use and nothing is clipped the prediction holds; at 8 bits the steps are so fine
+# that the few clipped weights are most of the error. With few bits the range by max puts
 # most weights into the middle step, where they become 0 and their error is their own size. The range
 # with the least squared error (mse) clips far inside the maximum.
 #
@@ -262,8 +266,8 @@ print(f"ratio {measured / predicted:.2f}")
 #
 # Nothing says that levels must be evenly spaced. A **codebook** of $2^b$ values, found by k-means, puts
 # them where the weights are (Deep Compression, Han et al., 2016). The result depends on where the
-# search starts: evenly over the range (linear), by quantiles (density) or drawn (random). Predict: which
-# start keeps the few large weights best?
+# search starts: evenly over the range (linear), by quantiles (density) or drawn (random); *split*
+# begins with one value and divides the worst. Predict: which start keeps the few large weights best?
 
 # %%
 rows = []
@@ -286,6 +290,9 @@ rows[-1]["error of the largest 0.1 %"] = float(error[largest].square().mean().sq
 pd.DataFrame(rows).round(5)
 
 # %% [markdown]
+# **What it means.** Run to its end, the search arrives at nearly the same codebook from each start. Where it is stopped early,
+# or values lie far out, the start decides.
+#
 # ### Not every weight matters equally
 #
 # A change $\delta_i$ of a weight changes the loss by about $\tfrac12 h_i \delta_i^2$, $h_i$ the diagonal of
@@ -383,6 +390,9 @@ for name in ("layer2.0.conv1", "layer4.0.conv1"):
 pd.DataFrame(rows).map(lambda value: value if isinstance(value, str) else f"{value:.3g}")
 
 # %% [markdown]
+# **What it means.** Rows need not pay in every layer. And the more a rounding makes of the curvature, the more its own
+# prediction flatters it: read *measured*.
+#
 # **What would fool you.** Pictures that are too few: where a layer has more inputs than pictures showed, some
 # directions look free, and errors run away there. **Damping** gives every direction a price.
 
@@ -416,7 +426,7 @@ print(f"entropy {-(p * np.log2(p)).sum():.3f}, fixed width 3")
 
 # %% [markdown]
 # A word has whole bits, at least one: at 95 % zeros that is three times the entropy. The files here use a
-# **range coder** (asymmetric numeral systems), which spends fractions of a bit. Predict the stream of a
+# **asymmetric numeral systems** (Duda, 2013), an entropy coder that spends fractions of a bit. Predict the stream of a
 # layer from the counts of its codes; then pack it, scales and table of frequencies included.
 
 # %%
@@ -433,10 +443,13 @@ for bits in (8, 7, 4, 2):
 pd.DataFrame(rows).round(4)
 
 # %% [markdown]
+# **What it means.** Huffman's column counts the words only; the file's holds the scales and the frequencies as well, so at two
+# bits it can be the larger one. Fractions of a bit pay where one code has nearly all, as after pruning.
+#
 # ## 6 · Which layer gets how many bits?
 #
 # Layers differ in how much the loss minds their rounding. Two views: the **trace** of a layer's Hessian
-# (HAWQ; Hutchinson's estimator $v^\top H v$ with random signs $v$), and the loss itself, measured with only
+# (HAWQ-V2, Dong et al., 2020; Hutchinson's estimator $v^\top H v$ with random signs $v$), and the loss itself, measured with only
 # this layer rounded. Do they agree on the order? Predict with $\tfrac12 \frac{\mathrm{tr} H}{n} \|\delta\|^2$.
 
 # %%
@@ -468,13 +481,14 @@ for column, marker in (("by the trace", "o"), ("measured", "s")):
     axes.plot(views["layer"], views[column], marker=marker, label=column)
 axes.tick_params(axis="x", rotation=60, labelsize=8)
 axes.set(ylabel="loss added by 3 bits (nats)", title="Which layers mind rounding?")
-axes.legend()
+axes.legend(loc="upper left")
 figures.show(
     figure, "The loss that rounding one layer to 3 bits adds, by trace and measured, for every layer"
 )
 
 # %% [markdown]
-# **What would fool you.** Both are estimates: with few pictures and probes either is noisy, even negative. And
+# **What would fool you.** Both are estimates: with so few pictures and probes either is noisy, even negative, and they agree
+# neither in order nor in size. And
 # layers are not independent: what one breaks, batch-norm behind another may hide.
 #
 # ### The best widths under a byte budget
@@ -702,7 +716,8 @@ for method, setting, values in learned:
     candidates.append(candidate(method, setting, network, division="open", control=control, **took))
 
 # %% [markdown]
-# The **validation** pictures decide what is claimed (`headline`): in each division the smallest file that
+# There are two **divisions**: *closed*, without a gradient step after the baseline, and *open*, trained on or another
+# architecture. The **validation** pictures decide what is claimed (`headline`): in each division the smallest file that
 # is likely without loss on test ([`claims`](../nnc_utils/claims.py)). There are fewer of them than of test pictures,
 # so their paired interval is narrowed by the root of the ratio; its lower end has to be at least −0.3. From the
 # smallest file up, the first that passes is claimed. Only then is the test set looked at.
@@ -794,7 +809,7 @@ figures.show(
 # ### Who beats whom?
 #
 # Two intervals that overlap say nothing; the *paired* difference on the same pictures does. "Beats" means
-# that its interval is above 0. Against NNCodec, our point is the largest file that is not larger.
+# that its interval is above 0, "below" that it is under 0; "not below" is neither: undecided. Against NNCodec, our point is the largest file that is not larger.
 
 # %%
 versus = results.comparisons(table, run.path("predictions"), dataset=reference.dataset)
@@ -851,13 +866,16 @@ print(f"{done.run} is finished: {len(rows)} rows")
 # %% [markdown]
 # ## The committed results
 #
-# The same cells, run on ResNet-18 trained on Fashion-MNIST.
+# The same cells, run on ResNet-18 trained on Fashion-MNIST, by the best profile that has these methods. Profiles train their
+# baseline for different times (quick and medium a little more than one epoch, standard twenty): compare a point with the grey
+# line of its own figure only.
 
 # %%
 committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="quantization")
 if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
+    print(f"profile {committed.name}")
     full = figures.read_table(committed / "compression.csv")
     full = full[full["technique"].isin(["baseline", "quantization", "peer"])]
     figures.show(

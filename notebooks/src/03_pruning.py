@@ -224,8 +224,8 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# **What it means.** For one weight alone the slope is most of what happens, so a score with the slope ranks well. But cuts
-# come in millions, and slopes of either sign then cancel while curvatures add up. So look at many: cut 50 to 90 % at
+# **What it means.** The scores that know the loss rank single weights well, magnitude does not. That was easy: one small
+# change, on the pictures that made the scores. But cuts come in millions, and slopes of either sign then cancel while curvatures add up. So look at many: cut 50 to 90 % at
 # one stroke, without any training, and count right answers on validation pictures.
 
 # %%
@@ -523,6 +523,9 @@ for name in able:
 pd.DataFrame(rows).round(1)
 
 # %% [markdown]
+# **What it means.** With a few hundred pictures each is a good part of a point, so these accuracies can hardly be ranked. What
+# differs for sure is the saving: every block has about as many MACs, but late ones hold nearly all of the parameters.
+#
 # ## 8 · Fine-tune, and repeat
 #
 # After the cut the network trains on, its zeros held. Cutting **iteratively**, a bit at a time with training in
@@ -691,8 +694,8 @@ for point in wanted + ([] if missing else peers):
         print(f"{point}: {error}", flush=True)
 
 # %% [markdown]
-# The **validation** pictures decide what is claimed, before the test set is looked at: in each division the smallest
-# masked file and the channel-pruned network with the fewest MACs that are likely without loss on test
+# The **validation** pictures decide what is claimed, before the test set is looked at: in each division (closed: no
+# gradient step after the baseline; open: all else) the smallest masked file and the channel-pruned network with the fewest MACs that are likely without loss on test
 # ([`claims`](../nnc_utils/claims.py)).
 
 # %%
@@ -750,7 +753,7 @@ figures.show(
 # ### Who beats whom?
 #
 # At each number of MACs and with the same training, Fisher scores, mended or not, against each counterpart, on the same test
-# pictures. Which of ours is compared was fixed before. "Beats" means that the paired interval is above 0.
+# pictures. Which of ours is compared was fixed before. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
 
 # %%
 versus = results.comparisons(table, run.path("predictions"), dataset=reference.dataset)
@@ -771,13 +774,16 @@ print(f"{done.run} is finished: {len(rows)} rows")
 # %% [markdown]
 # ## The committed results
 #
-# The same cells, run on ResNet-18 trained on Fashion-MNIST.
+# The same cells, run on ResNet-18 trained on Fashion-MNIST, by the best profile that has these methods. Profiles train their
+# baseline for different times (quick and medium a little more than one epoch, standard twenty): compare a point with the grey
+# line of its own figure only.
 
 # %%
 committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="pruning")
 if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
+    print(f"profile {committed.name}")
     full = figures.read_table(committed / "compression.csv")
     cut = full[full["technique"].isin(["baseline", "pruning"]) | full["method"].isin(PEERS)]
     figures.show(
@@ -785,10 +791,11 @@ else:
         f"The committed results of the {committed.name} profile: accuracy against MACs",
     )
     masks_only = cut[~cut["method"].str.startswith(("channels", "torch_pruning", "blocks", "from_scratch"))]
-    figures.show(
-        figures.size_against_accuracy(masks_only),
-        f"The committed results of the {committed.name} profile: accuracy against size of masked files",
-    )
+    if (masks_only["technique"] == "pruning").any():
+        figures.show(
+            figures.size_against_accuracy(masks_only),
+            f"The committed results of the {committed.name} profile: accuracy against size of masked files",
+        )
     versus = results.comparisons(cut, committed / "predictions", dataset=full["dataset"].iloc[0])
     display(versus if len(versus) else "no two of these points are to be compared")
 

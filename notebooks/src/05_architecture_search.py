@@ -143,7 +143,7 @@ print("a mutation:  ", space.mutate(example, np.random.default_rng(2)))
 print("neighbours:  ", len(set(space.neighbours(example))))
 
 # %% [markdown]
-# **What it means.** Trained one by one for a minute each they would take centuries. The question of the whole chapter is how to
+# **What it means.** Trained one by one for a minute each they would take half a century. The question of the whole chapter is how to
 # judge a network without training it.
 #
 # ## 2 · The objective: good, and cheap enough
@@ -335,10 +335,10 @@ if searching:
 # - **random**: any network within the constraint.
 # - **evolution**: keep a population; change one decision of the best of a few; the oldest dies (Real et al., 2019).
 # - **REINFORCE**: a controller holds a probability for each option; after each batch it moves along
-#   $\frac1n\sum_i (R_i - b)\,\nabla \log p(a_i)$, with reward $R = \text{accuracy} \times \max(1, \text{cost}/\text{limit})^{-0.07}$ (as
-#   in MnasNet) and baseline $b$. With an exponent of −1 the cost would drown all differences in accuracy.
-# - **gradient**: decisions are relaxed to probabilities, drawn by **Gumbel-softmax**, and the loss, cost included, is
-#   differentiated by them (DARTS, FBNet).
+#   $\frac1n\sum_i (R_i - b)\,\nabla \log p(a_i)$, with reward $R = \text{accuracy} \times \max(1, \text{cost}/\text{limit})^{-0.07}$ (MnasNet's
+#   exponent; there networks below the limit are rewarded, too) and baseline $b$. With an exponent of −1 the cost would drown all differences in accuracy.
+# - **gradient**: decisions are relaxed to probabilities and the loss is differentiated by them (DARTS), drawn by
+#   **Gumbel-softmax** and with the cost in the loss in FBNet.
 #
 # FBNet differentiates the supernet's loss, with every option computed in every step. To repeat a search with twenty seeds we
 # differentiate a small **model of the accuracy** instead, fitted to what that search has asked so far. Its images are those of
@@ -484,9 +484,11 @@ def medians(search: dict) -> pd.DataFrame:
 medians(search) if search else print("the search is another part of this benchmark")
 
 # %% [markdown]
-# **What it means.** The shaded bands are searches that did the same with other random numbers: a single curve proves nothing. A
-# family that does not rise above random search has spent its questions on decisions that do not matter here: a controller
-# with a probability for every option needs many answers before it prefers any. Which ones do matter? The mean accuracy of all
+# **What it means.** The shaded bands are searches that did the same with other random numbers: a single curve proves nothing.
+# p is that of a one-sided Mann-Whitney test against random search: it knows the chance in the searches, not that in the supernet
+# or in the validation pictures. A family that does not rise above random search has spent its questions on decisions that do not
+# matter here; one that does is ahead in accuracy *with shared weights*, and sections 5 and 6 ask what that is worth. Which
+# decisions do matter? The mean accuracy of all
 # networks that were looked at, by option; what counts is how far a decision's options lie apart, against the deviation of all:
 
 # %%
@@ -625,6 +627,9 @@ if search:
     figures.show(figure, "Accuracy with shared weights against accuracy alone, random networks and finalists")
 
 # %% [markdown]
+# **What it means.** Look for a grey point above all coloured ones, and whether the winner was the best with shared weights:
+# shared weights rank only roughly. Few networks say little about τ: look at its interval.
+#
 # ## 7 · The winner from scratch, beside the thin network
 #
 # The winner is an ordinary `Spec`. It is trained with the common recipe, alone and (` taught`) with the large network as its
@@ -707,7 +712,7 @@ table[
 ]
 
 # %% [markdown]
-# **Does the winner beat the thin network?** On the same test pictures, trained as long, paired.
+# **Does the winner beat the thin network?** On the same test pictures, trained as long, paired; "not below" is undecided.
 
 # %%
 results.comparisons(table, run.path("predictions"), dataset=reference.dataset)
@@ -723,13 +728,16 @@ print(f"{done.run} is finished: {len(rows)} rows")
 # %% [markdown]
 # ## The committed results
 #
-# The same cells, run on ResNet-18 trained on Fashion-MNIST.
+# The same cells, run on ResNet-18 trained on Fashion-MNIST, by the best profile that has these methods. Profiles train their
+# baseline for different times (quick and medium a little more than one epoch, standard twenty): compare a point with the grey
+# line of its own figure only.
 
 # %%
 committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="search")
 if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
+    print(f"profile {committed.name}")
     whole = figures.read_table(committed / "compression.csv")
     plain = (whole["technique"] == "baseline") & (whole["control"] == "")
     own = whole[plain | (whole["technique"] == "search")]

@@ -16,7 +16,7 @@
 # %% [markdown]
 # # 06 · The pipeline: prune, quantize, distill
 #
-# Each technique alone makes a network a few times smaller. What do they make together, in which order, and does the result beat
+# Each technique alone makes a network a few times to some tens of times smaller. What do they make together, in which order, and does the result beat
 # what anyone would try first: a thin network, trained as long and quantized in the same way? Nothing new is taught here: a
 # **pipeline** is a list of stages, each the function of its own notebook, and budgets.
 
@@ -612,8 +612,9 @@ def after(stages: tuple[str, ...], given: frozenset, scale: float) -> tuple[torc
 
 # %% [markdown]
 # The rivals get the baseline's training first, which the pruned networks had, too. `small_dense_qat4` is what anyone would try
-# first: a thin ResNet-18, trained as long, in 4 bits. `small_dense` with a `rate` is the same network with the rounding of our
-# pipeline: what is left between the two is the worth of pruning and of the teacher.
+# first: a thin ResNet-18, trained as long, in 4 bits. `small_dense` with a `rate` is that thin network with the rounding of
+# our pipeline: at about equal bytes, the pipeline minus this one is what pruning and the teacher are worth, and that can be less
+# than nothing.
 
 
 # %%
@@ -757,6 +758,7 @@ figures.show(
 # ### Who beats whom?
 #
 # Each pipeline against each rival and each other order at the same budgets, on the same test pictures.
+# "Not below" is undecided.
 
 # %%
 where = {"predictions": run.path("predictions"), "dataset": reference.dataset}
@@ -779,13 +781,16 @@ print(f"{done.run} is finished: {len(rows)} rows")
 # %% [markdown]
 # ## The committed results
 #
-# The same cells, run on ResNet-18 trained on Fashion-MNIST.
+# The same cells, run on ResNet-18 trained on Fashion-MNIST, by the best profile that has these methods. Profiles train their
+# baseline for different times (quick and medium a little more than one epoch, standard twenty): compare a point with the grey
+# line of its own figure only.
 
 # %%
 committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="pipeline")
 if committed is None:
     print("No committed tables yet: `make benchmark` makes them.")
 else:
+    print(f"profile {committed.name}")
     full = figures.read_table(committed / "compression.csv")
     ours = full["run"].str.contains("06_pipeline") & ~full["control"].str.startswith(results.AFTER)
     joined = full[ours | (full["technique"] == "baseline") & (full["control"] == "")]

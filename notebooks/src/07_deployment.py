@@ -272,7 +272,8 @@ ratios.round(2)
 
 # %% [markdown]
 # **What it means.** The gain over eager contains what *fusing* gave, before any compression; the gain
-# over the best fp32 runtime is what *int8* gave. A network with fewer channels has what these gave in both.
+# over the best fp32 runtime is what *int8* and the choice of the runtime gave together: for int8 alone, compare the fp32 and the
+# int8 row of one runtime. A network with fewer channels has what these gave in both.
 #
 # **What would fool you.** Quoting the larger ratio. Timing fp32 with one thread and int8 with two. A bf16
 # kernel called "fp32". An int8 graph on a processor without the instructions for it.
@@ -432,8 +433,8 @@ fits[[*columns, "flowing_bytes", *DEVICES]].round(2)
 one[["runtime", "precision", "method", "point", "accuracy", "agreement", "stored_codes", "runtime_bytes"]]
 
 # %% [markdown]
-# **What would fool you.** Agreement below 100 % is no rounding noise alone. On x86 processors without
-# VNNI fast kernels add two products in 16 bits, and 255·127 + 255·127 does not fit: the sum *saturates*. ONNX
+# **What would fool you.** Agreement a few tenths of a percent below 100 is rounding; much less can be *saturation*. On x86 processors without
+# VNNI fast kernels add two products in 16 bits, and 255·127 + 255·127 does not fit. ONNX
 # Runtime has a slower, exact kernel for such codes, which this suite asks for. Codes of 7 bits cannot
 # overflow, whatever the picture, and keep the fast one. Predict the largest sum for each width:
 

@@ -17,7 +17,7 @@
 # # 10 · The report: every number in one place
 #
 # This notebook reads the results of all others, checks them, and writes the tables, figures and text
-# that the README shows. Nothing is typed: each number below is computed from a row, each row names its
+# that the README shows. No result is typed: each number below is computed from a row, each row names its
 # run, and the test predictions behind every accuracy lie beside the tables.
 
 # %% tags=["parameters"]
@@ -41,7 +41,7 @@ folder = results.publish([part.folder for part in run.upstream], profile)
 # ## Is everything there?
 #
 # The audit recomputes each accuracy, difference and interval from the stored predictions, each speed-up
-# from the medians of the rounds, and each size from the files. It lists what does not agree.
+# from the medians of the rounds, and what is committed as a file from that file: its bytes, its counts, its predictions. It lists what does not agree.
 
 # %% tags=["nbval-check-output"]
 problems = audit.problems(folder)
