@@ -24,7 +24,7 @@ from nnc_utils.rows import (
     evidence,
     timed_evidence,
 )
-from nnc_utils.tables import COMMITTED_BYTES, ResultError, kept_artifacts, labels_name, read_rows
+from nnc_utils.tables import COMMITTED_BYTES, ResultError, kept_artifacts, labels_name, read_rows, to_frame
 
 EXACT = 6e-5  # stored with four decimals
 AGREEMENT = {1: 99.5, 0: 99.0}  # stored_codes -> least agreement in percent
@@ -224,7 +224,8 @@ class _Audit:
     def _artifacts(self) -> Iterator[str]:
         entries = {e["artifact_sha256"]: e for r in self.provenance.values() for e in r.get("artifacts", [])}
         files = {file.name for file in (self.folder / "artifacts").glob("*")}
-        kept, unwanted = kept_artifacts(self.compression), set(files)
+        tables = to_frame(self.compression, CompressionRow), to_frame(self.summary, SummaryRow)
+        kept, unwanted = kept_artifacts(*tables), set(files)
         for row in self.compression:
             entry = entries.get(row.artifact_sha256)
             if row.headline and entry is None and row.technique != "peer":
@@ -243,7 +244,7 @@ class _Audit:
             unwanted.discard(name)
             yield from self._score_again(row, self.folder / "artifacts" / name, entry["sha256"])
         if unwanted:
-            yield f"artifacts of no claim and no pipeline: {', '.join(sorted(unwanted))}"
+            yield f"artifacts of neither a claim nor the pipeline: {', '.join(sorted(unwanted))}"
 
     def _score_again(self, row: CompressionRow, file: Path, sha256: str) -> Iterator[str]:
         from nnc_utils import artifact, data, evaluation, models

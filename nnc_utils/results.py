@@ -35,7 +35,19 @@ from nnc_utils.rows import (
     read_predictions,
     timed_evidence,
 )
-from nnc_utils.tables import ResultError, Run, labels_name, publish, read_rows, read_run, summarize, to_frame
+from nnc_utils.tables import (
+    PIPELINE,
+    POINT,
+    ResultError,
+    Run,
+    labels_name,
+    named_pipeline,
+    publish,
+    read_rows,
+    read_run,
+    summarize,
+    to_frame,
+)
 
 __all__ = [
     "AFTER",
@@ -56,6 +68,7 @@ __all__ = [
     "publish",
     "read_run",
     "report",
+    "report_text",
     "summarize",
     "table",
     "twice",
@@ -74,7 +87,6 @@ RIVALS = (
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
 OURS = "channels_fisher"  # what is held against Torch-Pruning, at every number of MACs
-PIPELINE = "prune_distill_quantize"  # held against the other orders, and against every rival
 THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls of the pipeline
 ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
 RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
@@ -85,29 +97,40 @@ FIGURES = {  # in figures/ of a profile, and what they show
 }
 WORDS = {  # what stands in the column "network"; the number is the notebook's that teaches it
     "train": "the fp32 network (01)",
-    "uniform_per_channel": "weights rounded to `bits`, one scale a channel (02)",
+    "uniform_per_channel": "weights rounded, one scale a channel (02)",
+    "hessian_rounding": "weights rounded to where loss and bits cost least (02)",
+    "qat_lsq": "trained with its rounding, the scales as well (02)",
+    "qat_ste": "trained with its rounding (02)",
     "kmeans": "weights from a codebook (02)",
     "hessian_kmeans": "weights from a codebook that spares what the loss feels (02)",
-    "hessian_rounding": "weights rounded to where loss and bits cost least; `rate`: a bit's price (02)",
-    "mixed_precision": "bits for each layer, within a `budget` (02)",
-    "qat_ste": "trained with its rounding (02)",
-    "qat_lsq": "trained with its rounding, the scales as well (02)",
+    "mixed_precision": "bits for each layer within a budget (02)",
     "magnitude_global": "the smallest weights set to zero (03)",
-    "channels_fisher": "channels that the loss would miss least removed, until there are `macs` times fewer "
-    "multiplications (03)",
+    "obs_block": "weights set to zero, the others correct it (03)",
+    "channels_fisher": "channels removed that the loss misses least (03)",
     "kd": "a narrower network, taught by soft labels (04)",
     "dkd": "a narrower network, taught by soft labels in two parts (04)",
-    "ensemble": "a narrower network, taught by all seeds' networks together (04)",
     "kd_attention": "a narrower network, taught by soft labels and attention maps (04)",
     "kd_hints": "a narrower network, taught by soft labels and features (04)",
     "reinforce": "an architecture found by REINFORCE (05)",
     "evolution": "an architecture found by evolution (05)",
     "gradient": "an architecture found by gradients (05)",
-    "prune_distill_quantize": "the pipeline: channels removed, taught, rounded at a price (06)",
-    "small_dense": "the rival: a plain thin ResNet-18, trained as long as the pipeline, rounded (06)",
-    "small_dense_qat4": "the same, trained with weights of 4 bits (06)",
-    "small_dense_distilled": "the same, taught (06)",
+    "random": "an architecture found by random search (05)",
+    "optuna_nsga2": "an architecture found by Optuna (05)",
+    "prune_distill_quantize": "the pipeline: channels removed, taught, rounded (06)",
+    "small_dense": "a plain thin ResNet-18, trained as long, rounded: the pipeline's rival (06)",
+    "small_dense_qat4": "a plain thin ResNet-18, trained as long, at last with weights of 4 bits (06)",
+    "small_dense_distilled": "a plain thin ResNet-18, taught and rounded (06)",
     "searched": "the architecture of 05, taught and rounded (06)",
+    "bits": "of a weight",
+    "rate": "the price of a bit, in loss",
+    "macs": "how many times fewer multiplications",
+    "width": "share of the channels",
+    "sparsity": "share of zeros",
+    "ensemble": "taught by the networks of all seeds together",
+    "cached": "the teacher looked before",
+    "T": "temperature of the soft labels",
+    "alpha": "their weight",
+    "beta": "weight of the features or maps",
     "bn": "batch-norm re-estimated",
     "float": "activations stay floats",
     "mended": "the weights that read a removed channel adjusted",
@@ -116,6 +139,7 @@ WORDS = {  # what stands in the column "network"; the number is the notebook's t
 }
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 SEEDS_OF_A_CLAIM = 3
+LARGER = ", in a larger file"
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
 
@@ -143,7 +167,7 @@ class Tables:
         baseline = _baselines(self.compression)
         runtimes = self.latency[self.latency["precision"] == "int8"].groupby("artifact_sha256")["runtime"]
         spread = self.compression["artifact_sha256"].map(runtimes.nunique()).fillna(0) > 1
-        rivals = self.compression["control"].isin(THIN)
+        rivals = _rivals(self.compression)
         chosen = self.compression[baseline | spread | rivals | (self.compression["headline"] == 1)]
         chosen = chosen.assign(first=~baseline).sort_values(["first", "size_ratio", "seed"], kind="stable")
         return chosen.drop_duplicates(["dataset", "model", "technique", "method", "point", "control"])
@@ -174,6 +198,15 @@ class Tables:
 
 def _baselines(compression: pd.DataFrame) -> pd.Series:
     return (compression["technique"] == "baseline") & (compression["control"] == "")
+
+
+def _joined(compression: pd.DataFrame) -> pd.Series:
+    return compression["run"].map(notebook_of) == JOINED
+
+
+def _rivals(compression: pd.DataFrame) -> pd.Series:
+    """The thin rivals of the pipeline; another notebook's have another training."""
+    return compression["control"].fillna("").isin(THIN) & _joined(compression)
 
 
 def _older(record: dict) -> bool:
@@ -265,7 +298,8 @@ def _legend(tables: Tables) -> str:
         f"Profile {first['profile']}: {first['dataset']}, {images:,} test images, "
         f"{seeds} seed{'s' if seeds > 1 else ''}. "
         f"Δ is the paired difference to the fp32 network in percentage points with its 95 % interval; "
-        f"“no loss” means that its lower end is at least {NO_LOSS}; “no”, that all of it is below 0."
+        f"“no loss” means that its lower end is at least {NO_LOSS}; “no”, that it is not and all of it is "
+        "below 0."
     )
     if seeds > 1:
         text += " A line is the first seed's network; the report's rankings are over all seeds."
@@ -293,7 +327,8 @@ def _legend(tables: Tables) -> str:
             "bits, or with activations in floats); the size is the file's, the time that of the int8 or fp32 "
             "network it decodes to."
         )
-    shown = " ".join(tables.networks()[["method", "point"]].agg(" ".join, axis=1)).split()
+    named = tables.networks()[["method", "point"]].agg(" ".join, axis=1)
+    shown = re.split(r"[ ,=]+", " ".join(named))
     known = [f"`{word}`: {meaning}" for word, meaning in WORDS.items() if word in shown]
     text += ("\n\n" + "; ".join(known) + ".") * bool(known)
     return text + ("\n\n" + STALE_NOTE if tables.stale else "")
@@ -309,18 +344,17 @@ def _claims(tables: Tables) -> str:
         for column in ("dataset", "technique", "method", "point", "control"):
             same = same[same[column] == network[column]]
         point = same.iloc[0]
-        seeds = f"{point['seeds']} seed{'s' if point['seeds'] > 1 else ''}"
         text = (
             f"**{_network(network)}** ({network['division']} division): a file "
-            f"{_times(point['size_ratio'])} smaller at {_over_seeds(point)} points over {seeds}: "
-            + ("no loss." if point["no_loss"] else "**not** without loss.")
+            f"{_times(point['size_ratio'])} smaller at {_over_seeds(point)} points over {_seeds(point)}: "
+            + f"{_in_words(point['delta_ci_low'], point['delta_ci_high'])}."
         )
         timed = tables.timed(network["artifact_sha256"])
         timed = timed[timed["p50_ms"].notna() & (timed["runtime"] != "eager")].sort_values("p50_ms")
         if len(timed):
             row = timed.iloc[0]
             inside = tables.differences(network, row)
-            holds = "no loss there" if inside["delta_ci_low"] >= NO_LOSS else "**not** without loss there"
+            holds = _in_words(inside["delta_ci_low"], inside["delta_ci_high"])
             text += (
                 f" In {row['runtime']} {row['precision']} {row['p50_ms']:.3f} ms a picture: "
                 f"{_times(row['speedup_eager_fp32'])} as fast as fp32 in eager, "
@@ -336,90 +370,99 @@ def _claims(tables: Tables) -> str:
 def verdict(profile_dir: Path) -> str:
     """Did it get smaller, faster, worse? A list: what needs no training, the smallest file, the pipeline."""
     tables = Tables(profile_dir)
-    profile, seeds = tables.compression.iloc[0]["profile"], tables.compression["seed"].nunique()
     text = ""
-    if seeds < SEEDS_OF_A_CLAIM:
-        text = (
-            f"{seeds} seed{'s' if seeds > 1 else ''}: too few for a claim"
-            + " (but for int8 after training, and times)" * bool(len(tables.latency))
-            + ("" if profile in ("standard", "full") else "; those are the profile `standard`'s")
-            + ".\n\n"
-        )
+    if tables.summary["seeds"].min() < SEEDS_OF_A_CLAIM:
+        text = f"A claim needs {SEEDS_OF_A_CLAIM} seeds; int8 after training, and times, need one."
+        if tables.compression.iloc[0]["profile"] not in ("standard", "full"):
+            text += " The profile `standard` has them."
+        text += "\n\n"
     lines = [_untrained(tables), _smallest(tables), _pipeline(tables)]
     return text + "\n".join(f"- {line}" for line in lines if line)
 
 
-def _untrained(tables: Tables) -> str:
-    """What int8 gives without a gradient step."""
-    closed = tables.compression[tables.compression["division"] == "closed"]
-    timed = [tables.timed(sha256) for sha256 in closed["artifact_sha256"].unique()]
-    timed = pd.concat([tables.latency.head(0), *timed])
-    timed = timed[timed["precision"] == "int8"].sort_values("p50_ms")
-    for _, row in timed.head(1).iterrows():
-        network = closed[closed["artifact_sha256"] == row["artifact_sha256"]].iloc[0]
-        return f"**Int8 without training**, {_faster(tables, network, row)}"
-    return ""
-
-
-def _faster(tables: Tables, network: pd.Series, row: pd.Series) -> str:
-    """What a network in a runtime is, against the uncompressed one."""
-    delta = tables.differences(network, row)
-    return (
-        f"`{network['method']} {network['point']}` in {row['runtime']}: "
-        f"{_times(network['size_ratio'])} smaller, {_times(row[RATIO])} as fast as the fastest fp32 runtime, "
-        f"{_delta(delta)} points: {_in_words(delta['delta_ci_low'], delta['delta_ci_high'])}"
+def _told(tables: Tables, point: pd.Series) -> str:
+    """A point: its size and its loss over the seeds, and how fast its first seed's network is in integers."""
+    loss = _in_words(point["delta_ci_low"], point["delta_ci_high"])
+    text = (
+        f"`{point['method']} {point['point']}`: {_times(point['size_ratio'])} smaller, "
+        f"{_over_seeds(point)} points over {_seeds(point)}: {loss}."
     )
+    same = (tables.compression[POINT] == point[POINT]).all(axis=1)
+    network = tables.compression[same].sort_values("seed").iloc[0]
+    timed = tables.timed(network["artifact_sha256"])
+    for _, row in timed[timed["precision"] == "int8"].iterrows():
+        alike = ["artifact_sha256", "runtime", "precision", "batch", "threads"]
+        again = tables.again[(tables.again[alike] == row[alike]).all(axis=1)][RATIO]
+        second = f" ({_times(again.iloc[0])} when it was timed again)" if len(again) else ""
+        text += (
+            f" In {row['runtime']} int8 {_times(row[RATIO])} as fast{second} as the fastest fp32 runtime, at "
+            f"{_delta(tables.differences(network, row))} points."
+        )
+    return text
+
+
+def _seeds(point: pd.Series) -> str:
+    return f"{point['seeds']} seed{'s' if point['seeds'] > 1 else ''}"
 
 
 def _in_words(low: float, high: float) -> str:
-    return {"yes": "no loss.", "no": "a loss.", "not shown": "that there is no loss is not shown."}[
+    return {"yes": "no loss", "no": "**a loss**", "not shown": "no loss is **not shown**"}[
         _no_loss(low, high)
     ]
 
 
+def _untrained(tables: Tables) -> str:
+    """The fastest network in int8 without a gradient step, of those without loss if there are any."""
+    whole = (tables.latency["batch"] == 1) & (tables.latency["threads"] == tables.latency["threads"].min())
+    rows = tables.latency[whole & (tables.latency["precision"] == "int8")].dropna(subset=["p50_ms"])
+    rows = rows.groupby(["method", "point", "control"], sort=False)["p50_ms"].min().reset_index()
+    closed = tables.summary[tables.summary["division"] == "closed"]
+    closed = closed.merge(rows, on=["method", "point", "control"]).sort_values("p50_ms", kind="stable")
+    for _, point in closed.sort_values("no_loss", ascending=False, kind="stable").head(1).iterrows():
+        return f"**Int8 without training**, {_told(tables, point)}"
+    return ""
+
+
 def _smallest(tables: Tables) -> str:
-    """The smallest file without loss, whatever made it."""
-    good = tables.summary[(tables.summary["no_loss"] == 1) & (tables.summary["technique"] != "baseline")]
-    if good.empty:
-        return "**Smallest without loss**: none is shown to be."
-    point = good.loc[good["size_ratio"].idxmax()]
-    return (
-        f"**Smallest without loss**, `{point['method']} {point['point']}`: "
-        f"{_times(point['size_ratio'])} smaller, {_over_seeds(point)} points."
+    """The smallest file without loss, whatever made it; what validation chose first."""
+    plain = (tables.summary["technique"] == "baseline") & ~tables.summary["control"].isin(THIN)
+    good = tables.summary[(tables.summary["no_loss"] == 1) & ~plain].sort_values("size_ratio")
+    chosen = good[good["headline"] == 1].tail(1)
+    text = "**Smallest without loss**, " + (
+        _told(tables, chosen.iloc[0]) if len(chosen) else "as validation chose: none."
     )
+    more = good[good["size_ratio"] > chosen["size_ratio"].max()] if len(chosen) else good
+    for _, point in more.tail(1).iterrows():
+        text += f" Read off the test set, so no claim: {_told(tables, point)}"
+    return text
 
 
 def _pipeline(tables: Tables) -> str:
-    """The pipeline, and which rivals and other tools it does not beat, or beats."""
-    ours = tables.summary[(tables.summary["method"] == PIPELINE) & (tables.summary["control"] == "")]
-    if ours.empty:
+    """The pipeline, and how it stands against each thin rival and other tool, smaller ones as well."""
+    point = named_pipeline(tables.summary)
+    if point is None:
         return ""
-    point = ours.sort_values(["headline", "no_loss", "size_ratio"]).iloc[-1]
-    label = f"{PIPELINE} {point['point']}"
+    text = f"**The pipeline**{'' if point['headline'] else ' (no claim)'}, {_told(tables, point)}"
     rows = tables.compression[tables.compression["dataset"] == point["dataset"]]
-    same = (rows["method"] == PIPELINE) & (rows["point"] == point["point"]) & (rows["control"] == "")
-    network = rows[same].sort_values("seed").iloc[0]
-    timed = tables.timed(network["artifact_sha256"])
-    about = f"{_over_seeds(point)} points over {point['seeds']} seed{'s' if point['seeds'] > 1 else ''}: "
-    about += _in_words(point["delta_ci_low"], point["delta_ci_high"])
-    text = f"**The pipeline**, `{label}`: {_times(point['size_ratio'])} smaller, {about}"
-    for _, row in timed[timed["precision"] == "int8"].iterrows():
-        text += (
-            f" In {row['runtime']} int8, {_times(row[RATIO])} as fast as the fastest fp32 runtime, "
-            f"{_delta(tables.differences(network, row))} points."
-        )
-    others = rows[rows["control"].isin(THIN) | (rows["technique"] == "peer")]
-    others = set(others[~others["method"].isin(GENERAL)][["method", "point"]].agg(" ".join, axis=1))
-    versus = comparisons(rows, tables.folder / "predictions", dataset=point["dataset"])
-    versus = versus[versus["ours"].str.startswith(f"{PIPELINE} ") & versus["theirs"].isin(others)]
-    for found, told in (("below", "It is below"), ("not below", "Undecided against"), ("beats", "It beats")):
-        rivals = [
-            f"`{row['theirs']}` ({row['their bytes']:,} bytes, {row['points']}"
-            + f", by `{row['ours'].removeprefix(PIPELINE).strip()}`" * (row["ours"] != label)
-            + ")"
-            for _, row in versus[versus["verdict"].str.split(",").str[0] == found].iterrows()
-        ]
-        text += f" {told} {', '.join(rivals)}." * bool(rivals)
+    mine = rows[(rows[POINT] == point[POINT]).all(axis=1)]
+    others = rows[
+        _rivals(rows) | (_joined(rows) & (rows["technique"] == "peer") & ~rows["method"].isin(GENERAL))
+    ]
+    evidence_of, told = tables.folder / "predictions", dict[str, list[str]]()
+    labels = _labels(evidence_of, point["dataset"])
+    for (method, setting), theirs in others.groupby(["method", "point"], sort=False):
+        pairs = mine.merge(theirs["seed"], on="seed"), theirs.merge(mine["seed"], on="seed")
+        if not len(pairs[0]):
+            continue
+        found = _versus(*pairs, evidence_of, labels)
+        fewer = f", {found['seeds']} of {_seeds(point)}" * bool(found["seeds"] != point["seeds"])
+        about = f"`{method} {setting}` ({found['their bytes']:,} bytes, {found['points']}{fewer})"
+        told.setdefault(found["verdict"], []).append(about)
+    words = {"below": "below", "not below": "undecided against", "beats": "above", "equal": "equal to"}
+    for kind, told_of in words.items():
+        for size in ("", LARGER):
+            rivals = ", ".join(told.get(kind + size, []))
+            text += f" It is {told_of}{' (with the larger file)' * bool(size)} {rivals}." * bool(rivals)
     return text
 
 
@@ -452,8 +495,8 @@ def _stops_paying(tables: Tables) -> str:
     """The smallest file of each technique without loss, and the next smaller one; or the nearest to that."""
     lines = []
     ours = tables.summary[(tables.summary["control"] == "") & (tables.summary["technique"] != "baseline")]
-    rivals = tables.summary[tables.summary["control"].isin(THIN)].assign(technique="the thin rivals")
-    ours = pd.concat([ours, rivals])
+    thin = tables.compression[_rivals(tables.compression)][POINT].drop_duplicates()
+    ours = pd.concat([ours, tables.summary.merge(thin, on=POINT).assign(technique="the thin rivals")])
     for (technique, division), rows in ours.groupby(["technique", "division"], sort=False):
         rows = rows.sort_values("size_ratio", kind="stable")
         good = rows[rows["no_loss"] == 1].tail(1)
@@ -536,7 +579,7 @@ def _unrest(latency: pd.DataFrame) -> str:
         return ""
     return (
         f"The middle half of a network's rounds spans {100 * np.median(spreads):.0f} % of their median (half "
-        "of the networks more): what else ran on the host, which this machine may share."
+        "of them more); nothing else ran on this machine, whose host others may use."
     )
 
 
@@ -640,11 +683,10 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
     Returns
     -------
     A row for each pair: both points, their bytes (mean over the seeds), the difference in percentage points
-    with its 95 % interval, and the verdict: "beats" (interval above 0), "not below" (upper end at least 0) or
-    "below", and "in a larger file" where ours takes over 1 % more bytes.
+    with its 95 % interval, and the verdict: "beats" (interval above 0), "not below" (upper end at least 0),
+    "equal" (no picture tells them apart) or "below", and "in a larger file" where ours takes over 1 % more.
     """
-    stored = predictions / labels_name(dataset)
-    labels = read_predictions(stored) if stored.is_file() else labels_of(dataset)
+    labels = _labels(predictions, dataset)
     arms = (compression["method"] + " " + compression["control"].fillna("")).str.strip()
     lines, pairs, together = [], [], {}
     for ours, theirs in RIVALS:
@@ -662,22 +704,21 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
         together.setdefault(names, []).append((mine, other))
     for (ours, theirs), found in together.items():
         sides = [pd.DataFrame(side) for side in zip(*found, strict=True)]
-        delta = _between(*sides, predictions, labels)
-        above, reaches = delta["delta_ci_low"] > 0, delta["delta_ci_high"] >= 0
-        sizes = [round(side["artifact_bytes"].mean()) for side in sides]
-        lines.append(
-            {
-                "ours": ours,
-                "bytes": sizes[0],
-                "theirs": theirs,
-                "their bytes": sizes[1],
-                "points": _delta(delta),
-                "seeds": len(found),
-                "verdict": ("beats" if above else "not below" if reaches else "below")
-                + ", in a larger file" * bool(sizes[0] > 1.01 * sizes[1]),
-            }
-        )
+        versus = _versus(*sides, predictions, labels)
+        lines.append({"ours": ours, "bytes": versus.pop("bytes"), "theirs": theirs, **versus})
     return pd.DataFrame(lines)
+
+
+def _versus(
+    ours: pd.DataFrame, theirs: pd.DataFrame, predictions: Path, labels: np.ndarray
+) -> dict[str, str | int]:
+    """Rows of the same seeds side by side: bytes, paired difference, seeds, verdict."""
+    delta = _between(ours, theirs, predictions, labels)
+    low, high = delta["delta_ci_low"], delta["delta_ci_high"]
+    kind = "equal" if low == high == 0 else "beats" if low > 0 else "not below" if high >= 0 else "below"
+    sizes = [round(side["artifact_bytes"].mean()) for side in (ours, theirs)]
+    about = {"bytes": sizes[0], "their bytes": sizes[1], "points": _delta(delta), "seeds": len(ours)}
+    return about | {"verdict": kind + LARGER * bool(sizes[0] > 1.01 * sizes[1])}
 
 
 def gaps(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
@@ -692,8 +733,7 @@ def gaps(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.Da
     A row for each taught student, over its seeds: the gap to the uncompressed network in percentage points,
     what the teacher gained, and the share in percent; "no gap" where the gap's interval holds 0.
     """
-    stored = predictions / labels_name(dataset)
-    labels = read_predictions(stored) if stored.is_file() else labels_of(dataset)
+    labels = _labels(predictions, dataset)
     plain = (compression["technique"] == "baseline") & (compression["control"].fillna("") == "")
     whole = compression[plain].set_index("seed")
     together: dict[str, list] = {}
@@ -711,6 +751,12 @@ def gaps(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.Da
         closed = "no gap" if share is None else f"{share:.0f} %"
         lines.append({"student": name, "gap": _delta(gap), "gained": _delta(gained), "closed": closed})
     return pd.DataFrame(lines)
+
+
+def _labels(predictions: Path, dataset: str) -> np.ndarray:
+    """A data set's test labels, stored among the predictions, or loaded."""
+    stored = predictions / labels_name(dataset)
+    return read_predictions(stored) if stored.is_file() else labels_of(dataset)
 
 
 def _between(
@@ -784,8 +830,8 @@ def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Ser
     ]
     if ours.empty:
         return []
-    peers = (compression["run"].map(notebook_of) == JOINED) & (compression["technique"] == "peer")
-    for _, rows in compression[control.isin(THIN) | peers].groupby(["method", "point"], sort=False):
+    peers = _joined(compression) & (compression["technique"] == "peer")
+    for _, rows in compression[_rivals(compression) | peers].groupby(["method", "point"], sort=False):
         able = sizes[sizes <= rows["artifact_bytes"].mean()]
         point = able.index[-1] if len(able) else sizes.index[0]
         pairs += [(point, row) for _, row in rows.iterrows()]
@@ -805,7 +851,7 @@ def _side_by_side(tables: Tables) -> str:
     ]
     compared, closed = (pd.concat(side).astype(str).to_dict("records") for side in zip(*found, strict=True))
     text = (
-        "“not below” is undecided: the interval of the difference holds 0. A student whose point ends in "
+        "“not below” is undecided. A student whose point ends in "
         "`shuffled` had a teacher of wrong answers, as a control.\n\n" + markdown(compared)
     )
     if closed:
@@ -816,14 +862,14 @@ def _side_by_side(tables: Tables) -> str:
     return text
 
 
-def report(profile_dir: Path) -> str:
-    """Write ``report.md`` of a profile from its tables, and return its text."""
+def report_text(profile_dir: Path) -> str:
+    """What ``report.md`` of a profile says, from its tables."""
     tables = Tables(profile_dir)
     drawn = {
         name: f"![{alt}](figures/{name}.png)\n\n" if (tables.folder / f"figures/{name}.png").is_file() else ""
         for name, alt in FIGURES.items()
     }
-    text = "\n\n".join(
+    return "\n\n".join(
         [
             f"# Results of the {tables.compression.iloc[0]['profile']} profile",
             verdict(profile_dir),
@@ -850,7 +896,12 @@ def report(profile_dir: Path) -> str:
             _provenance(tables),
         ]
     )
-    write_atomically(tables.folder / "report.md", text + "\n")
+
+
+def report(profile_dir: Path) -> str:
+    """Write ``report.md`` of a profile from its tables, and return its text."""
+    text = report_text(profile_dir)
+    write_atomically(Path(profile_dir) / "report.md", text + "\n")
     return text
 
 
@@ -881,11 +932,22 @@ def readme_block(folder: Path) -> str:
     alt = "Left: test accuracy against times smaller. Right: test accuracy against milliseconds a picture."
     figure = f"![{alt}]({place}/figures/headline.png)\n\n"
     shown = figure if (profile_dir / "figures/headline.png").is_file() else ""
-    kept = sorted(profile_dir.glob("artifacts/*.safetensors"), key=lambda file: file.stat().st_size)
-    files = [f"[{file.stat().st_size:,} bytes]({place}/artifacts/{file.name})" for file in kept]
     more = f"{shown}Everything else: [report]({place}/report.md)."
-    more += f" Networks that are small enough lie here: {', '.join(files)}." * bool(files)
+    if files := _kept_files(profile_dir):
+        links = [f"[{name}]({place}/artifacts/{file.name})" for name, file in files.items()]
+        more += f" Networks that lie in this repository: {', '.join(links)}."
     return "\n\n".join([verdict(profile_dir), table(profile_dir), more])
+
+
+def _kept_files(profile_dir: Path) -> dict[str, Path]:
+    """What the committed networks are called, and where they are."""
+    rows = Tables(profile_dir).compression.drop_duplicates("artifact_sha256")
+    files = {sha: profile_dir / f"artifacts/{sha[:16]}.safetensors" for sha in rows["artifact_sha256"]}
+    return {
+        f"{row['method']} {row['point']}, seed {row['seed']}": files[row["artifact_sha256"]]
+        for _, row in rows.iterrows()
+        if files[row["artifact_sha256"]].is_file()
+    }
 
 
 def readme_says(folder: Path) -> str:

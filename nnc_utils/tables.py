@@ -36,6 +36,7 @@ from nnc_utils.rows import (
 )
 
 COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
+PIPELINE = "prune_distill_quantize"  # held against the other orders, and against every rival
 POINT = ["dataset", "technique", "method", "point", "control"]
 
 
@@ -254,12 +255,22 @@ def claimed_once(rows: list[CompressionRow]) -> list[CompressionRow]:
     return [row.model_copy(update={"headline": first[p]}) for p, row in zip(points, rows, strict=True)]
 
 
-def kept_artifacts(rows: Iterable[CompressionRow]) -> set[str]:
-    """Whose files are committed if they are small enough: those of claims, and the smallest pipeline."""
-    rows = list(rows)
-    joined = [row for row in rows if row.technique == "pipeline" and not row.control]
-    smallest = sorted(joined, key=lambda row: (row.artifact_bytes, row.seed))[:1]
-    return {row.artifact_sha256 for row in [*(row for row in rows if row.headline), *smallest]}
+def named_pipeline(summary: pd.DataFrame) -> pd.Series | None:
+    """The point that stands for `PIPELINE`: its smallest claim, or else what is nearest to no loss."""
+    ours = summary[(summary["method"] == PIPELINE) & (summary["control"] == "")]
+    claims = ours[ours["headline"] == 1].sort_values("size_ratio")
+    found = claims if len(claims) else ours.sort_values("delta_ci_low")
+    return found.iloc[-1] if len(found) else None
+
+
+def kept_artifacts(compression: pd.DataFrame, summary: pd.DataFrame) -> set[str]:
+    """Whose files are committed where they are small enough: those of claims, and the pipeline's."""
+    kept = set(compression[compression["headline"] == 1]["artifact_sha256"])
+    point = named_pipeline(summary)
+    if point is not None:
+        same = compression[(compression[POINT] == point[POINT]).all(axis=1)]
+        kept.add(same.sort_values("seed")["artifact_sha256"].iloc[0])
+    return kept
 
 
 def publish(runs: list[Path], profile: str) -> Path:
@@ -293,7 +304,6 @@ def publish(runs: list[Path], profile: str) -> Path:
         )
     compression = claimed_once([row for run in finished for row in run.compression])
     claimed = {row.artifact_sha256 for row in compression if row.headline}
-    wanted = kept_artifacts(compression)
     sizes = {row.artifact_sha256: row.artifact_bytes for row in compression}
     latency = [row for run in finished for row in run.latency]
 
@@ -302,14 +312,16 @@ def publish(runs: list[Path], profile: str) -> Path:
     for name, content in _evidence(finished).items():
         _place(out / "predictions" / name, content)
         kept["predictions"].add(name)
-    provenance = {}
+    table = to_frame(compression, CompressionRow)
+    summary = summarize(table, out / "predictions")
+    wanted, provenance = kept_artifacts(table, summary), {}
     for run in finished:
         record = run.record.model_dump(exclude={"compression", "latency", "run"})
         for entry in record["artifacts"]:
             sha256 = entry["artifact_sha256"]
             name = f"{sha256[:16]}.safetensors"
             entry["bytes"], entry["headline"] = sizes.get(sha256), sha256 in claimed
-            entry["committed"] = "not: it carries no claim and is not the smallest pipeline's"
+            entry["committed"] = "not: neither a claim nor the pipeline"
             if sha256 in wanted and entry["bytes"] > COMMITTED_BYTES:
                 entry["committed"] = f"not: {entry['bytes']:,} bytes are more than {COMMITTED_BYTES:,}"
             elif sha256 in wanted:
@@ -317,8 +329,7 @@ def publish(runs: list[Path], profile: str) -> Path:
                 _place(out / "artifacts" / name, run.artifact(sha256).read_bytes())
                 kept["artifacts"].add(name)
         provenance[run.record.run] = record
-    summary = summarize(to_frame(compression, CompressionRow), out / "predictions")
-    _place(out / "compression.csv", _csv(to_frame(compression, CompressionRow)))
+    _place(out / "compression.csv", _csv(table))
     _place(out / "latency.csv", _csv(to_frame(latency, LatencyRow)))
     _place(out / "summary.csv", _csv(summary))
     _place(out / "provenance.json", (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import pytest
 
 from nnc_utils import audit, provenance, results
 from nnc_utils.results import ALL_PROFILES
+from nnc_utils.tables import PIPELINE
 
 RESULTS = provenance.PACKAGE.parent / "results"
 COMMITTED = [RESULTS / name for name in ALL_PROFILES if (RESULTS / name / "compression.csv").is_file()]
@@ -21,14 +24,69 @@ def test_committed_results_are_what_their_evidence_says(profile):
 
 @pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
 def test_the_verdict_names_every_rival_of_the_pipeline(profile):
-    summary = pd.read_csv(profile / "summary.csv", keep_default_na=False)
-    rivals = summary[summary["control"].isin(results.THIN)]
-    if not (summary["method"] == results.PIPELINE).any():
+    rows = pd.read_csv(profile / "compression.csv", keep_default_na=False)
+    joined = rows[rows["run"].str.contains("06_pipeline")]
+    if not (joined["method"] == PIPELINE).any():
         assert "pipeline" not in results.verdict(profile)
         return
     told = results.verdict(profile).split("**The pipeline**")[1]
+    rivals = joined[joined["control"].isin(results.THIN)]
+    assert len(rivals)
     for _, row in rivals.iterrows():
         assert f"`{row['method']} {row['point']}`" in told
+
+
+@pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
+def test_the_committed_report_is_that_of_the_tables(profile):
+    def plain(text):  # without what comes and goes with the code around it
+        return results.without_marks(text).replace("older than this repository's", "this repository's")
+
+    assert plain((profile / "report.md").read_text(encoding="utf-8")) == plain(results.report_text(profile))
+    named = results.Tables(profile).networks()["method"]
+    assert set(named) <= set(results.WORDS)
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """A copy of the committed quick tables, and a function that changes columns of rows in them."""
+    folder = Path(shutil.copytree(RESULTS / "quick", tmp_path / "quick"))
+
+    def alter(table, method, **values):
+        frame = pd.read_csv(folder / f"{table}.csv", keep_default_na=False, dtype=str)
+        rows = (frame["method"] + " " + frame["point"]).str.startswith(method)
+        rows &= ~frame["control"].str.startswith("after")
+        assert rows.any()
+        frame.loc[rows, list(values)] = [str(value) for value in values.values()]
+        frame.to_csv(folder / f"{table}.csv", index=False)
+
+    return folder, alter
+
+
+def test_the_verdict_says_what_is_no_claim_and_which_file_is_larger(quick):
+    folder, alter = quick
+    assert "**The pipeline** (no claim), `" in results.verdict(folder)
+    alter("summary", PIPELINE, headline=1)
+    assert "**The pipeline**, `" in results.verdict(folder)
+    assert "with the larger file" not in results.verdict(folder)
+    alter("compression", "torch_pruning_nncf", artifact_bytes=1000)
+    told = results.verdict(folder)
+    assert "above (with the larger file) `torch_pruning_nncf" in told and "(1,000 bytes" in told
+    assert "Read off the test set" not in told
+    alter("summary", "small_dense macs=8x,rate", no_loss=1, delta_ci_low=-0.1)
+    told = results.verdict(folder).splitlines()
+    [smallest] = [line for line in told if "Smallest without loss" in line]
+    assert smallest.index("hessian_rounding") < smallest.index("no claim: `small_dense macs=8x,rate=")
+    alter("latency", PIPELINE, batch=64)
+    assert "int8" not in results.verdict(folder).split("**The pipeline**")[1].partition("It is")[0]
+
+
+def test_the_verdict_of_a_pipeline_alone_names_no_rival(quick):
+    folder, _ = quick
+    for table in ("compression", "summary"):
+        frame = pd.read_csv(folder / f"{table}.csv", keep_default_na=False, dtype=str)
+        kept = frame["method"].isin(["train", PIPELINE]) & (frame["control"] == "")
+        frame[kept].to_csv(folder / f"{table}.csv", index=False)
+    assert "It is" not in results.verdict(folder) and PIPELINE in results.report_text(folder)
 
 
 def test_an_untouched_profile_passes(published):
@@ -146,7 +204,7 @@ def test_a_changed_missing_or_foreign_artifact_is_found(published):
     assert any("is missing" in p for p in audit.problems(published, rescore=False))
     first.write_bytes(content)
     (published / "artifacts/extra.safetensors").write_bytes(content)
-    assert any("no pipeline: extra.safetensors" in p for p in audit.problems(published, rescore=False))
+    assert any("nor the pipeline: extra.safetensors" in p for p in audit.problems(published, rescore=False))
 
 
 def test_artifacts_are_scored_again(published):

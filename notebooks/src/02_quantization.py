@@ -425,7 +425,7 @@ print(f"Huffman: {sum(len(words[c]) for c in message) / len(message):.3f} bits a
 print(f"entropy {-(p * np.log2(p)).sum():.3f}, fixed width 3")
 
 # %% [markdown]
-# A word has whole bits, at least one: at 95 % zeros that is three times the entropy. The files here use a
+# A word has whole bits, at least one: at 95 % zeros that is three times the entropy. The files here use
 # **asymmetric numeral systems** (Duda, 2013), an entropy coder that spends fractions of a bit. Predict the stream of a
 # layer from the counts of its codes; then pack it, scales and table of frequencies included.
 

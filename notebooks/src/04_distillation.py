@@ -582,8 +582,8 @@ display(results.comparisons(everything, **where))
 results.gaps(everything, **where)
 
 # %% [markdown]
-# **What it means.** In two epochs on digits a teacher may even hurt: with `alpha=0.9` the labels keep a tenth of the loss, and
-# there is no gap to close where the student alone is as good as its teacher. The committed results below ask again, with larger
+# **What it means.** In two epochs on digits a teacher may even hurt: `alpha=0.9` leaves the labels a tenth of their weight, while
+# $T^2$ enlarges the teacher's term, and there is no gap to close where the student alone is as good as its teacher. The committed results below ask again, with larger
 # pictures and longer training.
 #
 # ### Where do they look now?
