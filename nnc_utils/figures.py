@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from nnc_utils import peers
-from nnc_utils.rows import AFTER, AGAIN, NO_LOSS
+from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS
 
 MARKERS = "osD^vP*X<>hdp8"
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows
-AS_FAST = 10  # percent: times that are no further apart are taken for equal
 UNTIMED = ("identity", AGAIN)  # controls of rows that are no network's first timing
 NAMES = {
     "eager": "eager PyTorch",
@@ -274,14 +273,14 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
 def _worth_having(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows, by time, that are more accurate than all that are faster: by `-NO_LOSS` points at least.
 
-    What takes at most `AS_FAST` percent longer counts as fast as the one that it is held against.
+    What takes at most `APART` percent longer counts as fast as the one that it is held against.
     """
     kept: list[pd.Series] = []
     fastest = 0.0  # of those that count as fast as the last one
     for _, row in rows.iterrows():
         if kept and row["accuracy"] < kept[-1]["accuracy"] - NO_LOSS:
             continue
-        if row["p50_ms"] <= fastest * (1 + AS_FAST / 100):
+        if row["p50_ms"] <= fastest * (1 + APART / 100):
             kept.pop()
         else:
             fastest = row["p50_ms"]

@@ -21,7 +21,16 @@ import psutil
 
 PACKAGE = Path(__file__).resolve().parent
 # They turn finished rows into tables and start notebooks; no measured number depends on them.
-WITHOUT_INFLUENCE = {"processes", "parameters", "provenance", "results", "tables", "audit", "figures"}
+WITHOUT_INFLUENCE = {
+    "processes",
+    "parameters",
+    "provenance",
+    "results",
+    "tables",
+    "audit",
+    "figures",
+    "paired",
+}
 WITHOUT_INFLUENCE |= {"rows", "run", "notebook", "benchmark", "inspect", "export", "__init__"}
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
 FLAGS = (  # of a processor, those that matter to a time

@@ -15,12 +15,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nnc_utils.paired import (
+    LARGER,
+    THIN,
+    comparisons,
+    gaps,
+    in_points,
+    labels_for,
+    of_the_pipelines_notebook,
+    thin_rivals,
+    versus,
+)
 from nnc_utils.peers import GENERAL
 from nnc_utils.provenance import code_sha256, root, write_atomically
 from nnc_utils.rows import (
     AFTER,
     AGAIN,
-    JOINED,
+    APART,
     NO_LOSS,
     CompressionRow,
     LatencyRow,
@@ -29,14 +40,11 @@ from nnc_utils.rows import (
     differences,
     evidence,
     label,
-    labels_of,
     latency_rows,
-    notebook_of,
     read_predictions,
     timed_evidence,
 )
 from nnc_utils.tables import (
-    PIPELINE,
     POINT,
     ResultError,
     Run,
@@ -78,18 +86,7 @@ __all__ = [
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
 ALL_PROFILES = ("full", "standard", "medium", "quick")
-# ours, theirs: compared at the same setting; with a codec, our largest file that is no larger
-RIVALS = (
-    ("hessian_kmeans", "kmeans"),
-    ("mixed_precision", "uniform_per_channel"),
-    ("qat_lsq", "qat_ste"),
-    ("hessian_rounding", "nncodec"),
-    ("hessian_rounding", "hessian_rounding one_sided"),
-)
-OURS = "channels_fisher"  # what is held against Torch-Pruning, at every number of MACs
-THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls of the pipeline
-ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
-RATIO, APART = "speedup_best_fp32", 10  # percent that two measurements of it may differ
+RATIO = "speedup_best_fp32"
 RATIOS = {RATIO: "the fastest fp32 runtime", "speedup_eager_fp32": "fp32 in eager"}
 FIGURES = {  # in figures/ of a profile, and what they show
     "headline": "Size against accuracy, and accuracy against milliseconds",
@@ -139,7 +136,6 @@ WORDS = {  # what stands in the column "network"; the number is the notebook's t
 }
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 SEEDS_OF_A_CLAIM = 3
-LARGER = ", in a larger file"
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
 
@@ -167,7 +163,7 @@ class Tables:
         baseline = _baselines(self.compression)
         runtimes = self.latency[self.latency["precision"] == "int8"].groupby("artifact_sha256")["runtime"]
         spread = self.compression["artifact_sha256"].map(runtimes.nunique()).fillna(0) > 1
-        rivals = _rivals(self.compression)
+        rivals = thin_rivals(self.compression)
         chosen = self.compression[baseline | spread | rivals | (self.compression["headline"] == 1)]
         chosen = chosen.assign(first=~baseline).sort_values(["first", "size_ratio", "seed"], kind="stable")
         return chosen.drop_duplicates(["dataset", "model", "technique", "method", "point", "control"])
@@ -200,15 +196,6 @@ def _baselines(compression: pd.DataFrame) -> pd.Series:
     return (compression["technique"] == "baseline") & (compression["control"] == "")
 
 
-def _joined(compression: pd.DataFrame) -> pd.Series:
-    return compression["run"].map(notebook_of) == JOINED
-
-
-def _rivals(compression: pd.DataFrame) -> pd.Series:
-    """The thin rivals of the pipeline; another notebook's have another training."""
-    return compression["control"].fillna("").isin(THIN) & _joined(compression)
-
-
 def _older(record: dict) -> bool:
     notebook = root() / "notebooks" / f"{record['notebook']}.ipynb"
     return notebook.is_file() and code_sha256(notebook) != record["code_sha256"]
@@ -230,13 +217,9 @@ def _times(value: float | None) -> str:
     return "–" if value is None or pd.isna(value) else f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
 
 
-def _delta(delta: dict[str, float]) -> str:
-    return "{accuracy_delta:+.2f} [{delta_ci_low:+.2f}, {delta_ci_high:+.2f}]".format(**delta)
-
-
 def _over_seeds(point: pd.Series) -> str:
     ends = {column: point[column] for column in ("delta_ci_low", "delta_ci_high")}
-    return _delta({"accuracy_delta": point["delta_mean"], **ends})
+    return in_points({"accuracy_delta": point["delta_mean"], **ends})
 
 
 def _network(row: pd.Series) -> str:
@@ -267,7 +250,7 @@ def table(profile_dir: Path) -> str:
             line = {"network": _network(network) + (STALE if runs & tables.stale else ""), "runs in": where}
             line |= {"accuracy": f"{accuracy:.2f}"}
             itself = is_baseline and (row is None or pd.isna(row["agreement"]))
-            line["Δ points [95 %]"] = "reference" if itself else _delta(delta)
+            line["Δ points [95 %]"] = "reference" if itself else in_points(delta)
             line["no loss"] = "–" if itself else _no_loss(delta["delta_ci_low"], delta["delta_ci_high"])
             time = {} if row is None else row
             line |= size | {"runtime loads": _megabytes(time.get("runtime_bytes"))}
@@ -360,7 +343,7 @@ def _claims(tables: Tables) -> str:
                 f"{_times(row['speedup_eager_fp32'])} as fast as fp32 in eager, "
                 f"{_times(row['speedup_best_fp32'])} as fast as the fastest fp32 runtime; "
                 + "the time of the network that the file decodes to; " * bool(network["simulated"])
-                + f"{_delta(inside)} points ({holds})"
+                + f"{in_points(inside)} points ({holds})"
                 + ("." if pd.isna(row["agreement"]) else f", agreement {row['agreement']:.2f} %.")
             )
         claims.append(text)
@@ -396,7 +379,7 @@ def _told(tables: Tables, point: pd.Series) -> str:
         second = f" ({_times(again.iloc[0])} when it was timed again)" if len(again) else ""
         text += (
             f" In {row['runtime']} int8 {_times(row[RATIO])} as fast{second} as the fastest fp32 runtime, at "
-            f"{_delta(tables.differences(network, row))} points."
+            f"{in_points(tables.differences(network, row))} points."
         )
     return text
 
@@ -446,15 +429,16 @@ def _pipeline(tables: Tables) -> str:
     rows = tables.compression[tables.compression["dataset"] == point["dataset"]]
     mine = rows[(rows[POINT] == point[POINT]).all(axis=1)]
     others = rows[
-        _rivals(rows) | (_joined(rows) & (rows["technique"] == "peer") & ~rows["method"].isin(GENERAL))
+        thin_rivals(rows)
+        | (of_the_pipelines_notebook(rows) & (rows["technique"] == "peer") & ~rows["method"].isin(GENERAL))
     ]
     evidence_of, told = tables.folder / "predictions", dict[str, list[str]]()
-    labels = _labels(evidence_of, point["dataset"])
+    labels = labels_for(evidence_of, point["dataset"])
     for (method, setting), theirs in others.groupby(["method", "point"], sort=False):
         pairs = mine.merge(theirs["seed"], on="seed"), theirs.merge(mine["seed"], on="seed")
         if not len(pairs[0]):
             continue
-        found = _versus(*pairs, evidence_of, labels)
+        found = versus(*pairs, evidence_of, labels)
         fewer = f", {found['seeds']} of {_seeds(point)}" * bool(found["seeds"] != point["seeds"])
         about = f"`{method} {setting}` ({found['their bytes']:,} bytes, {found['points']}{fewer})"
         told.setdefault(found["verdict"], []).append(about)
@@ -495,7 +479,7 @@ def _stops_paying(tables: Tables) -> str:
     """The smallest file of each technique without loss, and the next smaller one; or the nearest to that."""
     lines = []
     ours = tables.summary[(tables.summary["control"] == "") & (tables.summary["technique"] != "baseline")]
-    thin = tables.compression[_rivals(tables.compression)][POINT].drop_duplicates()
+    thin = tables.compression[thin_rivals(tables.compression)][POINT].drop_duplicates()
     ours = pd.concat([ours, tables.summary.merge(thin, on=POINT).assign(technique="the thin rivals")])
     for (technique, division), rows in ours.groupby(["technique", "division"], sort=False):
         rows = rows.sort_values("size_ratio", kind="stable")
@@ -663,185 +647,6 @@ def _provenance(tables: Tables) -> str:
         told.setdefault(f"Versions: {versions}.\n\nMachine: {', '.join(machine)}.", []).append(run)
     texts = [f"{', '.join(runs)}:\n\n" * (len(told) > 1) + text for text, runs in told.items()]
     return "\n\n".join([markdown(lines), *texts])
-
-
-def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
-    """Paired differences between methods on the test images, from the stored predictions.
-
-    `RIVALS` at equal settings, `OURS`, fixed before, against Torch-Pruning at equal MACs, each taught
-    student against the same one without a teacher, each search's winner against the network by hand of no
-    fewer MACs and the same training, `PIPELINE` against the other orders at equal budgets, and
-    its largest file that is no larger against each rival (its smallest, where all are larger). Seeds are
-    taken together.
-
-    Parameters
-    ----------
-    compression : rows of compression.csv of one data set.
-    predictions : folder of their evidence.
-    dataset : name; its labels are read from the folder, or loaded.
-
-    Returns
-    -------
-    A row for each pair: both points, their bytes (mean over the seeds), the difference in percentage points
-    with its 95 % interval, and the verdict: "beats" (interval above 0), "not below" (upper end at least 0),
-    "equal" (no picture tells them apart) or "below", and "in a larger file" where ours takes over 1 % more.
-    """
-    labels = _labels(predictions, dataset)
-    arms = (compression["method"] + " " + compression["control"].fillna("")).str.strip()
-    lines, pairs, together = [], [], {}
-    for ours, theirs in RIVALS:
-        own = compression[arms == ours].sort_values("artifact_bytes")
-        for _, other in compression[arms == theirs].iterrows():
-            found = own[own["seed"] == other["seed"]]
-            if ours == "hessian_rounding":  # settings differ: the largest file that is not larger
-                found = found[found["artifact_bytes"] <= other["artifact_bytes"]].tail(1)
-            else:
-                found = found[found["point"].map(_setting) == other["point"]]
-            pairs += [(mine, other) for _, mine in found.iterrows()]
-    pairs += _against_torch_pruning(compression) + _against_alone(compression) + _against_thin(compression)
-    for mine, other in pairs + _against_pipeline(compression):
-        names = tuple(f"{row['method']} {row['point']}" for row in (mine, other))
-        together.setdefault(names, []).append((mine, other))
-    for (ours, theirs), found in together.items():
-        sides = [pd.DataFrame(side) for side in zip(*found, strict=True)]
-        versus = _versus(*sides, predictions, labels)
-        lines.append({"ours": ours, "bytes": versus.pop("bytes"), "theirs": theirs, **versus})
-    return pd.DataFrame(lines)
-
-
-def _versus(
-    ours: pd.DataFrame, theirs: pd.DataFrame, predictions: Path, labels: np.ndarray
-) -> dict[str, str | int]:
-    """Rows of the same seeds side by side: bytes, paired difference, seeds, verdict."""
-    delta = _between(ours, theirs, predictions, labels)
-    low, high = delta["delta_ci_low"], delta["delta_ci_high"]
-    kind = "equal" if low == high == 0 else "beats" if low > 0 else "not below" if high >= 0 else "below"
-    sizes = [round(side["artifact_bytes"].mean()) for side in (ours, theirs)]
-    about = {"bytes": sizes[0], "their bytes": sizes[1], "points": _delta(delta), "seeds": len(ours)}
-    return about | {"verdict": kind + LARGER * bool(sizes[0] > 1.01 * sizes[1])}
-
-
-def gaps(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
-    """What share of the gap between a student alone and the uncompressed network its teacher closes.
-
-    Parameters
-    ----------
-    compression, predictions, dataset : as for `comparisons`.
-
-    Returns
-    -------
-    A row for each taught student, over its seeds: the gap to the uncompressed network in percentage points,
-    what the teacher gained, and the share in percent; "no gap" where the gap's interval holds 0.
-    """
-    labels = _labels(predictions, dataset)
-    plain = (compression["technique"] == "baseline") & (compression["control"].fillna("") == "")
-    whole = compression[plain].set_index("seed")
-    together: dict[str, list] = {}
-    for mine, alone in _against_alone(compression):
-        taught = not mine["control"]  # not by a shuffled teacher
-        if taught and alone["control"] == "student_alone" and mine["seed"] in whole.index:
-            name = f"{mine['method']} {mine['point']}"
-            together.setdefault(name, []).append((mine, alone, whole.loc[mine["seed"]]))
-    lines = []
-    for name, found in together.items():
-        mine, alone, dense = (pd.DataFrame(side) for side in zip(*found, strict=True))
-        gap = _between(dense, alone, predictions, labels)
-        gained = _between(mine, alone, predictions, labels)
-        share = 100 * gained["accuracy_delta"] / gap["accuracy_delta"] if gap["delta_ci_low"] > 0 else None
-        closed = "no gap" if share is None else f"{share:.0f} %"
-        lines.append({"student": name, "gap": _delta(gap), "gained": _delta(gained), "closed": closed})
-    return pd.DataFrame(lines)
-
-
-def _labels(predictions: Path, dataset: str) -> np.ndarray:
-    """A data set's test labels, stored among the predictions, or loaded."""
-    stored = predictions / labels_name(dataset)
-    return read_predictions(stored) if stored.is_file() else labels_of(dataset)
-
-
-def _between(
-    ours: pd.DataFrame, theirs: pd.DataFrame, predictions: Path, labels: np.ndarray
-) -> dict[str, float]:
-    """The paired difference between rows of the same seeds."""
-    read = [
-        [read_predictions(predictions / evidence(sha256)) for sha256 in side["artifact_sha256"]]
-        for side in (ours, theirs)
-    ]
-    return differences(compressed=read[0], reference=read[1], labels=labels)
-
-
-def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """Each taught student and each without a teacher, of the same width, seed and number of pictures."""
-    students = compression[compression["technique"] == "distillation"]
-    if students.empty:
-        return []
-    students = students.assign(
-        control=students["control"].fillna(""),
-        width=students["point"].str.extract(r"width=([^,]+)", expand=False).astype(float),
-    )
-    pairs = []
-    for _, rows in students.dropna(subset=["width"]).groupby(["seed", "width", "train_images"]):
-        without = rows["control"].isin(ALONE)
-        for _, alone in rows[without].iterrows():
-            pairs += [(mine, alone) for _, mine in rows[~without].iterrows()]
-    return pairs
-
-
-def _against_torch_pruning(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """`OURS` in one cut, with and without mending, and each counterpart of equal MACs and training."""
-    usual = (compression["control"].fillna("") == "") & ~compression["point"].str.contains("int8|iterative")
-    found = compression[usual].assign(
-        macs_point=compression["point"].str.extract(r"(macs=\S+)", expand=False),
-        training=compression["point"].str.extract(r"(tuned|taught)", expand=False).fillna(""),
-    )
-    same, pairs = ["seed", "macs_point", "training"], []
-    for _, rows in found.dropna(subset=["macs_point"]).groupby(same):
-        peers = rows[rows["method"].str.startswith("torch_pruning_")]
-        for _, mine in rows[rows["method"] == OURS].iterrows():
-            pairs += [(mine, other) for _, other in peers.iterrows()]
-    return pairs
-
-
-def _against_thin(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """The winner of a search and the network by hand of its run and constraint, both taught or neither."""
-    control = compression["control"].fillna("")
-    by_hand = compression[control == "thin_resnet18"]
-    if by_hand.empty:
-        return []
-    hands = {(row["run"], row["point"]): row for _, row in by_hand.iterrows()}
-    others = [(row, (row["run"], row["point"])) for _, row in compression[control == ""].iterrows()]
-    return [(row, hands[where]) for row, where in others if where in hands]
-
-
-def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """The pipeline and each other order of the same budgets, as far as that has them; and each rival.
-
-    A rival is held against the pipeline's largest file that is no larger on average, or else its smallest.
-    """
-    control = compression["control"].fillna("")
-    joined = compression[(compression["technique"] == "pipeline") & (control == "")]
-    ours = joined[joined["method"] == PIPELINE]
-    sizes = ours.groupby("point")["artifact_bytes"].mean().sort_values()
-    pairs = [
-        (point, row)
-        for _, row in joined[joined["method"] != PIPELINE].iterrows()
-        for point in sizes.index
-        if set(row["point"].split(",")) <= set(point.split(","))
-    ]
-    if ours.empty:
-        return []
-    peers = _joined(compression) & (compression["technique"] == "peer")
-    for _, rows in compression[_rivals(compression) | peers].groupby(["method", "point"], sort=False):
-        able = sizes[sizes <= rows["artifact_bytes"].mean()]
-        point = able.index[-1] if len(able) else sizes.index[0]
-        pairs += [(point, row) for _, row in rows.iterrows()]
-    found = {(row["point"], row["seed"]): row for _, row in ours.iterrows()}
-    return [(found[p, row["seed"]], row) for p, row in pairs if (p, row["seed"]) in found]
-
-
-def _setting(point: str) -> str:
-    """ "budget=3bit bn" as "bits=3 bn": one width for all layers, whose bytes are the budget."""
-    return re.sub(r"budget=(\d+)(bit|level)", r"\2s=\1", point)
 
 
 def _side_by_side(tables: Tables) -> str:

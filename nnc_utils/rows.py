@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from nnc_utils.provenance import commit
 
 NO_LOSS = -0.3  # percentage points: "no loss" means that the interval's lower end is not below
+APART = 10  # percent: times that are no further apart are taken for equal
 AGAIN = "again"  # control of what was timed a second time
 AFTER = "after_"  # begins the control of a network between two stages, as "after_prune"
 JOINED = "06_pipeline"  # the notebook whose peers are held against the pipeline

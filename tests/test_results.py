@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from nnc_utils import provenance, results, rows, tables
+from nnc_utils import paired, provenance, results, rows, tables
 
 # the measurement protocol's tables, copied by hand
 COMPRESSION = """profile, run, dataset, model, technique, method, point, seed, division, control, headline,
@@ -562,8 +562,8 @@ def test_the_pipeline_is_held_against_orders_and_every_rival():
         about = {"technique": technique, "method": method, "point": point, "control": control}
         return about | {"artifact_bytes": nbytes, "seed": seed, "run": f"quick/06_pipeline/seed={seed}"}
 
-    ours = [row(results.PIPELINE, "bits=3", 80, s) for s in (1, 2)]
-    ours += [row(results.PIPELINE, "bits=4", 100, s) for s in (1, 2)]
+    ours = [row(tables.PIPELINE, "bits=3", 80, s) for s in (1, 2)]
+    ours += [row(tables.PIPELINE, "bits=4", 100, s) for s in (1, 2)]
     rivals = [row("small_dense", "", 99, s, "baseline", "small_dense") for s in (1, 2)]
     rivals += [row("small_dense_qat4", "", 79, 1, "baseline", "small_dense_qat4")]  # smaller than any of ours
     rivals += [
@@ -572,8 +572,8 @@ def test_the_pipeline_is_held_against_orders_and_every_rival():
     ]  # other budgets
     rivals += [row("xz", "bits=4", 120, 1, "peer"), row("prune_only", "bits=4", 500, 3)]  # no such seed
     rivals += [row("quantize_prune_distill", "bits=3", 70, 2)]  # another order: the same budgets
-    stages = [row(results.PIPELINE, "bits=4", 10, 1, control="after_prune")]
-    pairs = results._against_pipeline(pd.DataFrame(ours + rivals + stages))
+    stages = [row(tables.PIPELINE, "bits=4", 10, 1, control="after_prune")]
+    pairs = paired._against_pipeline(pd.DataFrame(ours + rivals + stages))
     found = {(mine["point"], other["method"], other["seed"]) for mine, other in pairs}
     assert found == {
         ("bits=3", "small_dense", 1),
@@ -582,10 +582,10 @@ def test_the_pipeline_is_held_against_orders_and_every_rival():
         ("bits=3", "quantize_prune_distill", 2),
         ("bits=3", "small_dense_qat4", 1),
     }
-    ours = [row(results.PIPELINE, "macs=6x,bits=4", 100)]  # an order that has one of its budgets
-    [(mine, other)] = results._against_pipeline(pd.DataFrame(ours + [row("prune_only", "macs=6x", 400)]))
+    ours = [row(tables.PIPELINE, "macs=6x,bits=4", 100)]  # an order that has one of its budgets
+    [(mine, other)] = paired._against_pipeline(pd.DataFrame(ours + [row("prune_only", "macs=6x", 400)]))
     assert (mine["point"], other["point"]) == ("macs=6x,bits=4", "macs=6x")
-    assert results._against_pipeline(pd.DataFrame(rivals)) == []
+    assert paired._against_pipeline(pd.DataFrame(rivals)) == []
 
 
 def test_a_winner_is_held_against_the_network_by_hand():
@@ -597,7 +597,7 @@ def test_a_winner_is_held_against_the_network_by_hand():
     made += [row("thin_resnet18", "macs=16x", seed, "thin_resnet18") for seed in (1, 2)]
     made += [row("thin_resnet18", "macs=16x taught", 2, "thin_resnet18")]
     made += [row("torch_pruning", "macs=16x", 1, notebook="06_pipeline")]
-    pairs = results._against_thin(pd.DataFrame(made))
+    pairs = paired._against_thin(pd.DataFrame(made))
     found = [
         (mine["method"], mine["point"], mine["seed"], other["point"], other["seed"]) for mine, other in pairs
     ]
