@@ -5,6 +5,7 @@ PROFILE ?= quick
 CORES   ?= all
 PYTHON  ?= python3
 RERUN   ?=
+ONLY    ?=
 
 VENV_PYTHON := .venv/bin/python
 SETUP       := $(PYTHON) workflow/setup_env.py
@@ -22,7 +23,8 @@ ifneq ($(PROFILE),smoke)
 	@$(SETUP) --nncodec
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist
 endif
-	@$(VENV_PYTHON) -m nnc_utils.run benchmark --profile $(PROFILE) --cores $(CORES) $(if $(RERUN),--rerun $(RERUN))
+	@set -f; $(VENV_PYTHON) -m nnc_utils.run benchmark --profile $(PROFILE) --cores $(CORES) \
+		$(if $(RERUN),--rerun $(RERUN)) $(if $(ONLY),--only $(ONLY))
 
 test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables
 	@$(SETUP)
@@ -56,7 +58,7 @@ constraints: python ## renew constraints.txt: the newest versions that go togeth
 	@$(VENV_PYTHON) workflow/freeze.py
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|quick|medium|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale]"
+	@echo "make TARGET [PROFILE=smoke|quick|medium|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1']"
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
 
 python:

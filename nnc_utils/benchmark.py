@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnc_utils import audit, processes, results
@@ -15,7 +17,7 @@ from nnc_utils.processes import LockedError
 from nnc_utils.provenance import root
 
 
-def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
+def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequence[str] = ()) -> int:
     """Run what is missing or changed, and print the headline table; the exit status.
 
     Parameters
@@ -24,6 +26,8 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
     cores : how many cores a notebook may use; what is timed has its own numbers of threads.
     rerun : "" keeps results of older code (the tables mark them), "stale" measures those again,
         "all" everything.
+    only : patterns of runs, such as ``01_baseline/seed=2`` or ``*/seed=2*``: these and what they build
+        on. The tables then get them beside what is committed of other runs, as `tables.publish` does.
     """
     profiles = root() / "workflow" / "profiles"
     configuration = profiles / f"{profile}.yaml"
@@ -38,7 +42,7 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
         sys.executable,
         "-m",
         "nnc_utils.benchmark",
-        *_snakemake(configuration, profile, cores, rerun),
+        *_snakemake(configuration, profile, cores, rerun, only),
     ]
     with open(log, "w", encoding="utf-8") as stream:
         threads = {} if cores == "all" else {"OMP_NUM_THREADS": str(cores)}  # what PyTorch goes by
@@ -46,7 +50,11 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
     if status != 0:
         _tell_failure(folder, log, begin)
         return 1
-    print(f"\nprofile {profile} is complete ({time.time() - begin:.0f} s)\n")
+    what = " and ".join(only) + " of " if only else ""
+    print(f"\n{what}profile {profile} is complete ({time.time() - begin:.0f} s)\n")
+    if only:
+        publish = [sys.executable, "-m", "nnc_utils.results", "publish", "--profile", profile]
+        return subprocess.run(publish, cwd=root(), env=environment()).returncode
     tables = root() / "results" / profile
     if not (tables / "compression.csv").is_file():
         return 0
@@ -59,8 +67,11 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "") -> int:
     return 1 if problems else 0
 
 
-def _snakemake(configuration: Path, profile: str, cores: str, rerun: str) -> list[str]:
+def _snakemake(
+    configuration: Path, profile: str, cores: str, rerun: str, only: Sequence[str]
+) -> list[str]:
     settings = [f"profile={profile}", *([f"rerun={rerun}"] if rerun else [])]
+    settings += [f"only={json.dumps(only)}"] if only else []
     options = ["--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(root())]
     options += ["--cores", str(cores), "--scheduler", "greedy", "--keep-going"]
     # the lock of Snakemake would survive a SIGKILL; run folders have their own, which do not
@@ -96,10 +107,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--cores", default="all")
     parser.add_argument("--rerun", default="", choices=["", "stale", "all"])
+    parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="such as '06_pipeline/seed=1,*'")
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, processes.end_on_signal)
-    return benchmark(options.profile, cores=options.cores, rerun=options.rerun)
+    return benchmark(options.profile, cores=options.cores, rerun=options.rerun, only=options.only)
 
 
 def _snakemake_below() -> None:

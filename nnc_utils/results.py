@@ -783,7 +783,8 @@ def update_readme(folder: Path) -> bool:
 def main() -> None:
     """``python -m nnc_utils.results report``: figure, report.md and README from the tables.
 
-    ``publish`` first makes the tables from the profile's finished runs, however many there are.
+    ``publish`` first makes the tables from the profile's finished runs, however many there are; what
+    other machines committed stays beside them.
     """
     parser = argparse.ArgumentParser(prog="python -m nnc_utils.results", description=main.__doc__)
     parser.add_argument("command", choices=["report", "publish"])
@@ -794,7 +795,7 @@ def main() -> None:
             parser.error("publish needs --profile")
         marks = (root() / "results/runs" / options.profile).glob("*/*/result.json")
         runs = [read_run(mark.parent) for mark in sorted(marks)]
-        publish([run.folder for run in runs if run.compression or run.latency], options.profile)
+        publish([run.folder for run in runs if run.compression or run.latency], options.profile, keep=True)
     names = [options.profile] if options.profile else [*ALL_PROFILES, "smoke"]
     found = [root() / "results" / name for name in names]
     found = [folder for folder in found if (folder / "compression.csv").is_file()]

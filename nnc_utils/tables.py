@@ -120,7 +120,9 @@ class Run:
 
     def artifact(self, name: str) -> Path:
         """The file of an artifact, by its checksum or by its file name without suffix."""
-        path = self.folder / self._record_of(name).path
+        record = self._record_of(name)
+        places = [record.path, f"artifacts/{record.artifact_sha256[:16]}.safetensors"]  # run; committed
+        path = next((self.folder / p for p in places if (self.folder / p).is_file()), self.folder / places[0])
         if not path.is_file():
             raise ResultError(f"{path} is missing: bring it from where it was made, or run its notebook")
         return path
@@ -273,7 +275,43 @@ def kept_artifacts(compression: pd.DataFrame, summary: pd.DataFrame) -> set[str]
     return kept
 
 
-def publish(runs: list[Path], profile: str) -> Path:
+def committed_runs(profile_dir: Path) -> list[Run]:
+    """The runs that a profile's tables are of: rows, evidence, and of the artifacts those small enough."""
+    kinds = {"compression": CompressionRow, "latency": LatencyRow}
+    folder = Path(profile_dir)
+    if not all((folder / name).is_file() for name in ("provenance.json", *(f"{kind}.csv" for kind in kinds))):
+        return []
+    rows = {name: read_rows(folder / f"{name}.csv", kind) for name, kind in kinds.items()}
+    runs = []
+    for name, record in json.loads((folder / "provenance.json").read_text(encoding="utf-8")).items():
+        record |= {"run": name} | {kind: [row for row in rows[kind] if row.run == name] for kind in kinds}
+        entries = [{k: e[k] for k in ArtifactRecord.model_fields} for e in record["artifacts"]]
+        runs.append(Run(folder, RunRecord(**record | {"artifacts": entries})))
+    return runs
+
+
+def _kept(finished: list[Run], committed: list[Run]) -> list[Run]:
+    """The committed runs that go with the finished ones: other points, of networks that are still there."""
+
+    def points(runs: list[Run]) -> set[tuple]:
+        return {(*(getattr(row, c) for c in POINT), row.seed) for run in runs for row in run.compression}
+
+    kept = [run for run in committed if not points([run]) & points(finished)]
+    kept = [run for run in kept if run.run not in {other.run for other in finished}]
+    while True:
+        there = {row.artifact_sha256 for run in [*finished, *kept] for row in run.compression} | {""}
+        needed = {
+            run.run: {row.reference_sha256 for row in run.compression}
+            | {row.artifact_sha256 for row in run.latency}
+            for run in kept
+        }
+        able = [run for run in kept if needed[run.run] <= there]
+        if len(able) == len(kept):
+            return kept
+        kept = able
+
+
+def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     """Write a profile's tables and their evidence; what was there before goes.
 
     compression.csv, latency.csv, summary.csv, provenance.json, predictions/ (of every row, and the
@@ -283,6 +321,8 @@ def publish(runs: list[Path], profile: str) -> Path:
     ----------
     runs : run folders of this profile, a row's reference among them.
     profile : its name.
+    keep : let committed runs stay that are not among `runs`, such as another machine's, as long as
+        their references are in the tables and `runs` do not have their points; it is printed which go.
 
     Returns
     -------
@@ -295,6 +335,11 @@ def publish(runs: list[Path], profile: str) -> Path:
     """
     out = root() / "results" / profile
     finished = [read_run(folder) for folder in runs]
+    if keep:
+        committed = committed_runs(out)
+        finished += _kept(finished, committed)
+        for run in sorted({run.run for run in committed} - {run.run for run in finished}):
+            print(f"{run} goes: its points were measured again, or its reference is no longer there")
     finished.sort(key=lambda run: (run.record.notebook, run.record.seed))
     profiles = {run.record.profile for run in finished}
     names = [run.record.run for run in finished]

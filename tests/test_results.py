@@ -318,6 +318,34 @@ def test_publish_leaves_what_the_rows_need_and_nothing_else(published):
     assert str(published.parents[1]) not in (published / "provenance.json").read_text()
 
 
+def test_what_another_machine_committed_stays_beside_what_is_here(published, capsys):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    here = [folder for folder in folders if folder.name == "seed=1"]
+    for folder in set(folders) - set(here):
+        shutil.rmtree(folder)
+    before = {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
+    results.publish(here, "quick", keep=True)
+    assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
+    assert capsys.readouterr().out == ""
+    results.publish([folder for folder in here if "07" in str(folder)], "quick", keep=True)
+    assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
+
+
+def test_a_committed_run_whose_reference_is_gone_goes(published, capsys):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=1"))
+    path, other = published / "compression.csv", "0" * 64
+    table = read(path)
+    [baseline] = [row for row in table if row["run"] == "quick/01_baseline/seed=2"]
+    places = [published / "predictions" / rows.evidence(sha) for sha in (baseline["artifact_sha256"], other)]
+    shutil.copy(*places)
+    baseline |= {"artifact_sha256": other, "reference_sha256": other}
+    pd.DataFrame(table).to_csv(path, index=False)
+    results.publish(folders, "quick", keep=True)
+    assert "quick/02_quantization/seed=2 goes" in capsys.readouterr().out
+    kept = ("01_baseline/seed=1", "01_baseline/seed=2", "02_quantization/seed=1")
+    assert {row["run"] for row in read(path)} == {f"quick/{name}" for name in kept}
+
+
 def test_publish_fails_without_evidence_or_run(published):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
     with pytest.raises(results.ResultError, match="predictions"):

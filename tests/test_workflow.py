@@ -88,9 +88,10 @@ def writers(folder):
     return path.read_text().split() if path.is_file() else []
 
 
-def dry_run(rerun="", package=None, *options):
+def dry_run(rerun="", package=None, *options, only=()):
     """What Snakemake says about what it would do, with this package or a copy of it in another folder."""
-    given = benchmark._snakemake(provenance.root() / "workflow/profiles/tiny.yaml", "tiny", "2", rerun)
+    profile = provenance.root() / "workflow/profiles/tiny.yaml"
+    given = benchmark._snakemake(profile, "tiny", "2", rerun, only)
     given = [option for option in given if option not in ("--quiet", "all")]
     command = [sys.executable, "-m", "nnc_utils.benchmark", "--dry-run", *options, *given]
     environment = notebook.environment() | ({"PYTHONPATH": str(package)} if package else {})
@@ -185,6 +186,10 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
         "third/seed=2,both": ["first/seed=1,once", "second/seed=2,more", "third/seed=2,plain"],
     }
     assert planned.count("threads: 2") == len(found)
+    asked = dry_run(only=["second/seed=2*"], package=None).split("wildcards: notebook=")[1:]
+    asked = sorted(text.split()[0] + text.split()[1].removeprefix("cell=") for text in asked)
+    needed = ["first,seed=1,once", "first,seed=1,small", "first,seed=2,small"]
+    assert asked == [*needed, "second,seed=2,all", "second,seed=2,more"]
     two_stages.profile.write_text(yaml.safe_dump(divided | {"jobs": 2}, sort_keys=False))
     assert dry_run().count("threads: 2") == 1  # what is timed still has the machine to itself
     two_stages.profile.write_text(yaml.safe_dump(divided | {"jobs": 0}, sort_keys=False))
@@ -242,9 +247,11 @@ def test_a_failing_notebook_is_named_with_its_last_lines(two_stages):
     assert not (two_stages.folder["first"] / "result.json").exists()
 
 
-def test_an_unknown_profile_is_named(two_stages, capsys):
+def test_an_unknown_profile_or_run_is_named(two_stages, capsys):
     assert benchmark.benchmark("tyni") == 2
     assert "unknown profile 'tyni': one of tiny" in capsys.readouterr().out
+    assert benchmark.benchmark("tiny", only=["frist/*"]) == 1
+    assert "'frist/*' is none of the runs of tiny: first/seed=1, second/seed=1" in capsys.readouterr().out
 
 
 def test_tables_that_do_not_hold_are_a_failure(published, monkeypatch, capsys):
