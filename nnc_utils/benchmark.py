@@ -67,9 +67,7 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequen
     return 1 if problems else 0
 
 
-def _snakemake(
-    configuration: Path, profile: str, cores: str, rerun: str, only: Sequence[str]
-) -> list[str]:
+def _snakemake(configuration: Path, profile: str, cores: str, rerun: str, only: Sequence[str]) -> list[str]:
     settings = [f"profile={profile}", *([f"rerun={rerun}"] if rerun else [])]
     settings += [f"only={json.dumps(only)}"] if only else []
     options = ["--snakefile", str(root() / "workflow" / "Snakefile"), "--directory", str(root())]

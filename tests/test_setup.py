@@ -197,7 +197,8 @@ def test_make_help_lists_every_target():
     [
         ([], "benchmark --profile quick --cores all", "--rerun"),
         (["PROFILE=smoke", "CORES=1"], "benchmark --profile smoke --cores 1", "nnc_utils.data"),
-        (["PROFILE=full", "RERUN=stale"], "--rerun stale", "smoke"),
+        (["PROFILE=full", "RERUN=stale"], "--rerun stale", "--only"),
+        (["PROFILE=full", "ONLY=*/seed=2* 01_*"], "--only */seed=2* 01_*", "smoke"),
     ],
 )
 def test_make_hands_its_variables_on(arguments, expected, absent):
