@@ -118,6 +118,10 @@ class Run:
         """What the notebook wanted later ones to know."""
         return self.record.extra
 
+    def of(self, **rows: list) -> Run:
+        """The same run with these rows alone."""
+        return Run(self.folder, self.record.model_copy(update=rows))
+
     def artifact(self, name: str) -> Path:
         """The file of an artifact, by its checksum or by its file name without suffix."""
         record = self._record_of(name)
@@ -291,24 +295,28 @@ def committed_runs(profile_dir: Path) -> list[Run]:
 
 
 def _kept(finished: list[Run], committed: list[Run]) -> list[Run]:
-    """The committed runs that go with the finished ones: other points, of networks that are still there."""
+    """The committed rows that go with the finished runs: other points, of networks that are still there."""
 
-    def points(runs: list[Run]) -> set[tuple]:
-        return {(*(getattr(row, c) for c in POINT), row.seed) for run in runs for row in run.compression}
+    def point(row: CompressionRow) -> tuple:
+        return (*(getattr(row, column) for column in POINT), row.seed)
 
-    kept = [run for run in committed if not points([run]) & points(finished)]
-    kept = [run for run in kept if run.run not in {other.run for other in finished}]
+    here = {run.run for run in finished}
+    again = {point(row) for run in finished for row in run.compression}
+    kept = [run for run in committed if run.run not in here]
+    kept = [run.of(compression=[row for row in run.compression if point(row) not in again]) for run in kept]
+    before = None
     while True:
         there = {row.artifact_sha256 for run in [*finished, *kept] for row in run.compression} | {""}
-        needed = {
-            run.run: {row.reference_sha256 for row in run.compression}
-            | {row.artifact_sha256 for row in run.latency}
+        if there == before:
+            return [run for run in kept if run.compression or run.latency]
+        before = there
+        kept = [
+            run.of(
+                compression=[row for row in run.compression if row.reference_sha256 in there],
+                latency=run.latency if {row.artifact_sha256 for row in run.latency} <= there else [],
+            )
             for run in kept
-        }
-        able = [run for run in kept if needed[run.run] <= there]
-        if len(able) == len(kept):
-            return kept
-        kept = able
+        ]
 
 
 def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
@@ -321,7 +329,7 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     ----------
     runs : run folders of this profile, a row's reference among them.
     profile : its name.
-    keep : let committed runs stay that are not among `runs`, such as another machine's, as long as
+    keep : let committed rows stay of runs that are not among `runs`, such as another machine's, if
         their references are in the tables and `runs` do not have their points; it is printed which go.
 
     Returns
@@ -337,9 +345,15 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     finished = [read_run(folder) for folder in runs]
     if keep:
         committed = committed_runs(out)
-        finished += _kept(finished, committed)
-        for run in sorted({run.run for run in committed} - {run.run for run in finished}):
-            print(f"{run} goes: its points were measured again, or its reference is no longer there")
+        here = {run.run for run in finished}
+        kept = {run.run: run for run in _kept(finished, committed)}
+        for run in committed:
+            left = kept.get(run.run, run.of(compression=[], latency=[]))
+            rows, stay = (len(r.compression) + len(r.latency) for r in (run, left))
+            if run.run not in here and stay < rows:
+                why = "measured again, or their reference is gone"
+                print(f"{rows - stay} of {rows} rows of {run.run} go: {why}")
+        finished += kept.values()
     finished.sort(key=lambda run: (run.record.notebook, run.record.seed))
     profiles = {run.record.profile for run in finished}
     names = [run.record.run for run in finished]

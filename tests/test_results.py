@@ -341,7 +341,7 @@ def test_a_committed_run_whose_reference_is_gone_goes(published, capsys):
     baseline |= {"artifact_sha256": other, "reference_sha256": other}
     pd.DataFrame(table).to_csv(path, index=False)
     results.publish(folders, "quick", keep=True)
-    assert "quick/02_quantization/seed=2 goes" in capsys.readouterr().out
+    assert "1 of 1 rows of quick/02_quantization/seed=2 go: " in capsys.readouterr().out
     kept = ("01_baseline/seed=1", "01_baseline/seed=2", "02_quantization/seed=1")
     assert {row["run"] for row in read(path)} == {f"quick/{name}" for name in kept}
 
