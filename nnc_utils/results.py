@@ -157,14 +157,17 @@ class Tables:
     def networks(self) -> pd.DataFrame:
         """The rows of the headline, of each the first seed.
 
-        Each baseline, what a claim rests on, what was timed in integers in more than one runtime, and the
-        thin rivals of the pipeline.
+        Each baseline, what a claim rests on, what was timed in integers in more than one runtime, the
+        pipeline and its thin rivals.
         """
         baseline = _baselines(self.compression)
         runtimes = self.latency[self.latency["precision"] == "int8"].groupby("artifact_sha256")["runtime"]
         spread = self.compression["artifact_sha256"].map(runtimes.nunique()).fillna(0) > 1
         rivals = thin_rivals(self.compression)
-        chosen = self.compression[baseline | spread | rivals | (self.compression["headline"] == 1)]
+        point = named_pipeline(self.summary)
+        pipeline = False if point is None else (self.compression[POINT] == point[POINT]).all(axis=1)
+        claimed = self.compression["headline"] == 1
+        chosen = self.compression[baseline | spread | rivals | pipeline | claimed]
         chosen = chosen.assign(first=~baseline).sort_values(["first", "size_ratio", "seed"], kind="stable")
         return chosen.drop_duplicates(["dataset", "model", "technique", "method", "point", "control"])
 
