@@ -24,7 +24,15 @@ from nnc_utils.rows import (
     evidence,
     timed_evidence,
 )
-from nnc_utils.tables import COMMITTED_BYTES, ResultError, kept_artifacts, labels_name, read_rows, to_frame
+from nnc_utils.tables import (
+    COMMITTED_BYTES,
+    ResultError,
+    artifact_name,
+    kept_artifacts,
+    labels_name,
+    read_rows,
+    to_frame,
+)
 
 EXACT = 6e-5  # stored with four decimals
 AGREEMENT = {1: 99.5, 0: 99.0}  # stored_codes -> least agreement in percent
@@ -237,7 +245,7 @@ class _Audit:
                 yield f"{row.run} {row.method}: artifact_bytes {row.artifact_bytes}, the file had {size}"
             if entry["bytes"] > COMMITTED_BYTES:
                 continue
-            name = f"{row.artifact_sha256[:16]}.safetensors"
+            name = artifact_name(row.artifact_sha256)
             if name not in files:
                 yield f"{row.run} {row.method} {row.point}: artifacts/{name} is missing"
                 continue

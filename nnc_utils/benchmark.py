@@ -52,13 +52,15 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequen
         return 1
     what = " and ".join(only) + " of " if only else ""
     print(f"\n{what}profile {profile} is complete ({time.time() - begin:.0f} s)\n")
-    if only:
+    if only:  # 10_report, which makes the tables, is not among them
         publish = [sys.executable, "-m", "nnc_utils.results", "publish", "--profile", profile]
-        return subprocess.run(publish, cwd=root(), env=environment()).returncode
+        if subprocess.run(publish, cwd=root(), env=environment()).returncode != 0:
+            return 1
     tables = root() / "results" / profile
     if not (tables / "compression.csv").is_file():
         return 0
-    print(results.table(tables))
+    if not only:
+        print(results.table(tables))
     if (root() / "README.md").is_file():
         results.update_readme(root())
     print(f"\nThe report: {tables / 'report.md'}")

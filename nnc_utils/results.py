@@ -48,6 +48,7 @@ from nnc_utils.tables import (
     POINT,
     ResultError,
     Run,
+    artifact_name,
     labels_name,
     named_pipeline,
     publish,
@@ -750,7 +751,7 @@ def readme_block(folder: Path) -> str:
 def _kept_files(profile_dir: Path) -> dict[str, Path]:
     """What the committed networks are called, and where they are."""
     rows = Tables(profile_dir).compression.drop_duplicates("artifact_sha256")
-    files = {sha: profile_dir / f"artifacts/{sha[:16]}.safetensors" for sha in rows["artifact_sha256"]}
+    files = {sha: profile_dir / "artifacts" / artifact_name(sha) for sha in rows["artifact_sha256"]}
     return {
         f"{row['method']} {row['point']}, seed {row['seed']}": files[row["artifact_sha256"]]
         for _, row in rows.iterrows()
@@ -797,8 +798,12 @@ def main() -> None:
         if not options.profile:
             parser.error("publish needs --profile")
         marks = (root() / "results/runs" / options.profile).glob("*/*/result.json")
-        runs = [read_run(mark.parent) for mark in sorted(marks)]
-        publish([run.folder for run in runs if run.compression or run.latency], options.profile, keep=True)
+        try:
+            runs = [read_run(mark.parent) for mark in sorted(marks)]
+            folders = [run.folder for run in runs if run.compression or run.latency]
+            publish(folders, options.profile, keep=True)
+        except ResultError as error:
+            raise SystemExit(str(error)) from None
     names = [options.profile] if options.profile else [*ALL_PROFILES, "smoke"]
     found = [root() / "results" / name for name in names]
     found = [folder for folder in found if (folder / "compression.csv").is_file()]

@@ -118,14 +118,14 @@ class Run:
         """What the notebook wanted later ones to know."""
         return self.record.extra
 
-    def of(self, **rows: list) -> Run:
-        """The same run with these rows alone."""
+    def with_rows(self, **rows: list) -> Run:
+        """The same run with these `compression` or `latency` rows in place of its own."""
         return Run(self.folder, self.record.model_copy(update=rows))
 
     def artifact(self, name: str) -> Path:
         """The file of an artifact, by its checksum or by its file name without suffix."""
         record = self._record_of(name)
-        places = [record.path, f"artifacts/{record.artifact_sha256[:16]}.safetensors"]  # run; committed
+        places = [record.path, f"artifacts/{artifact_name(record.artifact_sha256)}"]  # run; committed
         path = next((self.folder / p for p in places if (self.folder / p).is_file()), self.folder / places[0])
         if not path.is_file():
             raise ResultError(f"{path} is missing: bring it from where it was made, or run its notebook")
@@ -203,6 +203,11 @@ def to_frame(rows: Iterable[Row], kind: type[Row]) -> pd.DataFrame:
 def labels_name(dataset: str) -> str:
     """File name of a data set's test labels."""
     return f"labels-{re.sub(r'[^A-Za-z0-9.-]+', '_', dataset)}.npy"
+
+
+def artifact_name(sha256: str) -> str:
+    """File name of a committed artifact."""
+    return f"{sha256[:16]}.safetensors"
 
 
 def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
@@ -295,28 +300,39 @@ def committed_runs(profile_dir: Path) -> list[Run]:
 
 
 def _kept(finished: list[Run], committed: list[Run]) -> list[Run]:
-    """The committed rows that go with the finished runs: other points, of networks that are still there."""
+    """The committed rows that go with the finished runs; what goes is printed.
+
+    They are of other runs and other points, and of networks whose references are in the tables.
+    """
 
     def point(row: CompressionRow) -> tuple:
         return (*(getattr(row, column) for column in POINT), row.seed)
 
     here = {run.run for run in finished}
     again = {point(row) for run in finished for row in run.compression}
-    kept = [run for run in committed if run.run not in here]
-    kept = [run.of(compression=[row for row in run.compression if point(row) not in again]) for run in kept]
-    before = None
-    while True:
-        there = {row.artifact_sha256 for run in [*finished, *kept] for row in run.compression} | {""}
-        if there == before:
-            return [run for run in kept if run.compression or run.latency]
-        before = there
+    others = [run for run in committed if run.run not in here]
+    kept = [
+        run.with_rows(compression=[row for row in run.compression if point(row) not in again])
+        for run in others
+    ]
+    there, before = set[str](), None
+    while there != before:  # a row that goes may have been the reference of another
+        there, before = (
+            {r.artifact_sha256 for run in [*finished, *kept] for r in run.compression} | {""},
+            there,
+        )
         kept = [
-            run.of(
+            run.with_rows(
                 compression=[row for row in run.compression if row.reference_sha256 in there],
                 latency=run.latency if {row.artifact_sha256 for row in run.latency} <= there else [],
             )
             for run in kept
         ]
+    for run, left in zip(others, kept, strict=True):
+        rows, stay = (len(r.compression) + len(r.latency) for r in (run, left))
+        if stay < rows:
+            print(f"{rows - stay} of {rows} rows of {run.run} go: measured again, or their reference is gone")
+    return [run for run in kept if run.compression or run.latency]
 
 
 def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
@@ -344,16 +360,7 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     out = root() / "results" / profile
     finished = [read_run(folder) for folder in runs]
     if keep:
-        committed = committed_runs(out)
-        here = {run.run for run in finished}
-        kept = {run.run: run for run in _kept(finished, committed)}
-        for run in committed:
-            left = kept.get(run.run, run.of(compression=[], latency=[]))
-            rows, stay = (len(r.compression) + len(r.latency) for r in (run, left))
-            if run.run not in here and stay < rows:
-                why = "measured again, or their reference is gone"
-                print(f"{rows - stay} of {rows} rows of {run.run} go: {why}")
-        finished += kept.values()
+        finished += _kept(finished, committed_runs(out))
     finished.sort(key=lambda run: (run.record.notebook, run.record.seed))
     profiles = {run.record.profile for run in finished}
     names = [run.record.run for run in finished]
@@ -378,7 +385,7 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
         record = run.record.model_dump(exclude={"compression", "latency", "run"})
         for entry in record["artifacts"]:
             sha256 = entry["artifact_sha256"]
-            name = f"{sha256[:16]}.safetensors"
+            name = artifact_name(sha256)
             entry["bytes"], entry["headline"] = sizes.get(sha256), sha256 in claimed
             entry["committed"] = "not: neither a claim nor the pipeline"
             if sha256 in wanted and entry["bytes"] > COMMITTED_BYTES:

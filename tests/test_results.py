@@ -346,6 +346,17 @@ def test_a_committed_run_whose_reference_is_gone_goes(published, capsys):
     assert {row["run"] for row in read(path)} == {f"quick/{name}" for name in kept}
 
 
+def test_a_committed_row_that_was_measured_again_goes_alone(published, capsys):
+    committed = tables.committed_runs(published)
+    [again] = [run for run in committed if run.run == "quick/02_quantization/seed=1"]
+    other = again.compression[0].model_copy(update={"point": "bits=7"})
+    older = tables.Run(again.folder, again.record.model_copy(update={"run": "quick/older"}))
+    older = older.with_rows(compression=[*again.compression, other])
+    [kept] = tables._kept(committed, [older])
+    assert kept.compression == [other]
+    assert "1 of 2 rows of quick/older go: measured again" in capsys.readouterr().out
+
+
 def test_publish_fails_without_evidence_or_run(published):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
     with pytest.raises(results.ResultError, match="predictions"):
