@@ -328,6 +328,9 @@ def _kept(finished: list[Run], committed: list[Run]) -> list[Run]:
             )
             for run in kept
         ]
+    for run in committed:  # a run has one record: rows that it had with other parameters cannot stay
+        if run.run in here and (gone := sum(point(row) not in again for row in run.compression)):
+            print(f"{gone} of {len(run.compression)} rows of {run.run} go: it was made again without them")
     for run, left in zip(others, kept, strict=True):
         rows, stay = (len(r.compression) + len(r.latency) for r in (run, left))
         if stay < rows:

@@ -357,6 +357,15 @@ def test_a_committed_row_that_was_measured_again_goes_alone(published, capsys):
     assert "1 of 2 rows of quick/older go: measured again" in capsys.readouterr().out
 
 
+def test_a_row_that_its_run_no_longer_makes_goes_with_a_word(published, capsys):
+    committed = tables.committed_runs(published)
+    [old] = [run for run in committed if run.run == "quick/02_quantization/seed=1"]
+    new = old.with_rows(compression=[old.compression[0].model_copy(update={"point": "bits=7"})])
+    assert tables._kept([new], [old]) == []
+    gone = len(old.compression)
+    assert f"{gone} of {gone} rows of {old.run} go: it was made again" in capsys.readouterr().out
+
+
 def test_publish_fails_without_evidence_or_run(published):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
     with pytest.raises(results.ResultError, match="predictions"):
