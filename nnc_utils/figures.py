@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 
 from nnc_utils import peers
 from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS
+from nnc_utils.tables import POINT
 
 MARKERS = "osD^vP*X<>hdp8"
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows
@@ -81,10 +82,21 @@ def show(figure: Figure, alt: str) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A committed CSV, with empty text as "" and empty numbers as NaN."""
+    """A committed CSV, with empty text as "" and empty numbers as NaN.
+
+    compression.csv gets the interval over all seeds of a point, of summary.csv, beside each seed's own:
+    `seeds_delta`, `seeds_ci_low` and `seeds_ci_high`.
+    """
     frame = pd.read_csv(path)
     text = [c for c in ("technique", "method", "point", "control", "runtime", "precision") if c in frame]
-    return frame.assign(**{column: frame[column].astype(object).fillna("").astype(str) for column in text})
+    frame = frame.assign(**{column: frame[column].astype(object).fillna("").astype(str) for column in text})
+    summary = path.with_name("summary.csv")
+    if path.name != "compression.csv" or not summary.is_file():
+        return frame
+    over = {"delta_mean": "seeds_delta", "delta_ci_low": "seeds_ci_low", "delta_ci_high": "seeds_ci_high"}
+    return frame.merge(
+        read_table(summary).rename(columns=over)[[*POINT, *over.values()]], how="left", on=POINT
+    )
 
 
 def name(value: str) -> str:
@@ -149,9 +161,13 @@ def _is_reference(compression: pd.DataFrame) -> pd.Series:
 
 
 def _series(compression: pd.DataFrame) -> pd.Series:
-    """What a line of a figure joins: a method, if pruned with its flags; a control apart from its method."""
+    """What a line of a figure joins: a method, if pruned with its flags; a control apart from its method.
+
+    Of points that have a rate it joins those that differ in nothing else.
+    """
     pruned = (compression["technique"] == "pruning") | compression["method"].str.startswith("torch_pruning")
     flags = compression["point"].where(pruned, "").str.replace(r"\S+=\S+\s*", "", regex=True)
+    flags = flags.where(~compression["point"].str.contains(",rate="), compression["point"].map(_without_rate))
     control = compression["control"].fillna("")
     rivals = control.where(
         control.isin(["small_dense", "from_scratch"]), ""
@@ -165,33 +181,62 @@ def _series(compression: pd.DataFrame) -> pd.Series:
     return pd.Series(labels, compression.index)
 
 
+def _without_rate(point: str) -> str:
+    parts = [part for part in point.split(",") if not part.startswith("rate=")]
+    return ", ".join(part.replace("macs=", "MACs ÷ ").removesuffix("x") for part in parts)
+
+
+def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row each point: its means over the seeds, and how far its interval reaches below and above.
+
+    The interval is that of summary.csv; without it (the rows of one run), the seed's own.
+    """
+    pooled = {
+        "seeds_delta": "accuracy_delta",
+        "seeds_ci_low": "delta_ci_low",
+        "seeds_ci_high": "delta_ci_high",
+    }
+    if set(pooled) <= set(rows):
+        rows = rows.drop(columns=list(pooled.values())).rename(columns=pooled)
+    means = (
+        rows.groupby(["series", "method", "point", "control"], sort=False)
+        .mean(numeric_only=True)
+        .reset_index()
+    )
+    below = (means["accuracy_delta"] - means["delta_ci_low"]).fillna(0)
+    above = (means["delta_ci_high"] - means["accuracy_delta"]).fillna(0)
+    return means.assign(below=below, above=above).sort_values("ratio", kind="stable")
+
+
 def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -> None:
     compression = compression[~compression["control"].fillna("").str.startswith(AFTER)]
     ratio = ratio[compression.index]
-    for value in compression[_is_reference(compression)]["accuracy"]:
+    seeds = compression[_is_reference(compression)]["accuracy"]
+    for value in [seeds.mean()] if len(seeds) else []:
         axes.axhline(value, color="grey", linewidth=1)
         axes.axhline(value + NO_LOSS, color="grey", linewidth=1, linestyle=":")
         place = {"xytext": (2, -11), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(f"−{-NO_LOSS} points", (1, value + NO_LOSS), **place)
     table = compression.assign(ratio=ratio, series=_series(compression))
+    table = _over_seeds(table.assign(control=table["control"].fillna("")))
+    if len(seeds) > 1:  # not every point has every seed; the difference is to its own seeds' networks
+        table["accuracy"] = seeds.mean() + table["accuracy_delta"]
     for number, (label, rows) in enumerate(table.groupby("series", sort=True)):
-        rows = rows.sort_values("ratio")
-        below = (rows["accuracy_delta"] - rows["delta_ci_low"]).fillna(0)
-        above = (rows["delta_ci_high"] - rows["accuracy_delta"]).fillna(0)
         marker = MARKERS[number % len(MARKERS)]
         style = {"marker": marker, "capsize": 3, "label": label}
-        if rows["control"].fillna("").ne("").any():  # each of a kind of its own
+        if (rows["control"].ne("") & ~rows["point"].str.contains(",rate=")).any():  # each of its own kind
             style["linestyle"] = "none"
-        axes.errorbar(rows["ratio"], rows["accuracy"], (below, above), **style)
+        axes.errorbar(rows["ratio"], rows["accuracy"], (rows["below"], rows["above"]), **style)
         for _, row in rows[rows["point"].str.startswith("bits=")].iterrows():
             place = (row["ratio"], row["accuracy"])
             text = row["point"].removeprefix("bits=")
             axes.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=9)
     ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * ratio.max()]
-    axes.set(xscale="log", ylabel="test accuracy (%)")
+    of = f", on the mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
+    axes.set(xscale="log", ylabel=f"test accuracy (%){of}")
     axes.set_xticks(ticks, [f"{t}×" for t in ticks])
     axes.minorticks_off()
-    _cut(axes, compression["accuracy"])
+    _cut(axes, table["accuracy"])
     many = len(axes.get_legend_handles_labels()[0]) > 7
     axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
 
@@ -292,7 +337,7 @@ def headline(profile_dir: Path) -> Figure:
     """Smaller, worse, faster? The tables of one profile in one picture."""
     latency = read_table(profile_dir / "latency.csv")
     style()
-    figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 8, 4.5))
+    figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 10, 4.5))
     left, *rest = np.atleast_1d(panels)
     compression = read_table(profile_dir / "compression.csv")
     many = compression["technique"].isin(["pruning", "distillation"])  # of them, what is claimed

@@ -61,6 +61,42 @@ def test_size_against_accuracy_holds_every_row_with_its_interval():
     assert axes.get_ylim()[0] == pytest.approx(88.0)
 
 
+def test_size_against_accuracy_shows_points_over_their_seeds_and_joins_only_what_the_rate_changes(tmp_path):
+    rows = [
+        ("baseline", "train", "", "", 1, 92.0, 1.0, 0.0),
+        ("baseline", "train", "", "", 2, 94.0, 1.0, 0.0),
+        ("pipeline", "prune_distill_quantize", "macs=8x,rate=1e-9", "", 1, 91.0, 100.0, -1.0),
+        ("pipeline", "prune_distill_quantize", "macs=8x,rate=1e-9", "", 2, 93.8, 110.0, -0.2),
+        ("pipeline", "prune_distill_quantize", "macs=8x,rate=2e-9", "", 1, 90.0, 200.0, -2.0),
+        ("pipeline", "prune_distill_quantize", "macs=4x,rate=1e-9", "", 1, 91.5, 90.0, -0.5),
+        ("baseline", "small_dense", "macs=8x,rate=1e-9", "small_dense", 1, 91.0, 95.0, -1.0),
+        ("baseline", "small_dense", "macs=8x,rate=2e-9", "small_dense", 1, 90.5, 150.0, -1.5),
+    ]
+    columns = ["technique", "method", "point", "control", "seed", "accuracy", "size_ratio", "accuracy_delta"]
+    table = pd.DataFrame(rows, columns=columns).assign(dataset="fashion_mnist")
+    own = {"delta_ci_low": table["accuracy_delta"] - 0.1, "delta_ci_high": table["accuracy_delta"] + 0.1}
+    table.assign(**own).to_csv(tmp_path / "compression.csv", index=False)
+    summary = table.groupby(["dataset", *columns[:4]], dropna=False, sort=False)["accuracy_delta"].mean()
+    summary = summary.rename("delta_mean").reset_index()
+    summary = summary.assign(
+        delta_ci_low=summary["delta_mean"] - 0.4, delta_ci_high=summary["delta_mean"] + 0.3
+    )
+    summary.to_csv(tmp_path / "summary.csv", index=False)
+    axes = figures.size_against_accuracy(figures.read_table(tmp_path / "compression.csv")).axes[0]
+    drawn = {bars.get_label(): bars.lines[0].get_xydata().round(6).tolist() for bars in axes.containers}
+    assert drawn == {
+        "ResNet, fp32": [[1.0, 93.0]],
+        "prune → distill → quantize, MACs ÷ 4": [[90.0, 92.5]],
+        "prune → distill → quantize, MACs ÷ 8": [[105.0, 92.4], [200.0, 91.0]],
+        "small dense, MACs ÷ 8": [[95.0, 92.0], [150.0, 91.5]],
+    }
+    joined = {bars.get_label() for bars in axes.containers if bars.lines[0].get_linestyle() == "-"}
+    assert joined == set(drawn)
+    ends = [bar for bars in axes.containers for bar in bars.lines[2][0].get_segments()]
+    assert {round(float(high - low), 6) for (_, low), (_, high) in ends} == {0.7}
+    assert axes.get_ylabel() == "test accuracy (%), on the mean of 2 seeds"
+
+
 def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():
     rows = [
         ("baseline", "train", "", "", 800, 92.0),
