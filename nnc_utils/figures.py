@@ -232,7 +232,7 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -
             text = row["point"].removeprefix("bits=")
             axes.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=9)
     ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * ratio.max()]
-    of = f", on the mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
+    of = f", fp32: mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
     axes.set(xscale="log", ylabel=f"test accuracy (%){of}")
     axes.set_xticks(ticks, [f"{t}×" for t in ticks])
     axes.minorticks_off()

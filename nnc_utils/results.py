@@ -280,10 +280,10 @@ def _no_loss(low: float, high: float) -> str:
 
 def _legend(tables: Tables) -> str:
     first = tables.compression.iloc[0]
-    images, seeds = first["total"], tables.compression["seed"].nunique()
+    images, seeds, fewest = first["total"], tables.summary["seeds"].max(), tables.summary["seeds"].min()
     text = (
         f"Profile {first['profile']}: {first['dataset']}, {images:,} test images, "
-        f"{seeds} seed{'s' if seeds > 1 else ''}. "
+        f"{f'{fewest} to ' * bool(fewest < seeds)}{seeds} seed{'s' if seeds > 1 else ''}. "
         f"Δ is the paired difference to the fp32 network in percentage points with its 95 % interval; "
         f"“no loss” means that its lower end is at least {NO_LOSS}; “no”, that it is not and all of it is "
         "below 0."
@@ -619,8 +619,11 @@ def _not_measured(tables: Tables) -> str:
     absent = tables.latency[tables.latency["p50_ms"].isna()]
     where = {f"{row['runtime']} {row['precision']}": tables.why(row) for _, row in absent.iterrows()}
     missing += [f"{name}: {why}." for name, why in sorted(where.items())]
-    if tables.compression["seed"].nunique() == 1:
-        missing.append("The spread between seeds: there is one, so intervals are about these networks.")
+    if single := (tables.summary["seeds"] == 1).sum():
+        missing.append(
+            f"The spread between seeds of {single} of {len(tables.summary)} points: they have one, so their "
+            "intervals are about these networks."
+        )
     for run, record in tables.provenance.items():
         if seen := record["extra"].get("search", {}).get("images", {}).get("supernet"):
             missing.append(f"The search of {run} in `train_images`: its supernet saw {seen:,} pictures.")

@@ -94,7 +94,7 @@ def test_size_against_accuracy_shows_points_over_their_seeds_and_joins_only_what
     assert joined == set(drawn)
     ends = [bar for bars in axes.containers for bar in bars.lines[2][0].get_segments()]
     assert {round(float(high - low), 6) for (_, low), (_, high) in ends} == {0.7}
-    assert axes.get_ylabel() == "test accuracy (%), on the mean of 2 seeds"
+    assert axes.get_ylabel() == "test accuracy (%), fp32: mean of 2 seeds"
 
 
 def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():

@@ -210,6 +210,21 @@ def test_the_report_says_how_restless_the_host_was(published):
     assert "rounds spans 33 % of their median" in results.report(published)
 
 
+def test_the_report_says_how_many_points_have_one_seed_only(published):
+    path = published / "summary.csv"
+    frame = pd.read_csv(path, keep_default_na=False)
+
+    def text(seeds):
+        frame.assign(seeds=seeds).to_csv(path, index=False)
+        return results.report(published)
+
+    said = f"seeds of {{}} of {len(frame)} points: they have one"
+    alone, some, all_three = text(1), text([3] + [1] * (len(frame) - 1)), text(3)
+    assert "test images, 1 seed. " in alone and said.format(len(frame)) in alone
+    assert "test images, 1 to 3 seeds. " in some and said.format(len(frame) - 1) in some
+    assert "test images, 3 seeds. " in all_three and "spread between seeds" not in all_three
+
+
 def test_the_summary_pairs_images_over_the_seeds(tmp_path):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 500).astype(np.uint8)
