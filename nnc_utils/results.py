@@ -46,6 +46,7 @@ from nnc_utils.rows import (
 )
 from nnc_utils.tables import (
     POINT,
+    SEEDS_OF_A_CLAIM,
     ResultError,
     Run,
     artifact_name,
@@ -136,7 +137,6 @@ WORDS = {  # what stands in the column "network"; the number is the notebook's t
     "taught": "trained on by a teacher",
 }
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
-SEEDS_OF_A_CLAIM = 3
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
 
@@ -686,7 +686,9 @@ def report_text(profile_dir: Path) -> str:
             f"# Results of the {tables.compression.iloc[0]['profile']} profile",
             verdict(profile_dir),
             "## Chosen on validation",
-            _claims(tables),
+            "Before the test set was scored: the smallest that is likely without loss. Where three seeds chose, "
+            "over all of them; if none is likely, what is nearest to it. Whether that holds is said of the test "
+            "set.\n\n" + _claims(tables),
             "## Headline",
             drawn["headline"] + table(profile_dir),
             "## Closed division: no gradient step after the baseline",
