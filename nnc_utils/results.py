@@ -413,7 +413,8 @@ def _untrained(tables: Tables) -> str:
 def _smallest(tables: Tables) -> str:
     """The smallest file without loss, whatever made it; what validation chose first."""
     plain = (tables.summary["technique"] == "baseline") & ~tables.summary["control"].isin(THIN)
-    good = tables.summary[(tables.summary["no_loss"] == 1) & ~plain].sort_values("size_ratio")
+    between = tables.summary["control"].str.startswith(AFTER)
+    good = tables.summary[(tables.summary["no_loss"] == 1) & ~plain & ~between].sort_values("size_ratio")
     chosen = good[good["headline"] == 1].tail(1)
     text = "**Smallest without loss**, " + (
         _told(tables, chosen.iloc[0]) if len(chosen) else "as validation chose: none."

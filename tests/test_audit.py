@@ -89,6 +89,17 @@ def test_the_verdict_of_a_pipeline_alone_names_no_rival(quick):
     assert "It is" not in results.verdict(folder) and PIPELINE in results.report_text(folder)
 
 
+def test_what_lies_between_two_stages_is_not_the_smallest_without_loss(quick):
+    folder, _ = quick
+    frame = pd.read_csv(folder / "summary.csv", keep_default_na=False, dtype=str)
+    before = results.verdict(folder)
+    between = frame["control"].str.startswith("after_")
+    assert between.any()
+    frame.loc[between, ["no_loss", "size_ratio"]] = ["1", "999.0"]
+    frame.to_csv(folder / "summary.csv", index=False)
+    assert results.verdict(folder) == before
+
+
 def test_an_untouched_profile_passes(published):
     assert audit.problems(published) == []
 
