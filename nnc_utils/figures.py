@@ -238,6 +238,8 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -
     axes.minorticks_off()
     _cut(axes, table["accuracy"])
     many = len(axes.get_legend_handles_labels()[0]) > 7
+    if many and len(axes.figure.axes) == 1:  # the legend stands beside it
+        axes.figure.set_size_inches(10, 4.5)
     axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
 
 
