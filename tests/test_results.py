@@ -477,8 +477,8 @@ def test_rows_of_older_code_are_marked(published, monkeypatch):
 def test_the_report_says_what_holds(published):
     text = results.report(published)
     assert (published / "report.md").read_text() == text + "\n"
-    warning, verdict, _, claim = text.split("\n\n")[1:5]
-    assert "A claim needs 3 seeds" in warning
+    warning, verdict, _, choice, claim = text.split("\n\n")[1:6]
+    assert choice == results.CHOICE and "A claim needs 3 seeds" in warning
     for said in (verdict, claim):
         assert "no loss" in said and "4.00× as fast as the fastest fp32 runtime" in said
     assert "Smallest without loss**, `uniform_per_channel bits=8`" in verdict and "pipeline" not in verdict
@@ -492,7 +492,7 @@ def test_the_report_says_what_holds(published):
     frame.loc[frame["technique"] == "quantization", ["delta_ci_low", "no_loss"]] = [-0.5, 0]
     frame.to_csv(published / "summary.csv", index=False)
     text = results.report(published)
-    assert "no loss is **not shown**" in text.split("\n\n")[4]
+    assert "no loss is **not shown**" in text.split("\n\n")[5]
     assert "as validation chose: none" in text.split("\n\n")[2]
     assert f"| quantization | closed | none | – | uniform_per_channel bits=8, {ratio:.2f}× |" in text
 
