@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nnc_utils.provenance import file_sha256, json_sha256, root, write_atomically
 from nnc_utils.rows import (
-    AGAIN,
     NO_LOSS,
     CompressionRow,
     LatencyRow,
@@ -312,7 +311,7 @@ def chosen_over_seeds(runs: list[Run]) -> tuple[set[tuple], set[tuple]]:
     return set(looked), chosen
 
 
-def _point(row: CompressionRow) -> tuple:
+def _point(row: CompressionRow | LatencyRow) -> tuple:
     return tuple(getattr(row, column) for column in POINT)
 
 
@@ -424,10 +423,11 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     compression = claimed_once(finished)
     claimed = {row.artifact_sha256 for row in compression if row.headline}
     sizes = {row.artifact_sha256: row.artifact_bytes for row in compression}
+    points = {(row.artifact_sha256, _point(row)) for row in compression if row.headline}
+    latency = [row for run in finished for row in run.latency]
     latency = [
-        row.model_copy(update={"headline": int(row.control != AGAIN and row.artifact_sha256 in claimed)})
-        for run in finished
-        for row in run.latency
+        row.model_copy(update={"headline": int((row.artifact_sha256, _point(row)) in points)})
+        for row in latency
     ]
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
