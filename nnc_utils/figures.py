@@ -95,7 +95,10 @@ def read_table(path: Path) -> pd.DataFrame:
         return frame
     over = {"delta_mean": "seeds_delta", "delta_ci_low": "seeds_ci_low", "delta_ci_high": "seeds_ci_high"}
     return frame.merge(
-        read_table(summary).rename(columns=over)[[*POINT, *over.values()]], how="left", on=POINT
+        read_table(summary).rename(columns=over)[[*POINT, *over.values()]],
+        how="left",
+        on=POINT,
+        validate="many_to_one",
     )
 
 

@@ -46,7 +46,6 @@ from nnc_utils.rows import (
 )
 from nnc_utils.tables import (
     POINT,
-    SEEDS_OF_A_CLAIM,
     ResultError,
     Run,
     artifact_name,
@@ -136,12 +135,8 @@ WORDS = {  # what stands in the column "network"; the number is the notebook's t
     "tuned": "trained on by labels",
     "taught": "trained on by a teacher",
 }
-CHOICE = (
-    "Before the test set was scored, validation chose the smallest network that is likely without loss. "
-    "Where there are three seeds, they choose together, and if none is likely, the nearest to it. Whether "
-    "the choice holds is said of the test set."
-)
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
+SEEDS_OF_A_CLAIM = 3
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
 
@@ -692,7 +687,7 @@ def report_text(profile_dir: Path) -> str:
             f"# Results of the {tables.compression.iloc[0]['profile']} profile",
             verdict(profile_dir),
             "## Chosen on validation",
-            CHOICE + "\n\n" + _claims(tables),
+            _claims(tables),
             "## Headline",
             drawn["headline"] + table(profile_dir),
             "## Closed division: no gradient step after the baseline",

@@ -36,7 +36,6 @@ from nnc_utils.rows import (
 )
 
 COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
-SEEDS_OF_A_CLAIM = 3
 PIPELINE = "prune_distill_quantize"  # held against the other orders, and against every rival
 POINT = ["dataset", "technique", "method", "point", "control"]
 
@@ -255,64 +254,16 @@ def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
     return to_frame(rows, SummaryRow)
 
 
-def claimed_once(runs: list[Run]) -> list[CompressionRow]:
-    """The rows of all runs with one choice of what is claimed, which every seed follows.
+def claimed_once(rows: list[CompressionRow]) -> list[CompressionRow]:
+    """The rows with one choice of what is claimed: that of the first seed, which all seeds then follow.
 
-    Each seed's own validation pictures may like another point best; a claim over seeds is of one point. With
-    fewer than `SEEDS_OF_A_CLAIM` seeds it is what the first one chose; with as many, `chosen_over_seeds`.
+    Each seed's own validation pictures may like another point best; a claim over seeds is of one point.
     """
-    rows = sorted((row for run in runs for row in run.compression), key=lambda row: row.seed)
     first: dict[tuple, int] = {}
-    for row in rows:
-        first.setdefault(_point(row), row.headline)
-    parts: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.extra.get("validation_delta"):
-            parts.setdefault(re.sub(r"seed=\d+", "", run.run), []).append(run)
-    for same in parts.values():
-        if len(same) >= SEEDS_OF_A_CLAIM:
-            looked_at, chosen = chosen_over_seeds(same)
-            first |= dict.fromkeys(looked_at, 0) | dict.fromkeys(chosen, 1)
-    return [r.model_copy(update={"headline": first[_point(r)]}) for run in runs for r in run.compression]
-
-
-def chosen_over_seeds(runs: list[Run]) -> tuple[set[tuple], set[tuple]]:
-    """What validation looked at, and what it chooses, from one part of a notebook run with several seeds.
-
-    In each division the smallest point whose difference to the reference on validation, over the seeds, has
-    its lower end at `rows.NO_LOSS` at least; where none has, the point whose lower end is highest. Whether
-    there is no loss, the test set then says. A seed that found a smaller file without loss did not look
-    at the larger ones: leaving it out of their means makes them worse, not better.
-
-    Returns
-    -------
-    Two sets of points (`POINT`): looked at, and chosen.
-    """
-    looked: dict[tuple, list[tuple[float, float, int]]] = {}
-    divisions: dict[str, set[tuple]] = {}
-    for run in runs:
-        names = {record.artifact_sha256: Path(record.path).stem for record in run.record.artifacts}
-        for row in run.compression:
-            interval = run.extra["validation_delta"].get(names.get(row.artifact_sha256))
-            if interval and not row.control:
-                low, mean, _ = interval
-                looked.setdefault(_point(row), []).append((mean, mean - low, row.artifact_bytes))
-                divisions.setdefault(row.division, set()).add(_point(row))
-    lower, size = {}, {}
-    for point, seen in looked.items():
-        means, halves, sizes = map(np.array, zip(*seen, strict=True))
-        # the errors of networks of different seeds are nearly independent
-        lower[point] = means.mean() - np.sqrt((halves**2).sum()) / len(seen)
-        size[point] = sizes.mean()
-    chosen = set()
-    for points in divisions.values():
-        good = [point for point in points if lower[point] >= NO_LOSS]
-        chosen.add(min(good, key=size.get) if good else max(points, key=lower.get))
-    return set(looked), chosen
-
-
-def _point(row: CompressionRow | LatencyRow) -> tuple:
-    return tuple(getattr(row, column) for column in POINT)
+    points = [tuple(getattr(row, column) for column in POINT) for row in rows]
+    for point, row in sorted(zip(points, rows, strict=True), key=lambda pair: pair[1].seed):
+        first.setdefault(point, row.headline)
+    return [row.model_copy(update={"headline": first[p]}) for p, row in zip(points, rows, strict=True)]
 
 
 def named_pipeline(summary: pd.DataFrame) -> pd.Series | None:
@@ -420,15 +371,10 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
         raise ResultError(
             f"runs of profile {profile}, each once, are needed, not {', '.join(names) or 'none'}"
         )
-    compression = claimed_once(finished)
+    compression = claimed_once([row for run in finished for row in run.compression])
     claimed = {row.artifact_sha256 for row in compression if row.headline}
     sizes = {row.artifact_sha256: row.artifact_bytes for row in compression}
-    points = {(row.artifact_sha256, _point(row)) for row in compression if row.headline}
     latency = [row for run in finished for row in run.latency]
-    latency = [
-        row.model_copy(update={"headline": int((row.artifact_sha256, _point(row)) in points)})
-        for row in latency
-    ]
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
     kept = {"predictions": set(), "artifacts": set()}

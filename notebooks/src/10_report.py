@@ -52,7 +52,7 @@ print("\n".join(problems) or "nothing to object to")
 
 # %% tags=["nbval-check-output"]
 for name in ("compression", "latency", "summary"):
-    print(f"{name}.csv:", ", ".join(figures.read_table(folder / f"{name}.csv").columns))
+    print(f"{name}.csv:", ", ".join(pd.read_csv(folder / f"{name}.csv").columns))
 
 # %% [markdown]
 # ## How small, how much worse, how fast?
