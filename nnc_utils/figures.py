@@ -227,7 +227,8 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -
     for number, (label, rows) in enumerate(table.groupby("series", sort=True)):
         marker = MARKERS[number % len(MARKERS)]
         style = {"marker": marker, "capsize": 3, "label": label}
-        if (rows["control"].ne("") & ~rows["point"].str.contains(",rate=")).any():  # each of its own kind
+        thin = rows["control"].eq("small_dense") & rows["point"].str.contains(",rate=")
+        if (rows["control"].ne("") & ~thin).any():  # each of a kind of its own
             style["linestyle"] = "none"
         axes.errorbar(rows["ratio"], rows["accuracy"], (rows["below"], rows["above"]), **style)
         for _, row in rows[rows["point"].str.startswith("bits=")].iterrows():
