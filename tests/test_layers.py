@@ -19,8 +19,8 @@ FLOORS = [
     # the fifth floor has steps: from processes and hashes over rows and tables to what runs notebooks
     {"processes", "provenance"},
     {"parameters", "rows"},
-    {"scoring", "tables", "figures", "claims"},
-    {"measure", "paired"},  # scores before it times; compares what tables hold
+    {"scoring", "tables", "claims"},
+    {"measure", "paired", "figures"},  # scores before it times; compares and draws what tables hold
     {"results", "audit", "notebook"},
     {"benchmark"},
     {"run", "inspect", "export"},
