@@ -28,6 +28,8 @@ from nnc_utils.tables import (
     COMMITTED_BYTES,
     ResultError,
     artifact_name,
+    claimed_once,
+    committed_runs,
     kept_artifacts,
     labels_name,
     read_rows,
@@ -49,10 +51,13 @@ def problems(profile_dir: Path, *, rescore: bool = True) -> list[str]:
     profile_dir : ``results/<profile>``.
     rescore : let the committed networks predict again, where the data set can be had.
     """
+    found = []
     try:
-        return list(_Audit(Path(profile_dir), rescore).problems())
+        for problem in _Audit(Path(profile_dir), rescore).problems():
+            found.append(problem)  # one by one: what is found before an error stays
     except (ResultError, OSError, KeyError, ValueError) as error:
-        return [f"{type(error).__name__}: {error}"]
+        found.append(f"{type(error).__name__}: {error}")
+    return found
 
 
 class _Audit:
@@ -77,6 +82,7 @@ class _Audit:
             yield from self._latency(row)
         yield from self._summary()
         yield from self._provenance()
+        yield from self._claims()
         yield from self._artifacts()
         left = {file.name for file in (self.folder / "predictions").glob("*")} - self.used
         if left:
@@ -228,6 +234,14 @@ class _Audit:
                 yield f"provenance of {run} lacks {', '.join(missing)}"
             elif json_sha256(record["parameters"]) != record["parameters_sha256"]:
                 yield f"provenance of {run}: the parameters do not have their hash"
+
+    def _claims(self) -> Iterator[str]:
+        about = ("run", "artifact_sha256", "method", "point", "control")
+        said = {tuple(getattr(row, c) for c in about): row.headline for row in self.compression}
+        for row in claimed_once(committed_runs(self.folder)):
+            if said[tuple(getattr(row, c) for c in about)] != row.headline:
+                what = f"compression.csv, {row.run} {row.method} {row.point} {row.control}".rstrip()
+                yield f"{what}: headline is not what the validation pictures chose, {row.headline}"
 
     def _artifacts(self) -> Iterator[str]:
         entries = {e["artifact_sha256"]: e for r in self.provenance.values() for e in r.get("artifacts", [])}

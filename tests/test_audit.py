@@ -139,6 +139,13 @@ QUANTIZED = {"method": "uniform_per_channel"}
         ("compression", QUANTIZED, "run", "quick/nowhere/seed=1", "provenance.json does not have"),
         ("compression", QUANTIZED, "commit", "abc", "provenance's"),
         ("compression", QUANTIZED, "technique", "baseline", "2 baselines"),
+        (
+            "compression",
+            QUANTIZED | {"seed": "2"},
+            "headline",
+            "0",
+            "not what the validation pictures chose, 1",
+        ),
         ("latency", INT8, "accuracy", "99.9", "accuracy is 99.9"),
         ("latency", INT8, "agreement", "100.0", "agreement is 100.0"),
         ("latency", INT8, "agreement", "", "not that of the code that was timed"),

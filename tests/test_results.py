@@ -256,14 +256,79 @@ def test_the_summary_pairs_images_over_the_seeds(tmp_path):
     assert (found["seeds"], found["size_ratio"]) == (3, 6.0)
 
 
-def test_all_seeds_claim_what_the_first_one_chose(example):
-    made = [row for folder in example.folders for row in tables.read_run(folder).compression]
+def test_all_of_two_seeds_claim_what_the_first_one_chose(example):
+    made = [tables.read_run(folder) for folder in example.folders][::-1]
+    rows = [row for run in made for row in run.compression]
     for chosen in (0, 1):  # by the first seed; the second one liked another point
         wanted = {1: chosen, 2: 1 - chosen}
-        mixed = [row.model_copy(update={"headline": wanted[row.seed]}) for row in made]
-        claimed = tables.claimed_once(mixed[::-1])
-        assert len(claimed) == len(made) > 2 and {row.headline for row in claimed} == {chosen}
-        assert [row.artifact_sha256 for row in claimed] == [row.artifact_sha256 for row in mixed[::-1]]
+        mixed = [
+            run.with_rows(
+                compression=[r.model_copy(update={"headline": wanted[r.seed]}) for r in run.compression]
+            )
+            for run in made
+        ]
+        claimed = tables.claimed_once(mixed)
+        assert len(claimed) == len(rows) > 2 and {row.headline for row in claimed} == {chosen}
+        assert [row.artifact_sha256 for row in claimed] == [row.artifact_sha256 for row in rows]
+
+
+def looked_at(example, seed, points, *, technique="pipeline"):
+    """A run of a seed: a row each point (name, MACs, bytes, validation difference); the notebook chose c."""
+    whole = next(tables.read_run(f) for f in example.folders if f.parent.name == "01_baseline")
+    template = whole.compression[0].model_copy(update={"macs": 1000, "artifact_sha256": "f" * 64})
+    rows, files, looked = [template], [], {}
+    for name, macs, size, mean in points:
+        sha = f"{seed}{name}" * 32
+        about = {"technique": technique, "method": "m", "point": name, "seed": seed, "macs": macs}
+        about |= {"artifact_bytes": size, "artifact_sha256": sha, "reference_sha256": "f" * 64}
+        rows.append(template.model_copy(update=about | {"headline": int(name == "c"), "division": "open"}))
+        files.append(tables.ArtifactRecord(path=f"{name}.safetensors", sha256=sha, artifact_sha256=sha))
+        if mean is not None:
+            looked[name] = [mean - 0.3, mean, mean + 0.3]
+    record = {"run": f"quick/n/seed={seed}", "seed": seed, "compression": rows, "artifacts": files}
+    record["extra"] = {"validation_delta": looked}
+    return tables.Run(whole.folder, whole.record.model_copy(update=record))
+
+
+def chosen_of(runs):
+    return {row.point for row in tables.claimed_once(runs) if row.headline and row.technique != "baseline"}
+
+
+@pytest.mark.parametrize(
+    "small, large, chosen",
+    [
+        ([0.0, -0.5, 0.2], [0.1, 0.1, 0.1], "a"),  # lower end -0.1 - 0.17
+        ([0.0, -0.7, 0.2], [0.1, 0.1, 0.1], "b"),  # -0.17 - 0.17 is below -0.3
+        ([0.0, -0.7, 0.2], [-0.9, -0.9, -0.9], "a"),  # neither is likely: the nearer one
+        ([-0.9, -0.9, -0.9], [0.0, -0.7, 0.2], "b"),
+        ([-0.9, -0.9, -0.9], [-0.9, -0.9, -0.9], "a"),  # as near: the smaller one
+        ([0.0, -0.7, 0.2], [None, 0.1, 0.1], "a"),  # a seed did not look at the large one
+    ],
+)
+def test_three_seeds_choose_over_all_their_validation_pictures(example, small, large, chosen):
+    def run(seed):
+        points = [("a", 10, 100, small[seed - 1]), ("b", 10, 200, large[seed - 1]), ("c", 10, 50, None)]
+        return looked_at(example, seed, points)
+
+    assert chosen_of([run(seed) for seed in (3, 1, 2)]) == {chosen, "c"}  # c was not looked at again
+    rows = tables.claimed_once([run(seed) for seed in (3, 1, 2)])
+    assert [row.seed for row in rows if row.point == chosen and row.headline] == [3, 1, 2]
+    assert chosen_of([run(seed) for seed in (1, 2)]) == {"c"}  # two seeds: as the first one's notebook has it
+
+
+def test_seeds_choose_cut_channels_by_macs_and_masks_by_bytes(example):
+    points = [("a", 250, 200, 0.0), ("b", 500, 100, 0.0), ("c", 1000, 50, -0.9), ("d", 1000, 60, 0.0)]
+    cut = [looked_at(example, seed, points, technique="pruning") for seed in (1, 2, 3)]
+    assert chosen_of(cut) == {"a", "d"}
+    assert chosen_of([looked_at(example, seed, points) for seed in (1, 2, 3)]) == {"d"}  # by bytes alone
+
+
+def test_points_that_share_a_file_are_both_looked_at(example):
+    runs = [looked_at(example, seed, [("a", 10, 100, 0.0), ("b", 10, 90, -0.9)]) for seed in (1, 2, 3)]
+    for run in runs:
+        run.compression.append(run.compression[1].model_copy(update={"point": "twin of a"}))
+    chosen = {point[3]: chosen for point, chosen in tables.chosen_over_seeds(runs).items()}
+    assert chosen == {"a": 1, "twin of a": 0, "b": 0}
 
 
 @pytest.mark.parametrize("low", [-0.3, -0.3001])
@@ -425,11 +490,14 @@ def test_rows_of_older_code_are_marked(published, monkeypatch):
 def test_the_report_says_what_holds(published):
     text = results.report(published)
     assert (published / "report.md").read_text() == text + "\n"
-    warning, verdict, _, claim = text.split("\n\n")[1:5]
+    warning, verdict, _, _, claim = text.split("\n\n")[1:6]
     assert "A claim needs 3 seeds" in warning
     for said in (verdict, claim):
         assert "no loss" in said and "4.00× as fast as the fastest fp32 runtime" in said
-    assert "Smallest without loss**, `uniform_per_channel bits=8`" in verdict and "pipeline" not in verdict
+    assert (
+        "Smallest without loss** of what validation chose: `uniform_per_channel bits=8`" in verdict
+        and "pipeline" not in verdict
+    )
     assert results.report_text(published) == text
     assert "quick/07_deployment/seed=1" in text and "more than 450,000" in text
     ratio = pd.read_csv(published / "summary.csv").set_index("technique")["size_ratio"]["quantization"]
@@ -440,8 +508,8 @@ def test_the_report_says_what_holds(published):
     frame.loc[frame["technique"] == "quantization", ["delta_ci_low", "no_loss"]] = [-0.5, 0]
     frame.to_csv(published / "summary.csv", index=False)
     text = results.report(published)
-    assert "no loss is **not shown**" in text.split("\n\n")[4]
-    assert "as validation chose: none" in text.split("\n\n")[2]
+    assert "no loss is **not shown**" in text.split("\n\n")[5]
+    assert "of what validation chose: none" in text.split("\n\n")[2]
     assert f"| quantization | closed | none | – | uniform_per_channel bits=8, {ratio:.2f}× |" in text
 
 
