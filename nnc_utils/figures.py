@@ -201,11 +201,8 @@ def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     }
     if set(pooled) <= set(rows):
         rows = rows.drop(columns=list(pooled.values())).rename(columns=pooled)
-    means = (
-        rows.groupby(["series", "method", "point", "control"], sort=False)
-        .mean(numeric_only=True)
-        .reset_index()
-    )
+    points = rows.groupby(["series", "method", "point", "control"], sort=False)
+    means = points.mean(numeric_only=True).assign(seeds=points["seed"].nunique()).reset_index()
     below = (means["accuracy_delta"] - means["delta_ci_low"]).fillna(0)
     above = (means["delta_ci_high"] - means["accuracy_delta"]).fillna(0)
     return means.assign(below=below, above=above).sort_values("ratio", kind="stable")
@@ -230,7 +227,10 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -
         thin = rows["control"].eq("small_dense") & rows["point"].str.contains(",rate=")
         if (rows["control"].ne("") & ~thin).any():  # each of a kind of its own
             style["linestyle"] = "none"
-        axes.errorbar(rows["ratio"], rows["accuracy"], (rows["below"], rows["above"]), **style)
+        [line, *_] = axes.errorbar(rows["ratio"], rows["accuracy"], (rows["below"], rows["above"]), **style)
+        few = rows[rows["seeds"] < table["seeds"].max()]
+        hollow = {"color": line.get_color(), "markerfacecolor": "white", "zorder": 3}
+        axes.plot(few["ratio"], few["accuracy"], marker=marker, linestyle="none", **hollow)
         for _, row in rows[rows["point"].str.startswith("bits=")].iterrows():
             place = (row["ratio"], row["accuracy"])
             text = row["point"].removeprefix("bits=")
@@ -244,7 +244,10 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -
     many = len(axes.get_legend_handles_labels()[0]) > 7
     if many and len(axes.figure.axes) == 1:  # the legend stands beside it
         axes.figure.set_size_inches(10, 4.5)
-    axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
+    hollow = f"hollow: fewer than {table['seeds'].max()} seeds" if table["seeds"].nunique() > 1 else None
+    axes.legend(
+        fontsize=8, title=hollow, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {})
+    )
 
 
 def _cut(axes: Axes, accuracies: pd.Series) -> None:

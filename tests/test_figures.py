@@ -26,6 +26,7 @@ COMPRESSION = pd.DataFrame(
         "control": ["", "", ""],
         "headline": [0, 1, 0],
         "accuracy": [92.0, 91.9, 80.0],
+        "seed": [1, 1, 1],
         "accuracy_delta": [0.0, -0.1, -12.0],
         "delta_ci_low": [0.0, -0.2, -12.5],
         "delta_ci_high": [0.0, 0.0, -11.5],
@@ -57,6 +58,7 @@ def test_size_against_accuracy_holds_every_row_with_its_interval():
     intervals = [segment for bars in axes.containers for segment in bars.lines[2][0].get_segments()]
     ends = {(round(float(low), 6), round(float(high), 6)) for (_, low), (_, high) in intervals}
     assert ends == {(92.0, 92.0), (91.8, 92.0), (79.5, 80.5)}
+    assert not axes.get_legend().get_title().get_text()
     assert {text.get_text() for text in axes.texts} >= {"8", "4", "↓ 1 more down to 80.0 %"}
     assert axes.get_ylim()[0] == pytest.approx(88.0)
 
@@ -96,6 +98,9 @@ def test_size_against_accuracy_shows_points_over_their_seeds_and_joins_only_what
     ends = [bar for bars in axes.containers for bar in bars.lines[2][0].get_segments()]
     assert {round(float(high - low), 6) for (_, low), (_, high) in ends} == {0.7}
     assert axes.get_ylabel() == "test accuracy (%), fp32: mean of 2 seeds"
+    hollow = [line.get_xydata().tolist() for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert sorted(x for points in hollow for x, _ in points) == [90.0, 95.0, 95.0, 150.0, 200.0]
+    assert axes.get_legend().get_title().get_text() == "hollow: fewer than 2 seeds"
 
 
 def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():
@@ -110,7 +115,7 @@ def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():
     ]
     columns = ("technique", "method", "point", "control", "macs", "accuracy")
     table = pd.DataFrame(rows, columns=columns)
-    table = table.assign(accuracy_delta=0.0, delta_ci_low=-0.1, delta_ci_high=0.1, size_ratio=1.0)
+    table = table.assign(seed=1, accuracy_delta=0.0, delta_ci_low=-0.1, delta_ci_high=0.1, size_ratio=1.0)
     axes = figures.macs_against_accuracy(table).axes[0]
     lines = {c.get_label(): sorted(c.lines[0].get_xdata()) for c in axes.containers}
     assert lines == {
