@@ -245,9 +245,8 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -
     if many and len(axes.figure.axes) == 1:  # the legend stands beside it
         axes.figure.set_size_inches(10, 4.5)
     hollow = f"hollow: fewer than {table['seeds'].max()} seeds" if table["seeds"].nunique() > 1 else None
-    axes.legend(
-        fontsize=8, title=hollow, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {})
-    )
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
+    axes.legend(fontsize=8, title=hollow, title_fontsize=8, **place)
 
 
 def _cut(axes: Axes, accuracies: pd.Series) -> None:
