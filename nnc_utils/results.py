@@ -50,6 +50,8 @@ from nnc_utils.tables import (
     ResultError,
     Run,
     artifact_name,
+    chosen_over_seeds,
+    committed_runs,
     labels_name,
     named_pipeline,
     publish,
@@ -137,14 +139,14 @@ WORDS = {  # what stands in the column "network"; the number is the notebook's t
     "taught": "trained on by a teacher",
 }
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
-CHOICE = (
-    "Before the test set was scored, the validation pictures chose: in each technique and division the "
-    "smallest file likely without loss, of networks that lost channels the one with the fewest MACs; of "
-    f"students and of searched networks the best. With {SEEDS_OF_A_CLAIM} seeds their pictures choose "
-    "together, and where nothing is likely, what is nearest to it (`tables.chosen_over_seeds`; fixed "
-    "when `standard` had scored the pipeline of its first seed and of no other). Whether it holds, the "
-    "test set says."
-)
+CHOICE = """Validation pictures chose what is claimed: in each division of a run the smallest file that is \
+likely without loss on the test set, of networks that lost channels the one with the fewest MACs; of \
+students of one width, and of searched networks, the best of the first seed. Whether it holds, the test \
+set says."""
+TOGETHER = f"""Where {SEEDS_OF_A_CLAIM} seeds looked at the same points, they chose together, one point in \
+each technique and division: the first whose lower end, over the seeds, is {NO_LOSS} or more; where there \
+is none, the nearest that they do not call a loss (`tables.chosen_over_seeds`). When this rule was made, \
+the pipeline of the first seed and the pruned networks of the first two had been scored on the test set."""
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
 
@@ -331,7 +333,8 @@ def _legend(tables: Tables) -> str:
 
 def _claims(tables: Tables) -> str:
     """What was chosen on validation, before the test set was looked at, and whether it holds there."""
-    claims = []
+    together = chosen_over_seeds(committed_runs(tables.folder))
+    claims = [CHOICE, TOGETHER] if together else [CHOICE]
     for _, network in tables.networks().iterrows():
         if network["headline"] != 1 or network["artifact_sha256"] == network["reference_sha256"]:
             continue
@@ -344,6 +347,9 @@ def _claims(tables: Tables) -> str:
             f"{_times(point['size_ratio'])} smaller at {_over_seeds(point)} points over {_seeds(point)}: "
             + f"{_in_words(point['delta_ci_low'], point['delta_ci_high'])}."
         )
+        if seen := together.get(tuple(network[column] for column in POINT)):
+            near = "" if seen.low >= NO_LOSS else ", the nearest: none is likely without loss"
+            text += f" On validation {seen.mean:+.2f} [{seen.low:+.2f}, {seen.high:+.2f}]{near}."
         timed = tables.timed(network["artifact_sha256"])
         timed = timed[timed["p50_ms"].notna() & (timed["runtime"] != "eager")].sort_values("p50_ms")
         if len(timed):
@@ -359,7 +365,8 @@ def _claims(tables: Tables) -> str:
                 + ("." if pd.isna(row["agreement"]) else f", agreement {row['agreement']:.2f} %.")
             )
         claims.append(text)
-    return "\n\n".join(claims) or "No row of this profile carries a claim (`headline` = 1)."
+    none = ["No row of this profile carries a claim (`headline` = 1)."]
+    return "\n\n".join(claims if (tables.compression["headline"] == 1).any() else claims + none)
 
 
 def verdict(profile_dir: Path) -> str:
@@ -695,7 +702,7 @@ def report_text(profile_dir: Path) -> str:
             f"# Results of the {tables.compression.iloc[0]['profile']} profile",
             verdict(profile_dir),
             "## Chosen on validation",
-            CHOICE + "\n\n" + _claims(tables),
+            _claims(tables),
             "## Headline",
             drawn["headline"] + table(profile_dir),
             "## Closed division: no gradient step after the baseline",

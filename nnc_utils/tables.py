@@ -14,12 +14,13 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nnc_utils import artifact, claims, data
 from nnc_utils.provenance import file_sha256, json_sha256, root, write_atomically
 from nnc_utils.rows import (
     NO_LOSS,
@@ -169,11 +170,11 @@ def read_run(folder: Path) -> Run:
         raise ResultError(f"{path} is not valid: {error}") from None
     if json_sha256(record.parameters) != record.parameters_sha256:
         raise ResultError(f"{path}: the parameters do not have the hash that stands beside them")
-    for artifact in record.artifacts:
-        file = folder / artifact.path
+    for entry in record.artifacts:
+        file = folder / entry.path
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise ResultError(f"{path} names {artifact.path}, a file outside its run folder")
-        if file.is_file() and file_sha256(file) != artifact.sha256:
+            raise ResultError(f"{path} names {entry.path}, a file outside its run folder")
+        if file.is_file() and file_sha256(file) != entry.sha256:
             raise ResultError(f"{file} differs from the one that was measured: run {record.notebook} again")
     for row in (*record.compression, *record.latency):
         if (row.run, row.profile) != (record.run, record.profile):
@@ -255,64 +256,125 @@ def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
     return to_frame(rows, SummaryRow)
 
 
-def claimed_once(runs: Iterable[Run]) -> list[CompressionRow]:
+class Choice(NamedTuple):
+    """What all seeds' validation pictures say of a point: its difference in points, and if it is chosen."""
+
+    low: float
+    mean: float
+    high: float
+    chosen: bool
+
+
+def claimed_once(runs: list[Run]) -> list[CompressionRow]:
     """The rows of all runs with one choice of what is claimed, which every seed follows.
 
     Each seed's own validation pictures may like another point best; a claim over seeds is of one point: what
-    `chosen_over_seeds` finds, and of points with fewer seeds what the first one chose.
+    `chosen_over_seeds` finds, and where that has nothing to choose from, what the first seed chose.
     """
     rows = [row for run in runs for row in run.compression]
     chosen: dict[tuple, int] = {}
     for row in sorted(rows, key=lambda row: row.seed):
         chosen.setdefault(_point(row), row.headline)
-    chosen |= chosen_over_seeds(runs)
+    together, macs = chosen_over_seeds(runs), _macs(runs)
+    decided = {_race(row, macs) for row in rows if _point(row) in together}
+    for row in rows:
+        if _race(row, macs) in decided:
+            chosen[_point(row)] = int(_point(row) in together and together[_point(row)].chosen)
     return [row.model_copy(update={"headline": chosen[_point(row)]}) for row in rows]
 
 
-def chosen_over_seeds(runs: Iterable[Run]) -> dict[tuple, int]:
-    """What the validation pictures of all seeds choose together, before the test set is asked.
+def chosen_over_seeds(runs: list[Run]) -> dict[tuple, Choice]:
+    """What the validation pictures of all seeds choose together.
 
-    In each technique and division, the smallest file whose difference to its reference has a lower end of
-    `rows.NO_LOSS` or more; where none has, the file whose lower end is highest. Networks that lost channels
-    are a choice of their own, by MACs. Only points compete that `SEEDS_OF_A_CLAIM` seeds or more looked at.
-    The interval is that of the mean over the seeds, their errors taken as independent.
+    In each technique and division the smallest file that is likely without loss: the lower end of its
+    difference to its reference is `rows.NO_LOSS` or more. Where none is, the file whose lower end is highest,
+    unless all of its interval is below 0. Networks that lost channels are a race of their own, by MACs. Only
+    points compete that `SEEDS_OF_A_CLAIM` seeds or more looked at. The interval is that of the mean over the
+    seeds, their errors taken as independent.
 
     Returns
     -------
-    Point (`POINT`) -> 1 for the chosen ones, 0 for those that competed with them.
+    Point (`POINT`) -> its `Choice`.
     """
-    macs = {row.artifact_sha256: row.macs for run in runs for row in run.compression}
-    looks: dict[tuple, list[tuple[CompressionRow, float, float]]] = {}
-    for run in runs:
-        looked = run.extra.get("validation_delta", {})
-        seen = {
-            r.artifact_sha256: looked[n] for r in run.record.artifacts if (n := Path(r.path).stem) in looked
-        }
-        for row in run.compression:
-            if row.artifact_sha256 in seen and not row.control:
-                low, mean, _ = seen[row.artifact_sha256]
-                looks.setdefault(_point(row), []).append((row, mean, mean - low))
-    groups: dict[tuple, list[tuple]] = {}
-    for point, found in looks.items():
-        if len(found) < SEEDS_OF_A_CLAIM:
+    macs = _macs(runs)
+    races: dict[tuple, dict[tuple, tuple]] = {}  # point -> how much it is wanted, its interval
+    for point, found in _files(runs).items():
+        looks = [_looks(run)[name] for run, _, name in found if name in _looks(run)]
+        if len({row.seed for run, row, name in found if name in _looks(run)}) < SEEDS_OF_A_CLAIM:
             continue
-        rows, means, halves = zip(*found, strict=True)
-        lower = statistics.fmean(means) - sum(half**2 for half in halves) ** 0.5 / len(halves)
-        row = rows[0]
-        cut = row.technique == "pruning" and row.macs < macs.get(row.reference_sha256, 0)
-        wanted = (
-            statistics.fmean(r.macs for r in rows) if cut else 0,
-            statistics.fmean(r.artifact_bytes for r in rows),
-            point,
-        )
-        groups.setdefault((row.dataset, row.technique, row.division, cut), []).append((lower, wanted))
-    chosen = {}
-    for competing in groups.values():
-        good = [wanted for lower, wanted in competing if lower >= NO_LOSS]
-        nearest = max(lower for lower, _ in competing)
-        best = min(good or [wanted for lower, wanted in competing if lower == nearest])
-        chosen |= {wanted[-1]: int(wanted == best) for _, wanted in competing}
-    return chosen
+        mean = statistics.fmean(mean for _, mean, _ in looks)
+        half = sum((mean - low) ** 2 for low, mean, _ in looks) ** 0.5 / len(looks)
+        race = _race(found[0][1], macs)
+        costs = ("macs", "artifact_bytes") if race[-1] else ("artifact_bytes",)
+        wanted = [statistics.fmean(getattr(row, cost) for _, row, _ in found) for cost in costs]
+        races.setdefault(race, {})[point] = [*wanted, point], (mean - half, mean, mean + half)
+    choices = {}
+    for competing in races.values():
+        likely = [point for point, (_, (low, _, _)) in competing.items() if low >= NO_LOSS]
+        best = min(likely, key=lambda point: competing[point][0], default=None)
+        if not likely:
+            near = max(
+                competing, key=lambda p: (competing[p][1][0], [-cost for cost in competing[p][0][:-1]])
+            )
+            best = near if competing[near][1][2] >= 0 else None
+        choices |= {p: Choice(*interval, p == best) for p, (_, interval) in competing.items()}
+    return choices
+
+
+def looked_at_by_all(runs: list[Run]) -> list[Run]:
+    """The runs, their validation differences completed for the points that other seeds looked at.
+
+    A notebook stops looking at the first file that is likely without loss, in every seed at another one.
+    What is missing is looked at now. A point whose file is not here stays out of the choice: it is printed.
+    """
+    more: dict[str, dict[str, list[float]]] = {}
+    for found in _files(runs).values():
+        lacking = [(run, row, name) for run, row, name in found if name not in _looks(run)]
+        if len(found) < SEEDS_OF_A_CLAIM or len(lacking) == len(found):
+            continue
+        for run, row, name in lacking:
+            made = [
+                r for r in runs if row.reference_sha256 in {a.artifact_sha256 for a in r.record.artifacts}
+            ]
+            try:
+                path, against = run.artifact(name), made[0].artifact(row.reference_sha256)
+            except (ResultError, IndexError) as error:
+                print(f"{run.run} {row.method} {row.point} stays out of what the seeds choose: {error}")
+                continue
+            pictures = data.load(row.dataset, size=artifact.read(path).spec.size)
+            seen = claims.choose({("closed", "bytes"): [path]}, baseline=against, pictures=pictures)
+            more.setdefault(run.run, {})[name] = seen.looked[path.stem]
+    extras = [run.extra | {"validation_delta": _looks(run) | more.get(run.run, {})} for run in runs]
+    return [
+        Run(run.folder, run.record.model_copy(update={"extra": extra})) if run.run in more else run
+        for run, extra in zip(runs, extras, strict=True)
+    ]
+
+
+def _files(runs: list[Run]) -> dict[tuple, list[tuple[Run, CompressionRow, str]]]:
+    """Point -> the run, row and file name of each of its seeds; of our own methods, without controls."""
+    found: dict[tuple, list[tuple[Run, CompressionRow, str]]] = {}
+    for run in runs:
+        for row in run.compression:
+            same = [r.path for r in run.record.artifacts if r.artifact_sha256 == row.artifact_sha256]
+            names = sorted((Path(path).stem for path in same), key=lambda name: name not in _looks(run))
+            if names and not row.control:
+                found.setdefault(_point(row), []).append((run, row, names[0]))
+    return found
+
+
+def _looks(run: Run) -> dict[str, list[float]]:
+    return run.extra.get("validation_delta") or {}
+
+
+def _macs(runs: list[Run]) -> dict[str, int]:
+    return {row.artifact_sha256: row.macs for run in runs for row in run.compression}
+
+
+def _race(row: CompressionRow, macs: dict[str, int]) -> tuple:
+    """Whom a point competes with for a claim; at the end, whether it lost channels."""
+    cut = row.technique == "pruning" and row.macs < macs.get(row.reference_sha256, 0)
+    return row.dataset, row.technique, row.division, bool(row.control), cut
 
 
 def _point(row: CompressionRow | LatencyRow) -> tuple:
@@ -424,9 +486,14 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
         raise ResultError(
             f"runs of profile {profile}, each once, are needed, not {', '.join(names) or 'none'}"
         )
+    finished = looked_at_by_all(finished)
     compression = claimed_once(finished)
     claimed = {row.artifact_sha256 for row in compression if row.headline}
     sizes = {row.artifact_sha256: row.artifact_bytes for row in compression}
+    for run in finished:  # before anything is written: the file of a claim may lie on another machine
+        for sha256 in {entry.artifact_sha256 for entry in run.record.artifacts} & claimed:
+            if sizes[sha256] <= COMMITTED_BYTES:
+                run.artifact(sha256)
     points = {(row.artifact_sha256, _point(row)) for row in compression if row.headline}
     latency = [
         row.model_copy(update={"headline": int((row.artifact_sha256, _point(row)) in points)})

@@ -143,7 +143,8 @@ def example(tmp_path_factory):
                 point="bits=8" if upstream else "",
                 headline=1,
             )
-            sources[name, seed] = run.finish(compression=[row])
+            looked = {"validation_delta": {"network": [-0.2, 0.0, 0.2]}} if upstream else {}
+            sources[name, seed] = run.finish(compression=[row], extra=looked)
             folders.append(run.folder)
     run = _run(root, "07_deployment", 1, list(sources.values()))
     times = {

@@ -144,7 +144,7 @@ QUANTIZED = {"method": "uniform_per_channel"}
             QUANTIZED | {"seed": "2"},
             "headline",
             "0",
-            "not what the validation pictures chose, 1",
+            "a claim of some seeds and not of others",
         ),
         ("latency", INT8, "accuracy", "99.9", "accuracy is 99.9"),
         ("latency", INT8, "agreement", "100.0", "agreement is 100.0"),
@@ -246,7 +246,10 @@ def test_leftover_evidence_and_lacking_provenance_are_found(published):
     del record["quick/01_baseline/seed=1"]["hardware"]
     record["quick/01_baseline/seed=2"]["parameters"]["seed"] = 3
     path.write_text(json.dumps(record))
+    del record["quick/02_quantization/seed=1"]["extra"]["validation_delta"]
+    path.write_text(json.dumps(record))
     found = audit.problems(published, rescore=False)
+    assert any("a claim that validation did not look at" in p for p in found)
     assert any("lacks hardware" in p for p in found) and any("have their hash" in p for p in found)
 
 
