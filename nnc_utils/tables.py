@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nnc_utils import artifact, claims, data
 from nnc_utils.provenance import file_sha256, json_sha256, root, write_atomically
 from nnc_utils.rows import (
     NO_LOSS,
@@ -327,6 +326,8 @@ def looked_at_by_all(runs: list[Run]) -> list[Run]:
     A notebook stops looking at the first file that is likely without loss, in every seed at another one.
     What is missing is looked at now. A point whose file is not here stays out of the choice: it is printed.
     """
+    from nnc_utils import artifact, claims, data
+
     more: dict[str, dict[str, list[float]]] = {}
     for found in _files(runs).values():
         lacking = [(run, row, name) for run, row, name in found if name not in _looks(run)]
