@@ -247,16 +247,16 @@ class _Audit:
             looked = (record.get("extra") or {}).get("validation_delta") or {}
             found = [looked[name] for name in (Path(file).stem for file in files) if name in looked]
             if found and not row.control:
-                looks.setdefault((row.method, row.point), []).append((row, found[0]))
+                looks.setdefault((row.dataset, row.method, row.point), []).append((row, found[0]))
             elif row.headline and row.technique in LOOKED_AT:
                 yield f"{row.run} {row.method} {row.point}: a claim that validation did not look at"
         races: dict[tuple, list[tuple]] = {}
-        for (method, point), found in looks.items():
+        for (_, method, point), found in looks.items():
             row = found[0][0]
             if len({r.headline for r, _ in found}) > 1:
                 yield f"{method} {point}: a claim of some seeds and not of others"
             if len(found) >= CLAIM_SEEDS:
-                low, mean, _ = np.mean([look for _, look in found], axis=0)
+                mean = np.mean([look[1] for _, look in found])
                 half = np.linalg.norm([look[1] - look[0] for _, look in found]) / len(found)
                 lost = row.technique == "pruning" and row.macs < macs[row.reference_sha256]
                 cost = np.mean([r.macs if lost else r.artifact_bytes for r, _ in found])

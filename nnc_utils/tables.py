@@ -324,7 +324,7 @@ def looked_at_by_all(runs: list[Run]) -> list[Run]:
     """The runs, their validation differences completed for the points that other seeds looked at.
 
     A notebook stops looking at the first file that is likely without loss, in every seed at another one.
-    What is missing is looked at now. A point whose file is not here stays out of the choice: it is printed.
+    What is missing is looked at now. A point whose file or pictures are not here stays out, which is printed.
     """
     from nnc_utils import artifact, claims, data
 
@@ -334,16 +334,16 @@ def looked_at_by_all(runs: list[Run]) -> list[Run]:
         if len(found) < SEEDS_OF_A_CLAIM or len(lacking) == len(found):
             continue
         for run, row, name in lacking:
-            made = [
-                r for r in runs if row.reference_sha256 in {a.artifact_sha256 for a in r.record.artifacts}
-            ]
+            sha256 = row.reference_sha256
+            made = (r for r in runs if sha256 in {a.artifact_sha256 for a in r.record.artifacts})
             try:
-                path, against = run.artifact(name), made[0].artifact(row.reference_sha256)
-            except (ResultError, IndexError) as error:
+                path, against = run.artifact(name), next(made, run).artifact(sha256)
+                pictures = data.load(row.dataset, size=artifact.read(path).spec.size)
+            except (ResultError, data.DataError) as error:
                 print(f"{run.run} {row.method} {row.point} stays out of what the seeds choose: {error}")
                 continue
-            pictures = data.load(row.dataset, size=artifact.read(path).spec.size)
-            seen = claims.choose({("closed", "bytes"): [path]}, baseline=against, pictures=pictures)
+            alone = {("closed", "bytes"): [path]}  # closed: compared with just the file that is given
+            seen = claims.choose(alone, baseline=against, pictures=pictures)
             more.setdefault(run.run, {})[name] = seen.looked[path.stem]
     extras = [run.extra | {"validation_delta": _looks(run) | more.get(run.run, {})} for run in runs]
     return [
