@@ -134,7 +134,7 @@ def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -
     notebook : its name without suffix.
     namespace : the notebook's globals.
     needs : notebooks whose runs it builds on. Where `upstream` is empty their smoke runs are
-        used, which are made first where they are missing or of other code.
+        used, which are made first where they are missing, of other code, or built on runs that are gone.
     """
     if _headless():
         processes.die_with_parent(gently=True)
@@ -220,10 +220,11 @@ def _smoke_run(notebook: str) -> Run:
     wanted = hashes(path) | {"parameters_sha256": provenance.json_sha256(values)}
     try:
         run = read_run(folder)
-        if wanted.items() <= run.record.model_dump(include=set(wanted)).items():
+        before = upstream_hashes(read_run(root() / name) for name in run.record.upstream)
+        if wanted | {"upstream": before} == run.record.model_dump(include={*wanted, "upstream"}):
             return run
     except ResultError:
-        pass  # missing, unfinished or changed: made again
+        pass  # missing, unfinished, changed, or what it was built on has: made again
     print(f"{notebook} is needed first: running it once with its small defaults", flush=True)
     command = [sys.executable, "-m", "nnc_utils.run", str(path), str(folder), "{}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}

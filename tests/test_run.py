@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,7 +188,7 @@ def test_a_writer_waits_for_a_dying_one(tmp_path, monkeypatch):
 
 def test_a_notebook_alone_makes_what_it_needs_once(place, monkeypatch, capsys):
     small(place, "first", "run.finish(extra={'n': seed})")
-    second = small(place, "second", parameters=UPSTREAM)
+    second = small(place, "second", "run.finish()", needs=("first",), parameters=UPSTREAM)
     values = {"seconds": 0.0, "profile": "smoke", "seed": 1, "run_dir": "", "upstream": []}
 
     current = notebook.start("second", dict(values), needs=("first",))
@@ -206,6 +207,17 @@ def test_a_notebook_alone_makes_what_it_needs_once(place, monkeypatch, capsys):
         notebook.start("second", values | {"seed": -1})
     for one in (again, other):
         processes.unlock(one.folder / ".writer.lock")
+    # the run it was built on was made again: so is it
+    again.finish()
+    assert notebook._smoke_run("second").folder == again.folder
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(place.root / "results/smoke/first")
+    run.execute(place.root / "notebooks/first.ipynb", place.root / "results/smoke/first", {})
+    small(place, "third", parameters=UPSTREAM)
+    current = notebook.start("third", dict(values), needs=("first", "second"))
+    assert "second is needed first" in capsys.readouterr().out
+    assert current.upstream[1].record.upstream == notebook.upstream_hashes(current.upstream[:1])
+    processes.unlock(current.folder / ".writer.lock")
     # changed code: it is made again
     monkeypatch.setattr(
         notebook, "hashes", lambda path: {"notebook_sha256": "0" * 64, "code_sha256": "0" * 64}
