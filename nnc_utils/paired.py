@@ -16,6 +16,7 @@ RIVALS = (
     ("hessian_kmeans", "kmeans"),
     ("mixed_precision", "uniform_per_channel"),
     ("qat_lsq", "qat_ste"),
+    *((score, "magnitude_global") for score in ("taylor", "obd_fisher", "obd_hessian", "obs_block")),
     ("hessian_rounding", "nncodec"),
     ("hessian_rounding", "hessian_rounding one_sided"),
 )

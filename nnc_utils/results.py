@@ -96,6 +96,7 @@ FIGURES = {  # in figures/ of a profile, and what they show
     "headline": "Size against accuracy, and accuracy against milliseconds",
     "waterfall": "Bytes, milliseconds and accuracy after each stage of the pipeline",
 }
+DELTAS = ("delta_mean", "delta_ci_low", "delta_ci_high")  # over the seeds, of summary.csv
 WORDS = {  # what stands in the column "network"; the number is the notebook's that teaches it
     "train": "the fp32 network (01)",
     "uniform_per_channel": "weights rounded, one scale a channel (02)",
@@ -517,6 +518,30 @@ def _stops_paying(tables: Tables) -> str:
     return markdown(lines)
 
 
+def _zeros(tables: Tables) -> str:
+    """Of each masked network, of the first seed, the share of zeros in its stem, stages and classifier."""
+    known = {e["artifact_sha256"]: e.get("zeros") for r in tables.provenance.values() for e in r["artifacts"]}
+    first = tables.compression.sort_values("seed", kind="stable").drop_duplicates(POINT)
+    lines = []
+    for _, point in first.merge(
+        tables.summary[[*POINT, *DELTAS]], on=POINT, suffixes=("_alone", "")
+    ).iterrows():
+        counts: dict[str, np.ndarray] = {}
+        for layer, found in (known.get(point["artifact_sha256"]) or {}).items():
+            part = layer.partition(".")[0]
+            counts[part] = counts.get(part, 0) + np.array(found)
+        if counts:
+            zeros, weights = sum(counts.values())
+            line = {
+                "network": _network(point),
+                "zeros": zeros / weights,
+                "Δ points [95 %]": _over_seeds(point),
+            }
+            lines.append(line | {part: f"{100 * z / w:.1f} %" for part, (z, w) in counts.items()})
+    lines.sort(key=lambda line: line["zeros"])
+    return markdown([line | {"zeros": f"{100 * line['zeros']:.1f} %"} for line in lines])
+
+
 def _latency(tables: Tables) -> str:
     notes = []
     for run in tables.latency["run"].unique():
@@ -714,6 +739,8 @@ def report_text(profile_dir: Path) -> str:
             + _stops_paying(tables),
             "## Side by side: paired differences",
             drawn["waterfall"] + _side_by_side(tables),
+            "## Where do the zeros lie?",
+            "In each part of a masked network, of the first seed.\n\n" + _zeros(tables),
             "## Time",
             _latency(tables),
             "## Time, measured twice",

@@ -46,13 +46,17 @@ class ResultError(ValueError):
 
 
 class ArtifactRecord(BaseModel):
-    """A file of a run: where, its SHA-256, the SHA-256 that the artifact carries, if it backs a claim."""
+    """A file of a run: where, its SHA-256, the SHA-256 that the artifact carries, if it backs a claim.
+
+    Of a masked network also where its zeros lie, as soon as it is published: layer -> zeros, weights.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: str
     sha256: Sha256
     artifact_sha256: Sha256
     headline: bool = False
+    zeros: dict[str, tuple[int, int]] = {}
 
 
 class RunRecord(BaseModel):
@@ -410,7 +414,7 @@ def committed_runs(profile_dir: Path) -> list[Run]:
     runs = []
     for name, record in json.loads((folder / "provenance.json").read_text(encoding="utf-8")).items():
         record |= {"run": name} | {kind: [row for row in rows[kind] if row.run == name] for kind in kinds}
-        entries = [{k: e[k] for k in ArtifactRecord.model_fields} for e in record["artifacts"]]
+        entries = [{k: e[k] for k in ArtifactRecord.model_fields if k in e} for e in record["artifacts"]]
         runs.append(Run(folder, RunRecord(**record | {"artifacts": entries})))
     return runs
 
@@ -510,6 +514,7 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     table = to_frame(compression, CompressionRow)
     summary = summarize(table, out / "predictions")
     wanted, provenance = kept_artifacts(table, summary), {}
+    pruned = {row.artifact_sha256 for row in compression if row.technique == "pruning"}
     for run in finished:
         record = run.record.model_dump(exclude={"compression", "latency", "run"})
         for entry in record["artifacts"]:
@@ -517,6 +522,8 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
             name = artifact_name(sha256)
             entry["bytes"], entry["headline"] = sizes.get(sha256), sha256 in claimed
             entry["committed"] = "not: neither a claim nor the pipeline"
+            if sha256 in pruned and not entry["zeros"]:
+                entry["zeros"] = _zeros(run, sha256)
             if sha256 in wanted and entry["bytes"] > COMMITTED_BYTES:
                 entry["committed"] = f"not: {entry['bytes']:,} bytes are more than {COMMITTED_BYTES:,}"
             elif sha256 in wanted:
@@ -533,6 +540,20 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
             if file.name not in names:
                 file.unlink()
     return out
+
+
+def _zeros(run: Run, sha256: str) -> dict[str, tuple[int, int]]:
+    """Layer -> zeros and weights of a masked network whose file is here, else nothing."""
+    from nnc_utils import artifact, encoding
+
+    try:
+        weights = artifact.read(run.artifact(sha256)).weights
+    except ResultError:
+        return {}
+    if all(weight.mask is None for weight in weights.values()):
+        return {}
+    values = {layer: encoding.decode(weight) for layer, weight in weights.items()}
+    return {layer: (v.numel() - int(v.count_nonzero()), v.numel()) for layer, v in values.items()}
 
 
 def _evidence(runs: list[Run]) -> dict[str, bytes]:

@@ -12,9 +12,10 @@ import types
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from pydantic import ValidationError
 
-from nnc_utils import artifact, audit, data, evaluation, paired, provenance, results, rows, tables
+from nnc_utils import artifact, audit, data, encoding, evaluation, paired, provenance, results, rows, tables
 
 # the measurement protocol's tables, copied by hand
 COMPRESSION = """profile, run, dataset, model, technique, method, point, seed, division, control, headline,
@@ -439,6 +440,41 @@ def test_read_run_trusts_nothing(published):
     (folder / "result.json").unlink()
     with pytest.raises(results.ResultError, match="no finished run"):
         tables.read_run(folder)
+
+
+def test_the_report_says_where_the_zeros_lie(example, published):
+    from conftest import _run, _score, write_notebook
+
+    root, digits = published.parents[1], data.load("digits")
+    folders = [root / folder.relative_to(example.root) for folder in example.folders]
+    write_notebook(root, "03_pruning", "from nnc_utils import training\n")
+    run = _run(root, "03_pruning", 1, [results.read_run(folders[0])])
+    network = artifact.load(folders[0] / "artifacts/network.safetensors")
+    for layer in ("conv1", "layer4.1.conv2"):  # of the one a quarter stays, of the other nothing
+        weight = network.get_submodule(layer).weight.detach()
+        kept = (torch.arange(weight.numel()) % 4 == 0).view(weight.shape) & (layer == "conv1")
+        kept.view(-1)[0] = True
+        encoding.attach(network.get_submodule(layer), encoding.Dense(weight * kept, kept))
+    path = run.path("artifacts/masked.safetensors")
+    stored = artifact.save(network, path, mean=digits.mean, std=digits.std, classes=digits.classes)
+    about = {"model": "tiny", "technique": "pruning", "method": "magnitude_global", "point": "sparsity=0.3"}
+    row = rows.compression_row(
+        _score(path, stored, digits), run=run, dataset="digits", reference=run.upstream[0], **about
+    )
+    run.finish(compression=[row])
+    results.publish([*folders, run.folder], "quick")
+    section = results.report_text(published).split("## Where do the zeros lie?")[1].split("##")[0]
+    heading, _, line = [text for text in section.splitlines() if text.startswith("|")]
+    found = dict(zip(*(map(str.strip, text.split("|")[1:-1]) for text in (heading, line)), strict=True))
+    assert found["network"] == "tiny magnitude_global sparsity=0.3" and found["conv1"] == "75.0 %"
+    assert found["layer1"] == found["fc"] == "0.0 %"
+    assert found["layer4"] == f"{100 * 64 * 64 * 9 / (64 * 9 * (32 + 3 * 64) + 32 * 64):.1f} %"
+    # without the file what was published stays known
+    path.unlink()
+    kept = published / "compression.csv"
+    before = kept.read_bytes()
+    results.publish(folders, "quick", keep=True)
+    assert kept.read_bytes() == before and section in results.report_text(published)
 
 
 def test_publish_leaves_what_the_rows_need_and_nothing_else(published):

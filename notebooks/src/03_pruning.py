@@ -801,6 +801,13 @@ else:
     display(versus if len(versus) else "no two of these points are to be compared")
 
 # %% [markdown]
+# **Why may second order lose in one shot?** Its scores say what one weight costs while all others stay, or make up for it, close to
+# the trained network. Nine of ten weights cut at once are far from there, and what they cost together is not the sum of what each
+# costs alone. A global ranking then empties the layer whose single weights are the cheapest: the last stage, which has most of them. The
+# [report](../results/standard/report.md#where-do-the-zeros-lie) lists in which part of each masked file the zeros lie, beside
+# what it lost. Magnitudes of different layers are no better founded, but they spread the zeros; where each layer's share
+# is given, as in the single layer of section 3, the correction pays.
+#
 # ## What you can now measure
 #
 # What a weight, a channel or a block is worth to the loss; what a mask saves in the file, and what removing channels saves
