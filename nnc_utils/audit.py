@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nnc_utils.provenance import file_sha256, json_sha256
+from nnc_utils.publishing import COMMITTED_BYTES, kept_artifacts
 from nnc_utils.rows import (
     AGAIN,
     OWN_CLASSES,
@@ -25,10 +26,8 @@ from nnc_utils.rows import (
     timed_evidence,
 )
 from nnc_utils.tables import (
-    COMMITTED_BYTES,
     ResultError,
     artifact_name,
-    kept_artifacts,
     labels_name,
     read_rows,
     to_frame,

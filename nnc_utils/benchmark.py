@@ -27,7 +27,7 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequen
     rerun : "" keeps results of older code (the tables mark them), "stale" measures those again,
         "all" everything.
     only : patterns of runs, such as ``01_baseline/seed=2`` or ``*/seed=2*``: these and what they build
-        on. The tables then get them beside what is committed of other runs, as `tables.publish` does.
+        on. The tables then get them beside what is committed of other runs, as `publishing.publish` does.
     """
     profiles = root() / "workflow" / "profiles"
     configuration = profiles / f"{profile}.yaml"

@@ -31,7 +31,17 @@ WITHOUT_INFLUENCE = {
     "figures",
     "paired",
 }
-WITHOUT_INFLUENCE |= {"rows", "run", "notebook", "benchmark", "inspect", "export", "__init__"}
+WITHOUT_INFLUENCE |= {
+    "over_seeds",
+    "publishing",
+    "rows",
+    "run",
+    "notebook",
+    "benchmark",
+    "inspect",
+    "export",
+    "__init__",
+}
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
 FLAGS = (  # of a processor, those that matter to a time
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nnc_utils.over_seeds import SEEDS_OF_A_CLAIM, chosen_over_seeds
 from nnc_utils.paired import (
     LARGER,
     THIN,
@@ -28,6 +29,7 @@ from nnc_utils.paired import (
 )
 from nnc_utils.peers import GENERAL
 from nnc_utils.provenance import code_sha256, root, write_atomically
+from nnc_utils.publishing import publish
 from nnc_utils.rows import (
     AFTER,
     AGAIN,
@@ -46,15 +48,12 @@ from nnc_utils.rows import (
 )
 from nnc_utils.tables import (
     POINT,
-    SEEDS_OF_A_CLAIM,
     ResultError,
     Run,
     artifact_name,
-    chosen_over_seeds,
     committed_runs,
     labels_name,
     named_pipeline,
-    publish,
     read_rows,
     read_run,
     summarize,
@@ -146,7 +145,7 @@ students of one width, and of searched networks, the best of the first seed. Whe
 set says."""
 TOGETHER = f"""Where {SEEDS_OF_A_CLAIM} seeds looked at the same points, they chose together, one point in \
 each technique and division: the first whose lower end, over the seeds, is {NO_LOSS} or more; where there \
-is none, the nearest that they do not call a loss (`tables.chosen_over_seeds`). When this rule was made, \
+is none, the nearest that they do not call a loss (`over_seeds.chosen_over_seeds`). When this rule was made, \
 the pipeline of the first seed and the pruned networks of the first two had been scored on the test set."""
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
@@ -518,8 +517,8 @@ def _stops_paying(tables: Tables) -> str:
     return markdown(lines)
 
 
-def _zeros(tables: Tables) -> str:
-    """Of each masked network, of the first seed, the share of zeros in its stem, stages and classifier."""
+def _zeros(tables: Tables) -> list[str]:
+    """A section on the zeros in stem, stages and classifier of masked networks, where they are known."""
     known = {e["artifact_sha256"]: e.get("zeros") for r in tables.provenance.values() for e in r["artifacts"]}
     first = tables.compression.sort_values("seed", kind="stable").drop_duplicates(POINT)
     lines = []
@@ -539,7 +538,9 @@ def _zeros(tables: Tables) -> str:
             }
             lines.append(line | {part: f"{100 * z / w:.1f} %" for part, (z, w) in counts.items()})
     lines.sort(key=lambda line: line["zeros"])
-    return markdown([line | {"zeros": f"{100 * line['zeros']:.1f} %"} for line in lines])
+    found = markdown([line | {"zeros": f"{100 * line['zeros']:.1f} %"} for line in lines])
+    about = "In each part of a masked network, of the first seed.\n\n"
+    return ["## Where do the zeros lie?", about + found] if lines else []
 
 
 def _latency(tables: Tables) -> str:
@@ -739,8 +740,7 @@ def report_text(profile_dir: Path) -> str:
             + _stops_paying(tables),
             "## Side by side: paired differences",
             drawn["waterfall"] + _side_by_side(tables),
-            "## Where do the zeros lie?",
-            "In each part of a masked network, of the first seed.\n\n" + _zeros(tables),
+            *_zeros(tables),
             "## Time",
             _latency(tables),
             "## Time, measured twice",

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from small_networks import PLAIN, quantized
 from xdist.scheduler import LoadFileScheduling
 
-from nnc_utils import artifact, data, encoding, evaluation, models, notebook, rows, tables
+from nnc_utils import artifact, data, encoding, evaluation, models, notebook, publishing, rows
 
 PARAMETERS = """\
 seconds: float = 0.0  # [0, 100] how long it works
@@ -159,7 +159,7 @@ def example(tmp_path_factory):
     reference = scores["01_baseline", 1]["sha256"]
     run.finish(latency=rows.latency_rows(measured, networks, reference_sha256=reference))
     folders.append(run.folder)
-    tables.publish(folders, "quick")
+    publishing.publish(folders, "quick")
     (root / "README.md").write_text("# T\n<!-- headline:begin -->\nold\n<!-- headline:end -->\nrest\n")
     patch.undo()
     return types.SimpleNamespace(root=root, folders=folders, labels=labels, scores=scores)

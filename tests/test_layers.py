@@ -20,8 +20,9 @@ FLOORS = [
     {"processes", "provenance"},
     {"parameters", "rows"},
     {"scoring", "claims"},
-    {"tables"},  # completes what a seed did not look at
-    {"measure", "paired", "figures"},  # scores before it times; compares and draws what tables hold
+    {"tables"},
+    {"measure", "paired", "figures", "over_seeds"},  # scores before it times; compares what tables hold
+    {"publishing"},
     {"results", "audit", "notebook"},
     {"benchmark"},
     {"run", "inspect", "export"},

@@ -15,7 +15,20 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from nnc_utils import artifact, audit, data, encoding, evaluation, paired, provenance, results, rows, tables
+from nnc_utils import (
+    artifact,
+    audit,
+    data,
+    encoding,
+    evaluation,
+    over_seeds,
+    paired,
+    provenance,
+    publishing,
+    results,
+    rows,
+    tables,
+)
 
 # the measurement protocol's tables, copied by hand
 COMPRESSION = """profile, run, dataset, model, technique, method, point, seed, division, control, headline,
@@ -268,7 +281,7 @@ def test_all_of_two_seeds_claim_what_the_first_one_chose(example):
             )
             for run in made
         ]
-        claimed = tables.claimed_once(mixed)
+        claimed = over_seeds.claimed_once(mixed)
         assert len(claimed) == len(rows) > 2 and {row.headline for row in claimed} == {chosen}
         assert [row.artifact_sha256 for row in claimed] == [row.artifact_sha256 for row in rows]
 
@@ -292,7 +305,9 @@ def looked_at(example, seed, points, *, technique="pipeline"):
 
 
 def chosen_of(runs):
-    return {row.point for row in tables.claimed_once(runs) if row.headline and row.technique != "baseline"}
+    return {
+        row.point for row in over_seeds.claimed_once(runs) if row.headline and row.technique != "baseline"
+    }
 
 
 @pytest.mark.parametrize(
@@ -313,7 +328,7 @@ def test_three_seeds_choose_over_all_their_validation_pictures(example, small, l
         return looked_at(example, seed, points)
 
     assert chosen_of([run(seed) for seed in (3, 1, 2)]) == chosen  # and no more c, which one seed had chosen
-    rows = tables.claimed_once([run(seed) for seed in (3, 1, 2)])
+    rows = over_seeds.claimed_once([run(seed) for seed in (3, 1, 2)])
     assert [row.seed for row in rows if row.point in chosen and row.headline] == [3, 1, 2] * len(chosen)
     assert chosen_of([run(seed) for seed in (1, 2)]) == {"c"}  # two seeds: as the first one's notebook has it
 
@@ -329,7 +344,7 @@ def test_points_that_share_a_file_are_both_looked_at(example):
     runs = [looked_at(example, seed, [("a", 10, 100, 0.0), ("b", 10, 90, -0.9)]) for seed in (1, 2, 3)]
     for run in runs:
         run.compression.append(run.compression[1].model_copy(update={"point": "twin of a"}))
-    chosen = {point[3]: choice.chosen for point, choice in tables.chosen_over_seeds(runs).items()}
+    chosen = {point[3]: choice.chosen for point, choice in over_seeds.chosen_over_seeds(runs).items()}
     assert chosen == {"a": True, "twin of a": False, "b": False}
 
 
@@ -352,7 +367,7 @@ def three_seeds(published):
 
 def test_what_a_seed_did_not_look_at_is_looked_at_before_three_choose(three_seeds):
     published, folders = three_seeds
-    tables.publish(folders, "quick")
+    publishing.publish(folders, "quick")
     provenance = json.loads((published / "provenance.json").read_text())
     looks = [provenance[f"quick/02_quantization/seed={s}"]["extra"]["validation_delta"] for s in (1, 2, 3)]
     assert looks[0] == {"network": [-0.2, 0.0, 0.2]} and looks[1] == looks[2] != looks[0]
@@ -386,7 +401,7 @@ def test_a_claim_whose_file_is_elsewhere_is_refused_before_anything_is_written(t
     before = {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
     (folders[-1] / "artifacts/network.safetensors").unlink()
     with pytest.raises(results.ResultError, match="is missing: bring it"):
-        tables.publish(folders, "quick")
+        publishing.publish(folders, "quick")
     assert "seed=3 uniform_per_channel bits=8 stays out of what the seeds choose" in capsys.readouterr().out
     assert before == {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
 
@@ -527,7 +542,7 @@ def test_a_committed_row_that_was_measured_again_goes_alone(published, capsys):
     other = again.compression[0].model_copy(update={"point": "bits=7"})
     older = tables.Run(again.folder, again.record.model_copy(update={"run": "quick/older"}))
     older = older.with_rows(compression=[*again.compression, other])
-    [kept] = tables._kept(committed, [older])
+    [kept] = publishing._kept(committed, [older])
     assert kept.compression == [other]
     assert "1 of 2 rows of quick/older go: measured again" in capsys.readouterr().out
 
@@ -536,7 +551,7 @@ def test_a_row_that_its_run_no_longer_makes_goes_with_a_word(published, capsys):
     committed = tables.committed_runs(published)
     [old] = [run for run in committed if run.run == "quick/02_quantization/seed=1"]
     new = old.with_rows(compression=[old.compression[0].model_copy(update={"point": "bits=7"})])
-    assert tables._kept([new], [old]) == []
+    assert publishing._kept([new], [old]) == []
     gone = len(old.compression)
     assert f"{gone} of {gone} rows of {old.run} go: it was made again" in capsys.readouterr().out
 

@@ -697,7 +697,7 @@ for point in wanted + ([] if missing else peers):
 # The **validation** pictures decide what is claimed, before the test set is looked at: in each division (closed: no
 # gradient step after the baseline; open: all else) the smallest masked file and the channel-pruned network with the fewest MACs that are likely without loss on test
 # ([`claims`](../nnc_utils/claims.py)); with three seeds, their pictures together
-# ([`chosen_over_seeds`](../nnc_utils/tables.py)).
+# ([`chosen_over_seeds`](../nnc_utils/over_seeds.py)).
 
 # %%
 dense = next((c["path"] for c in candidates if c["row"]["method"] == "dense_finetuned"), None)

@@ -659,7 +659,7 @@ for method, values, kinds, _ in wanted:
 # %% [markdown]
 # The **validation** pictures decide what is claimed, before the test set is looked at: the smallest pipeline file that is likely
 # without loss on test ([`claims`](../nnc_utils/claims.py)), against the better of the baseline and the dense network trained on
-# for as long; with three seeds, their pictures together ([`chosen_over_seeds`](../nnc_utils/tables.py)).
+# for as long; with three seeds, their pictures together ([`chosen_over_seeds`](../nnc_utils/over_seeds.py)).
 
 # %%
 of_dense = next((c["path"] for c in candidates if c["row"]["method"] == "dense_finetuned"), None)

@@ -1,0 +1,210 @@
+"""Finished runs become a profile's tables, with their evidence: ``results/<profile>/``."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nnc_utils.over_seeds import claimed_once, looked_at_by_all
+from nnc_utils.provenance import root, write_atomically
+from nnc_utils.rows import CompressionRow, LatencyRow, evidence, labels_of, timed_evidence
+from nnc_utils.tables import (
+    POINT,
+    ResultError,
+    Run,
+    artifact_name,
+    committed_runs,
+    labels_name,
+    named_pipeline,
+    point_of,
+    read_run,
+    summarize,
+    to_frame,
+)
+
+COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
+
+
+def kept_artifacts(compression: pd.DataFrame, summary: pd.DataFrame) -> set[str]:
+    """Whose files are committed where they are small enough: those of claims, and the pipeline's."""
+    kept = set(compression[compression["headline"] == 1]["artifact_sha256"])
+    point = named_pipeline(summary)
+    if point is not None:
+        same = compression[(compression[POINT] == point[POINT]).all(axis=1)]
+        kept.add(same.sort_values("seed")["artifact_sha256"].iloc[0])
+    return kept
+
+
+def _kept(finished: list[Run], committed: list[Run]) -> list[Run]:
+    """The committed rows that go with the finished runs; what goes is printed.
+
+    They are of other runs and other points, and of networks whose references are in the tables.
+    """
+
+    def point(row: CompressionRow) -> tuple:
+        return (*(getattr(row, column) for column in POINT), row.seed)
+
+    here = {run.run for run in finished}
+    again = {point(row) for run in finished for row in run.compression}
+    others = [run for run in committed if run.run not in here]
+    kept = [
+        run.with_rows(compression=[row for row in run.compression if point(row) not in again])
+        for run in others
+    ]
+    there, before = set[str](), None
+    while there != before:  # a row that goes may have been the reference of another
+        there, before = (
+            {r.artifact_sha256 for run in [*finished, *kept] for r in run.compression} | {""},
+            there,
+        )
+        kept = [
+            run.with_rows(
+                compression=[row for row in run.compression if row.reference_sha256 in there],
+                latency=run.latency if {row.artifact_sha256 for row in run.latency} <= there else [],
+            )
+            for run in kept
+        ]
+    for run in committed:  # a run has one record: rows that it had with other parameters cannot stay
+        if run.run in here and (gone := sum(point(row) not in again for row in run.compression)):
+            print(f"{gone} of {len(run.compression)} rows of {run.run} go: it was made again without them")
+    for run, left in zip(others, kept, strict=True):
+        rows, stay = (len(r.compression) + len(r.latency) for r in (run, left))
+        if stay < rows:
+            print(f"{rows - stay} of {rows} rows of {run.run} go: measured again, or their reference is gone")
+    return [run for run in kept if run.compression or run.latency]
+
+
+def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
+    """Write a profile's tables and their evidence; what was there before goes.
+
+    compression.csv, latency.csv, summary.csv, provenance.json, predictions/ (of every row, and the
+    labels), artifacts/ (`kept_artifacts`, as far as they are small enough to commit).
+
+    Parameters
+    ----------
+    runs : run folders of this profile, a row's reference among them.
+    profile : its name.
+    keep : let committed rows stay of runs that are not among `runs`, such as another machine's, if
+        their references are in the tables and `runs` do not have their points; it is printed which go.
+
+    Returns
+    -------
+    ``results/<profile>``, in which figures/ waits for figures.
+
+    Raises
+    ------
+    ResultError
+        When a run is unfinished or not as it was measured, or evidence is missing.
+    """
+    out = root() / "results" / profile
+    finished = [read_run(folder) for folder in runs]
+    if keep:
+        finished += _kept(finished, committed_runs(out))
+    finished.sort(key=lambda run: (run.record.notebook, run.record.seed))
+    profiles = {run.record.profile for run in finished}
+    names = [run.record.run for run in finished]
+    if profiles != {profile} or len(set(names)) != len(names):
+        raise ResultError(
+            f"runs of profile {profile}, each once, are needed, not {', '.join(names) or 'none'}"
+        )
+    finished = looked_at_by_all(finished)
+    compression = claimed_once(finished)
+    claimed = {row.artifact_sha256 for row in compression if row.headline}
+    sizes = {row.artifact_sha256: row.artifact_bytes for row in compression}
+    for run in finished:  # before anything is written: the file of a claim may lie on another machine
+        for sha256 in {entry.artifact_sha256 for entry in run.record.artifacts} & claimed:
+            if sizes[sha256] <= COMMITTED_BYTES:
+                run.artifact(sha256)
+    points = {(row.artifact_sha256, point_of(row)) for row in compression if row.headline}
+    latency = [
+        row.model_copy(update={"headline": int((row.artifact_sha256, point_of(row)) in points)})
+        for run in finished
+        for row in run.latency
+    ]
+
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    kept = {"predictions": set(), "artifacts": set()}
+    for name, content in _evidence(finished).items():
+        _place(out / "predictions" / name, content)
+        kept["predictions"].add(name)
+    table = to_frame(compression, CompressionRow)
+    summary = summarize(table, out / "predictions")
+    wanted, provenance = kept_artifacts(table, summary), {}
+    pruned = {row.artifact_sha256 for row in compression if row.technique == "pruning"}
+    for run in finished:
+        record = run.record.model_dump(exclude={"compression", "latency", "run"})
+        for entry in record["artifacts"]:
+            sha256 = entry["artifact_sha256"]
+            name = artifact_name(sha256)
+            entry["bytes"], entry["headline"] = sizes.get(sha256), sha256 in claimed
+            entry["committed"] = "not: neither a claim nor the pipeline"
+            if sha256 in pruned and not entry["zeros"]:
+                entry["zeros"] = _zeros(run, sha256)
+            if sha256 in wanted and entry["bytes"] > COMMITTED_BYTES:
+                entry["committed"] = f"not: {entry['bytes']:,} bytes are more than {COMMITTED_BYTES:,}"
+            elif sha256 in wanted:
+                entry["committed"] = f"artifacts/{name}"
+                _place(out / "artifacts" / name, run.artifact(sha256).read_bytes())
+                kept["artifacts"].add(name)
+        provenance[run.record.run] = record
+    _place(out / "compression.csv", _csv(table))
+    _place(out / "latency.csv", _csv(to_frame(latency, LatencyRow)))
+    _place(out / "summary.csv", _csv(summary))
+    _place(out / "provenance.json", (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
+    for folder, names in kept.items():
+        for file in (out / folder).glob("*"):
+            if file.name not in names:
+                file.unlink()
+    return out
+
+
+def _zeros(run: Run, sha256: str) -> dict[str, tuple[int, int]]:
+    """Layer -> zeros and weights of a masked network whose file is here, else nothing."""
+    from nnc_utils import artifact, encoding
+
+    try:
+        weights = artifact.read(run.artifact(sha256)).weights
+    except ResultError:
+        return {}
+    if all(weight.mask is None for weight in weights.values()):
+        return {}
+    values = {layer: encoding.decode(weight) for layer, weight in weights.items()}
+    return {layer: (v.numel() - int(v.count_nonzero()), v.numel()) for layer, v in values.items()}
+
+
+def _evidence(runs: list[Run]) -> dict[str, bytes]:
+    """File name -> content: predictions of every row and of its reference, the labels."""
+    needed = []
+    for row in (row for run in runs for row in run.compression):
+        needed += [(evidence(row.artifact_sha256), row.run), (evidence(row.reference_sha256), row.run)]
+    for row in (row for run in runs for row in run.latency):
+        if row.accuracy is not None:
+            needed.append((timed_evidence(row), row.run))
+    found: dict[str, bytes] = {}
+    for name, owner in dict.fromkeys(needed):
+        files = [run.folder / "predictions" / name for run in sorted(runs, key=lambda run: run.run != owner)]
+        content = next((file.read_bytes() for file in files if file.is_file()), None)
+        if content is None or found.setdefault(name, content) != content:
+            why = "are missing" if content is None else "are not those of another run with the same artifact"
+            raise ResultError(f"the predictions {name} of a row of {owner} {why}: run its notebook again")
+    for dataset in {row.dataset for run in runs for row in run.compression}:
+        stream = io.BytesIO()
+        np.save(stream, labels_of(dataset), allow_pickle=False)
+        found[labels_name(dataset)] = stream.getvalue()
+    return found
+
+
+def _place(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
+
+
+def _csv(frame: pd.DataFrame) -> bytes:
+    # whole numbers stay whole where a column has gaps
+    text = frame.astype(object).where(frame.notna(), None).to_csv(index=False, lineterminator="\n")
+    return text.encode()
