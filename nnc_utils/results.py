@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +88,7 @@ __all__ = [
 ]
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
+SMALLEST = PROFILES[-1]  # whose network is trained least: what it says may change
 ALL_PROFILES = ("full", "standard", "medium", "quick")
 RATIO = "speedup_best_fp32"
 RATIOS = {RATIO: "the fastest fp32 runtime", "speedup_eager_fp32": "fp32 in eager"}
@@ -698,12 +699,49 @@ def _provenance(tables: Tables) -> str:
     return "\n\n".join([markdown(lines), *texts])
 
 
-def _side_by_side(tables: Tables) -> str:
+def _compared(tables: Tables, kind: Callable[..., pd.DataFrame]) -> list[dict[str, str]]:
     found = [
-        [kind(rows, tables.folder / "predictions", dataset=dataset) for kind in (comparisons, gaps)]
+        kind(rows, tables.folder / "predictions", dataset=dataset)
         for dataset, rows in tables.compression.groupby("dataset")
     ]
-    compared, closed = (pd.concat(side).astype(str).to_dict("records") for side in zip(*found, strict=True))
+    return pd.concat(found).astype(str).to_dict("records")
+
+
+def _reversed(tables: Tables) -> list[str]:
+    """A section on the points, and the pairs, that had another verdict in the smallest profile."""
+    folder = tables.folder.parent / SMALLEST
+    if folder == tables.folder or not (folder / "summary.csv").is_file():
+        return []
+    small, lines = Tables(folder), []
+    both = small.summary.merge(tables.summary, on=POINT, suffixes=("_small", ""))
+    for _, row in both.iterrows():
+        before = row.filter(like="_small").rename(lambda column: column.removesuffix("_small"))
+        told = [_no_loss(point["delta_ci_low"], point["delta_ci_high"]) for point in (before, row)]
+        if told[0] != told[1]:
+            line = {"what": " ".join(filter(None, (row["method"], row["point"])))} | {"asked": "no loss?"}
+            line |= {f"in {SMALLEST}": f"{told[0]}, {_over_seeds(before)}"}
+            lines.append(line | {"here": f"{told[1]}, {_over_seeds(row)}"})
+    earlier = {(pair["ours"], pair["theirs"]): pair for pair in _compared(small, comparisons)}
+    for pair in _compared(tables, comparisons):
+        before = earlier.get((pair["ours"], pair["theirs"]), pair)
+        if before["verdict"] != pair["verdict"]:
+            line = {"what": f"{pair['ours']} against {pair['theirs']}", "asked": "which is better?"}
+            line |= {f"in {SMALLEST}": f"{before['verdict']}, {before['points']}"}
+            lines.append(line | {"here": f"{pair['verdict']}, {pair['points']}"})
+    about = (
+        f"Points and pairs of both profiles with another verdict here than in {SMALLEST}. There the fp32 "
+        f"network is right on {_accuracy(small)} % of the test pictures, here on {_accuracy(tables)} %.\n\n"
+    )
+    return [f"## What changed from the {SMALLEST} profile?", about + markdown(lines)]
+
+
+def _accuracy(tables: Tables) -> str:
+    """Of the uncompressed networks, their mean."""
+    return f"{tables.compression[_baselines(tables.compression)]['accuracy'].mean():.1f}"
+
+
+def _side_by_side(tables: Tables) -> str:
+    compared, closed = _compared(tables, comparisons), _compared(tables, gaps)
     text = (
         "“not below” is undecided. A student whose point ends in "
         "`shuffled` had a teacher of wrong answers, as a control.\n\n" + markdown(compared)
@@ -740,6 +778,7 @@ def report_text(profile_dir: Path) -> str:
             + _stops_paying(tables),
             "## Side by side: paired differences",
             drawn["waterfall"] + _side_by_side(tables),
+            *_reversed(tables),
             *_zeros(tables),
             "## Time",
             _latency(tables),

@@ -492,6 +492,31 @@ def test_the_report_says_where_the_zeros_lie(example, published):
     assert kept.read_bytes() == before and section in results.report_text(published)
 
 
+def test_the_report_says_what_changed_from_quick(published, monkeypatch):
+    larger = published.parent / "standard"
+    shutil.copytree(published, larger)
+    pairs = {published: "beats", larger: "below"}
+
+    def compared(rows, predictions, *, dataset):
+        about = {"ours": "a", "theirs": "b", "points": "+1 [+0, +2]", "verdict": pairs[predictions.parent]}
+        return pd.DataFrame([about, about | {"ours": "c", "verdict": "equal"}])
+
+    monkeypatch.setattr(results, "comparisons", compared)
+    summary = pd.read_csv(larger / "summary.csv")
+    rounded = summary["technique"] == "quantization"
+    summary.loc[rounded, ["delta_mean", "delta_ci_low", "delta_ci_high"]] = [-2.0, -3.0, -1.0]
+    summary.to_csv(larger / "summary.csv", index=False)
+    heading = "## What changed from the quick profile?"
+    assert heading not in results.report_text(published)
+    section = results.report_text(larger).split(heading)[1].split("##")[0]
+    point, pair = [line.split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
+    assert point[0] == "| uniform_per_channel bits=8" and point[3] == "no, -2.00 [-3.00, -1.00] |"
+    assert pair == ["| a against b", "which is better?", "beats, +1 [+0, +2]", "below, +1 [+0, +2] |"]
+    shutil.copy(published / "summary.csv", larger)
+    pairs[larger] = "beats"
+    assert "_none_" in results.report_text(larger).split(heading)[1].split("##")[0]
+
+
 def test_publish_leaves_what_the_rows_need_and_nothing_else(published):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
     before = {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
