@@ -283,6 +283,10 @@ class _Audit:
             entry = entries.get(row.artifact_sha256)
             if row.headline and entry is None and row.technique != "peer":
                 yield f"{row.run} {row.method} {row.point}: its artifact is not in provenance.json"
+            if entry and (parts := entry.get("zeros")):  # batch-norm may have zeros, too
+                zeros, weights = (sum(counts) for counts in zip(*parts.values(), strict=True))
+                if not 0 <= row.params - row.nonzeros - zeros <= row.params - weights:
+                    yield f"{row.run} {row.method} {row.point}: {zeros} zeros do not go with its nonzeros"
             if entry is None or row.artifact_sha256 not in kept:
                 continue
             if entry["bytes"] != row.artifact_bytes:

@@ -134,7 +134,8 @@ def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -
     notebook : its name without suffix.
     namespace : the notebook's globals.
     needs : notebooks whose runs it builds on. Where `upstream` is empty their smoke runs are
-        used, which are made first where they are missing, of other code, or built on runs that are gone.
+        used, which are made first where they are missing, of other code, or built on runs that have been
+        made again since.
     """
     if _headless():
         processes.die_with_parent(gently=True)

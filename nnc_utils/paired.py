@@ -177,6 +177,8 @@ def _against_thin(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]
 def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
     """The pipeline and each other order of the same budgets, as far as that has them; and each rival.
 
+    Only of an equal number of training pictures.
+
     A rival is held against the pipeline's largest file that is no larger on average, or else its smallest.
     """
     control = compression["control"].fillna("")
@@ -197,7 +199,8 @@ def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Ser
         point = able.index[-1] if len(able) else sizes.index[0]
         pairs += [(point, row) for _, row in rows.iterrows()]
     found = {(row["point"], row["seed"]): row for _, row in ours.iterrows()}
-    return [(found[p, row["seed"]], row) for p, row in pairs if (p, row["seed"]) in found]
+    pairs = [(found[p, row["seed"]], row) for p, row in pairs if (p, row["seed"]) in found]
+    return [(mine, other) for mine, other in pairs if mine["train_images"] == other["train_images"]]
 
 
 def _setting(point: str) -> str:

@@ -101,9 +101,8 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
         When a run is unfinished or not as it was measured, or evidence is missing.
     """
     out = root() / "results" / profile
-    finished = [read_run(folder) for folder in runs]
-    if keep:
-        finished += _kept(finished, committed_runs(out))
+    finished, committed = [read_run(folder) for folder in runs], committed_runs(out) if keep else []
+    finished += _kept(finished, committed)
     finished.sort(key=lambda run: (run.record.notebook, run.record.seed))
     profiles = {run.record.profile for run in finished}
     names = [run.record.run for run in finished]
@@ -119,6 +118,7 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
         for sha256 in {entry.artifact_sha256 for entry in run.record.artifacts} & claimed:
             if sizes[sha256] <= COMMITTED_BYTES:
                 run.artifact(sha256)
+    zeros = _zeros([*finished, *committed])
     points = {(row.artifact_sha256, point_of(row)) for row in compression if row.headline}
     latency = [
         row.model_copy(update={"headline": int((row.artifact_sha256, point_of(row)) in points)})
@@ -134,7 +134,6 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     table = to_frame(compression, CompressionRow)
     summary = summarize(table, out / "predictions")
     wanted, provenance = kept_artifacts(table, summary), {}
-    pruned = {row.artifact_sha256 for row in compression if row.technique == "pruning"}
     for run in finished:
         record = run.record.model_dump(exclude={"compression", "latency", "run"})
         for entry in record["artifacts"]:
@@ -142,8 +141,8 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
             name = artifact_name(sha256)
             entry["bytes"], entry["headline"] = sizes.get(sha256), sha256 in claimed
             entry["committed"] = "not: neither a claim nor the pipeline"
-            if sha256 in pruned and not entry["zeros"]:
-                entry["zeros"] = _zeros(run, sha256)
+            entry.pop("zeros")
+            entry |= {"zeros": zeros[sha256]} if sha256 in zeros else {}
             if sha256 in wanted and entry["bytes"] > COMMITTED_BYTES:
                 entry["committed"] = f"not: {entry['bytes']:,} bytes are more than {COMMITTED_BYTES:,}"
             elif sha256 in wanted:
@@ -162,18 +161,28 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     return out
 
 
-def _zeros(run: Run, sha256: str) -> dict[str, tuple[int, int]]:
-    """Layer -> zeros and weights of a masked network whose file is here, else nothing."""
+def _zeros(runs: list[Run]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Of masked networks: artifact -> part -> zeros and weights, as said before or as the file here says."""
     from nnc_utils import artifact, encoding
 
-    try:
-        weights = artifact.read(run.artifact(sha256)).weights
-    except ResultError:
-        return {}
-    if all(weight.mask is None for weight in weights.values()):
-        return {}
-    values = {layer: encoding.decode(weight) for layer, weight in weights.items()}
-    return {layer: (v.numel() - int(v.count_nonzero()), v.numel()) for layer, v in values.items()}
+    found = {a.artifact_sha256: a.zeros for run in runs for a in run.record.artifacts if a.zeros}
+    for run in runs:
+        sparse = {
+            r.artifact_sha256 for r in run.compression if r.technique == "pruning" and r.nonzeros < r.params
+        }
+        for sha256 in sparse - set(found):
+            try:
+                weights = artifact.read(run.artifact(sha256)).weights
+            except ResultError:  # the file is elsewhere
+                continue
+            if any(weight.mask is not None for weight in weights.values()):
+                found[sha256] = parts = {}
+                for layer, weight in weights.items():
+                    part, values = layer.partition(".")[0], encoding.decode(weight)
+                    zeros, total = parts.get(part, (0, 0))
+                    zeros += values.numel() - int(values.count_nonzero())
+                    parts[part] = zeros, total + values.numel()
+    return found
 
 
 def _evidence(runs: list[Run]) -> dict[str, bytes]:

@@ -456,7 +456,8 @@ def _pipeline(tables: Tables) -> str:
     evidence_of, told = tables.folder / "predictions", dict[str, list[str]]()
     labels = labels_for(evidence_of, point["dataset"])
     for (method, setting), theirs in others.groupby(["method", "point"], sort=False):
-        pairs = mine.merge(theirs["seed"], on="seed"), theirs.merge(mine["seed"], on="seed")
+        same = ["seed", "train_images"]
+        pairs = mine.merge(theirs[same], on=same), theirs.merge(mine[same], on=same)
         if not len(pairs[0]):
             continue
         found = versus(*pairs, evidence_of, labels)
@@ -520,28 +521,28 @@ def _stops_paying(tables: Tables) -> str:
 
 def _zeros(tables: Tables) -> list[str]:
     """A section on the zeros in stem, stages and classifier of masked networks, where they are known."""
-    known = {e["artifact_sha256"]: e.get("zeros") for r in tables.provenance.values() for e in r["artifacts"]}
-    first = tables.compression.sort_values("seed", kind="stable").drop_duplicates(POINT)
+    records = [record for run in tables.provenance.values() for record in run["artifacts"]]
+    known = {record["artifact_sha256"]: record["zeros"] for record in records if "zeros" in record}
+    rows = tables.compression[tables.compression["artifact_sha256"].isin(known)]
+    rows = rows.sort_values("seed", kind="stable").drop_duplicates(POINT)
+    rows = rows.merge(tables.summary[[*POINT, *DELTAS]], on=POINT, suffixes=("_alone", ""))
+    names = {part for counts in known.values() for part in counts}
+    names = sorted(names, key=lambda part: (part == "fc", part))
     lines = []
-    for _, point in first.merge(
-        tables.summary[[*POINT, *DELTAS]], on=POINT, suffixes=("_alone", "")
-    ).iterrows():
-        counts: dict[str, np.ndarray] = {}
-        for layer, found in (known.get(point["artifact_sha256"]) or {}).items():
-            part = layer.partition(".")[0]
-            counts[part] = counts.get(part, 0) + np.array(found)
-        if counts:
-            zeros, weights = sum(counts.values())
-            line = {
-                "network": _network(point),
-                "zeros": zeros / weights,
-                "Δ points [95 %]": _over_seeds(point),
-            }
-            lines.append(line | {part: f"{100 * z / w:.1f} %" for part, (z, w) in counts.items()})
-    lines.sort(key=lambda line: line["zeros"])
-    found = markdown([line | {"zeros": f"{100 * line['zeros']:.1f} %"} for line in lines])
-    about = "In each part of a masked network, of the first seed.\n\n"
-    return ["## Where do the zeros lie?", about + found] if lines else []
+    for _, row in rows.iterrows():
+        counts = known[row["artifact_sha256"]]
+        zeros, weights = map(sum, zip(*counts.values(), strict=True))
+        shares = {part: 100 * counts[part][0] / counts[part][1] for part in names if part in counts}
+        line = {"network": f"{_network(row)}, seed {row['seed']}", "all": 100 * zeros / weights, **shares}
+        lines.append((line, _over_seeds(row)))
+    lines.sort(key=lambda pair: pair[0]["all"])
+    told = [
+        {"network": line["network"], "Δ points [95 %]": delta}
+        | {part: _number(line.get(part), ".1f") for part in ("all", *names)}
+        for line, delta in lines
+    ]
+    about = "Percent of the weights in each part of a masked network.\n\n"
+    return ["## Where do the zeros lie?", about + markdown(told)] if told else []
 
 
 def _latency(tables: Tables) -> str:

@@ -42,7 +42,8 @@ class ResultError(ValueError):
 class ArtifactRecord(BaseModel):
     """A file of a run: where, its SHA-256, the SHA-256 that the artifact carries, if it backs a claim.
 
-    Of a masked network also where its zeros lie, as soon as it is published: layer -> zeros, weights.
+    Of a masked network also where its zeros lie, as soon as it is published: stem, stage or classifier, by
+    its name in the network -> zeros, weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -235,6 +236,9 @@ def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
         means = {column: round(float(group[column].mean()), 4) for column in sizes}
         if group["seed"].duplicated().any() or group["division"].nunique() > 1:
             raise ResultError(f"{point}: a seed occurs twice, or its rows are of two divisions")
+        if group["train_images"].nunique() > 1:
+            saw = ", ".join(f"{row['train_images']:,} ({row['run']})" for _, row in group.iterrows())
+            raise ResultError(f"{point}: its seeds saw {saw} pictures; make them again with one budget")
         rows.append(
             SummaryRow(
                 **point,

@@ -252,6 +252,19 @@ def test_leftover_evidence_and_lacking_provenance_are_found(published):
     assert any("lacks hardware" in p for p in found) and any("have their hash" in p for p in found)
 
 
+@pytest.mark.parametrize(("zeros", "told"), [(0, False), (10, True)])
+def test_zeros_go_with_the_counts_of_their_row(published, zeros, told):
+    path = published / "provenance.json"
+    record = json.loads(path.read_text())
+    entry = record["quick/01_baseline/seed=1"]["artifacts"][0]
+    rows = pd.read_csv(published / "compression.csv").set_index("artifact_sha256")
+    row = rows.loc[entry["artifact_sha256"]]
+    entry["zeros"] = {"conv1": [int(row["params"] - row["nonzeros"]) + zeros, 0]}
+    path.write_text(json.dumps(record))
+    found = audit.problems(published, rescore=False)
+    assert any("zeros do not go with its nonzeros" in problem for problem in found) == told
+
+
 @pytest.mark.parametrize("damage", ["columns", "no rows", "no provenance"])
 def test_damaged_tables_are_a_problem_not_a_crash(published, damage):
     path = published / "compression.csv"

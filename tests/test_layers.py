@@ -21,7 +21,12 @@ FLOORS = [
     {"parameters", "rows"},
     {"scoring", "claims"},
     {"tables"},
-    {"measure", "paired", "figures", "over_seeds"},  # scores before it times; compares what tables hold
+    {
+        "measure",
+        "paired",
+        "figures",
+        "over_seeds",
+    },  # scores before it times; compares, draws, chooses from what tables hold
     {"publishing"},
     {"results", "audit", "notebook"},
     {"benchmark"},

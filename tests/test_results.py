@@ -253,9 +253,12 @@ def test_the_summary_pairs_images_over_the_seeds(tmp_path):
         sha = {"artifact_sha256": f"b{seed}" * 32, "reference_sha256": f"a{seed}" * 32}
         sizes = {"size_ratio": 4.0 + seed, "artifact_bytes": 1000, "params": 10, "macs": 20}
         accuracy = 100 * right["b", seed].mean()
-        record = {"seed": seed, "division": "closed", "headline": 1, "accuracy": accuracy}
+        record = {"seed": seed, "division": "closed", "headline": 1, "accuracy": accuracy, "train_images": 0}
         records.append(common | sha | sizes | record)
     found = tables.summarize(pd.DataFrame(records), tmp_path).iloc[0]
+    other = [*records[:2], records[2] | {"train_images": 8, "run": "of 8"}]
+    with pytest.raises(tables.ResultError, match=r"its seeds saw .* 8 \(of 8\) pictures"):
+        tables.summarize(pd.DataFrame([{"run": "r"} | record for record in other]), tmp_path)
 
     differences = [sum(right["b", s][i] - right["a", s][i] for s in (1, 2, 3)) / 3 * 100 for i in range(500)]
     mean = sum(differences) / 500
@@ -479,17 +482,26 @@ def test_the_report_says_where_the_zeros_lie(example, published):
     run.finish(compression=[row])
     results.publish([*folders, run.folder], "quick")
     section = results.report_text(published).split("## Where do the zeros lie?")[1].split("##")[0]
-    heading, _, line = [text for text in section.splitlines() if text.startswith("|")]
-    found = dict(zip(*(map(str.strip, text.split("|")[1:-1]) for text in (heading, line)), strict=True))
-    assert found["network"] == "tiny magnitude_global sparsity=0.3" and found["conv1"] == "75.0 %"
-    assert found["layer1"] == found["fc"] == "0.0 %"
-    assert found["layer4"] == f"{100 * 64 * 64 * 9 / (64 * 9 * (32 + 3 * 64) + 32 * 64):.1f} %"
-    # without the file what was published stays known
+    heading, _, *lines = [text.split("|")[1:-1] for text in section.splitlines() if text.startswith("|")]
+    assert [part.strip() for part in heading[2:]] == [
+        "all",
+        "conv1",
+        *(f"layer{n}" for n in range(1, 5)),
+        "fc",
+    ]
+    [[name, _, total, stem, *shares]] = [[part.strip() for part in line] for line in lines]
+    assert name == "tiny magnitude_global sparsity=0.3, seed 1" and stem == "75.0"
+    last = 64 * 9 * (32 + 3 * 64) + 32 * 64
+    assert shares == ["0.0"] * 3 + [f"{100 * 64 * 64 * 9 / last:.1f}", "0.0"]
+    weights = sum(math.prod(weight.shape) for weight in stored.weights.values())
+    assert total == f"{100 * (64 * 64 * 9 + 0.75 * network.conv1.weight.numel()) / weights:.1f}"
+    # without the file what was published stays known, whether the run is here or not
     path.unlink()
-    kept = published / "compression.csv"
-    before = kept.read_bytes()
-    results.publish(folders, "quick", keep=True)
-    assert kept.read_bytes() == before and section in results.report_text(published)
+    before = (published / "compression.csv").read_bytes()
+    for here in ([*folders, run.folder], folders):
+        results.publish(here, "quick", keep=True)
+        assert (published / "compression.csv").read_bytes() == before
+        assert section in results.report_text(published)
 
 
 def test_the_report_says_what_changed_from_quick(published, monkeypatch):
@@ -716,6 +728,10 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
     row("uniform_per_channel", "levels=5 bn", 100, 300)
     row("mixed_precision", "budget=5level bn", 99, 200)
     row("mixed_precision", "rule=hand", 400, 10, "hand_rule")  # has no budget
+    row("magnitude_global", "sparsity=0.9 bn", 200, 100)
+    for score in ("taylor", "obd_fisher", "obd_hessian", "obs_block"):
+        row(score, "sparsity=0.9 bn", 199, 200)
+    row("taylor", "sparsity=0.8 bn", 300, 0)  # no counterpart
     row("nncodec", "qp=-30", 120, 50)
     row("hessian_rounding", "rate=1e-9", 90, 400)
     row("hessian_rounding", "rate=1e-10", 119, 60)
@@ -726,6 +742,10 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
         ["hessian_kmeans bits=2", "kmeans bits=2", "beats"],
         ["mixed_precision budget=3bit bn", "uniform_per_channel bits=3 bn", "equal"],
         ["mixed_precision budget=5level bn", "uniform_per_channel levels=5 bn", "beats"],
+        *(
+            [f"{score} sparsity=0.9 bn", "magnitude_global sparsity=0.9 bn", "below"]
+            for score in ("taylor", "obd_fisher", "obd_hessian", "obs_block")
+        ),
         ["hessian_rounding rate=1e-10", "nncodec qp=-30", "below"],
         ["hessian_rounding rate=1e-10", "hessian_rounding rate=1e-10 one_sided", "beats"],
     ]
@@ -826,7 +846,8 @@ def test_taught_students_meet_those_alone_over_all_seeds(tmp_path):
 def test_the_pipeline_is_held_against_orders_and_every_rival():
     def row(method, point, nbytes, seed=1, technique="pipeline", control=""):
         about = {"technique": technique, "method": method, "point": point, "control": control}
-        return about | {"artifact_bytes": nbytes, "seed": seed, "run": f"quick/06_pipeline/seed={seed}"}
+        about |= {"artifact_bytes": nbytes, "seed": seed, "run": f"quick/06_pipeline/seed={seed}"}
+        return about | {"train_images": 8}
 
     ours = [row(tables.PIPELINE, "bits=3", 80, s) for s in (1, 2)]
     ours += [row(tables.PIPELINE, "bits=4", 100, s) for s in (1, 2)]
@@ -838,6 +859,7 @@ def test_the_pipeline_is_held_against_orders_and_every_rival():
     ]  # other budgets
     rivals += [row("xz", "bits=4", 120, 1, "peer"), row("prune_only", "bits=4", 500, 3)]  # no such seed
     rivals += [row("quantize_prune_distill", "bits=3", 70, 2)]  # another order: the same budgets
+    rivals += [row("zstd", "bits=4", 120, 1, "peer") | {"train_images": 15}]  # another training
     stages = [row(tables.PIPELINE, "bits=4", 10, 1, control="after_prune")]
     pairs = paired._against_pipeline(pd.DataFrame(ours + rivals + stages))
     found = {(mine["point"], other["method"], other["seed"]) for mine, other in pairs}

@@ -754,7 +754,7 @@ figures.show(
 # ### Who beats whom?
 #
 # At each number of MACs and with the same training, Fisher scores, mended or not, against each counterpart, on the same test
-# pictures. Which of ours is compared was fixed before. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
+# pictures; and each score of weights against their magnitudes, at as many zeros. Which of ours is compared was fixed before. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
 
 # %%
 versus = results.comparisons(table, run.path("predictions"), dataset=reference.dataset)
@@ -801,12 +801,13 @@ else:
     display(versus if len(versus) else "no two of these points are to be compared")
 
 # %% [markdown]
-# **Why may second order lose in one shot?** Its scores say what one weight costs while all others stay, or make up for it, close to
-# the trained network. Nine of ten weights cut at once are far from there, and what they cost together is not the sum of what each
-# costs alone. A global ranking then empties the layer whose single weights are the cheapest: the last stage, which has most of them. The
-# [report](../results/standard/report.md#where-do-the-zeros-lie) lists in which part of each masked file the zeros lie, beside
-# what it lost. Magnitudes of different layers are no better founded, but they spread the zeros; where each layer's share
-# is given, as in the single layer of section 3, the correction pays.
+# **Second order, in one shot.** Look again at section 2's figure, of digits: which score is ahead at 90 % zeros? Does the table above
+# agree? Where it has second-order scores *below* magnitudes, here is what to look at: such a score says what one weight
+# costs close to the trained network, while the others stay or make up for it. Nine of ten weights cut are far from there, and what
+# they cost together is not the sum of what each costs alone. One threshold over all layers then takes more than it should where single
+# weights are cheapest, in the last stage, which has most of them. The
+# [report of standard](../results/standard/report.md#where-do-the-zeros-lie) lists in which part of each masked network the
+# zeros lie, beside what it lost.
 #
 # ## What you can now measure
 #
