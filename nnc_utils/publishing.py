@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from nnc_utils.tables import (
     to_frame,
 )
 
+ATTEMPT = "attempt"  # control of a point that fell short
 COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
 
 
@@ -78,7 +80,18 @@ def _kept(finished: list[Run], committed: list[Run]) -> list[Run]:
     return [run for run in kept if run.compression or run.latency]
 
 
-def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
+def _attempt(run: Run) -> Run:
+    """The points of a committed run as attempts that fell short, under a name of their own."""
+    name = f"{run.run},{ATTEMPT}"
+    rows = [
+        row.model_copy(update={"run": name, "control": ATTEMPT, "headline": 0})
+        for row in run.compression
+        if not row.control
+    ]
+    return run.with_rows(run=name, compression=rows, latency=[])
+
+
+def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Iterable[str] = ()) -> Path:
     """Write a profile's tables and their evidence; what was there before goes.
 
     compression.csv, latency.csv, summary.csv, provenance.json, predictions/ (of every row, and the
@@ -90,6 +103,7 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     profile : its name.
     keep : let committed rows stay of runs that are not among `runs`, such as another machine's, if
         their references are in the tables and `runs` do not have their points; it is printed which go.
+    attempts : committed runs whose points become attempts that fell short, before others take their names.
 
     Returns
     -------
@@ -98,10 +112,13 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False) -> Path:
     Raises
     ------
     ResultError
-        When a run is unfinished or not as it was measured, or evidence is missing.
+        When a run is unfinished or not as it was measured, evidence is missing, or no such run is committed.
     """
     out = root() / "results" / profile
     finished, committed = [read_run(folder) for folder in runs], committed_runs(out) if keep else []
+    if unknown := set(attempts) - {run.run for run in committed}:
+        raise ResultError(f"not committed: {', '.join(sorted(unknown))}; committed runs become attempts")
+    committed = [_attempt(run) if run.run in attempts else run for run in committed]
     finished += _kept(finished, committed)
     finished.sort(key=lambda run: (run.record.notebook, run.record.seed))
     profiles = {run.record.profile for run in finished}

@@ -879,6 +879,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nnc_utils.results", description=main.__doc__)
     parser.add_argument("command", choices=["report", "publish"])
     parser.add_argument("--profile", help="default of report: every profile that has tables")
+    about = "committed runs whose points fell short: they stay as attempts beside those measured since"
+    parser.add_argument("--attempts", nargs="+", default=[], metavar="RUN", help=about)
     options = parser.parse_args()
     if options.command == "publish":
         if not options.profile:
@@ -887,7 +889,7 @@ def main() -> None:
         try:
             runs = [read_run(mark.parent) for mark in sorted(marks)]
             folders = [run.folder for run in runs if run.compression or run.latency]
-            publish(folders, options.profile, keep=True)
+            publish(folders, options.profile, keep=True, attempts=options.attempts)
         except ResultError as error:
             raise SystemExit(str(error)) from None
     names = [options.profile] if options.profile else [*ALL_PROFILES, "smoke"]

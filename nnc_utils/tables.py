@@ -118,8 +118,8 @@ class Run:
         """What the notebook wanted later ones to know."""
         return self.record.extra
 
-    def with_rows(self, **rows: list) -> Run:
-        """The same run with these `compression` or `latency` rows in place of its own."""
+    def with_rows(self, **rows: Any) -> Run:
+        """The same run with these `compression` or `latency` rows (and name `run`) in place of its own."""
         return Run(self.folder, self.record.model_copy(update=rows))
 
     def artifact(self, name: str) -> Path:

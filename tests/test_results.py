@@ -593,6 +593,22 @@ def test_a_row_that_its_run_no_longer_makes_goes_with_a_word(published, capsys):
     assert f"{gone} of {gone} rows of {old.run} go: it was made again" in capsys.readouterr().out
 
 
+def test_points_that_fell_short_stay_as_attempts(published):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    short = [f"quick/02_quantization/seed={seed}" for seed in (1, 2)]
+    before = {tuple(row.values()) for row in read(published / "compression.csv")}
+    results.publish(folders, "quick", keep=True, attempts=short)
+    made = read(published / "compression.csv")
+    attempts = [row for row in made if row["control"] == "attempt"]
+    assert [(row["run"], row["headline"]) for row in attempts] == [(f"{run},attempt", "0") for run in short]
+    assert {tuple(row.values()) for row in made if row not in attempts} == before
+    assert audit.problems(published, rescore=False) == []
+    results.publish(folders, "quick", keep=True)  # and they stay
+    assert read(published / "compression.csv") == made
+    with pytest.raises(results.ResultError, match="not committed: quick/nowhere"):
+        results.publish(folders, "quick", keep=True, attempts=["quick/nowhere"])
+
+
 def test_publish_fails_without_evidence_or_run(published):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
     with pytest.raises(results.ResultError, match="predictions"):
