@@ -43,10 +43,10 @@ def chosen_over_seeds(runs: list[Run]) -> dict[tuple, Choice]:
     """What the validation pictures of all seeds choose together.
 
     In each technique and division the smallest file that is likely without loss: the lower end of its
-    difference to its reference is `rows.NO_LOSS` or more (of equal ones the first by name). Where none is, the file whose lower end is highest,
-    unless all of its interval is below 0. Networks that lost channels are a race of their own, by MACs. Only
-    points compete that `SEEDS_OF_A_CLAIM` seeds or more looked at. The interval is that of the mean over the
-    seeds, their errors taken as independent.
+    difference to its reference is `rows.NO_LOSS` or more (of equal ones the first by name). Where none is,
+    the file whose lower end is highest, unless all of its interval is below 0. Networks that lost channels
+    are a race of their own, by MACs. Only points compete that `SEEDS_OF_A_CLAIM` seeds or more looked at. The
+    interval is that of the mean over the seeds, their errors taken as independent.
 
     Returns
     -------

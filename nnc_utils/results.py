@@ -146,7 +146,8 @@ students of one width, and of searched networks, the best of the first seed. Whe
 set says."""
 TOGETHER = f"""Where {SEEDS_OF_A_CLAIM} seeds looked at the same points, they chose together, one point in \
 each technique and division: the first whose lower end, over the seeds, is {NO_LOSS} or more (of equal \
-files the first by name); where there is none, the nearest that they do not call a loss (`over_seeds.chosen_over_seeds`). When this rule was made, \
+files the first by name); where there is none, the nearest that they do not call a loss \
+(`over_seeds.chosen_over_seeds`). When this rule was made, \
 the pipeline of the first seed and the pruned networks of the first two had been scored on the test set."""
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
