@@ -187,7 +187,7 @@ def test_a_writer_waits_for_a_dying_one(tmp_path, monkeypatch):
 
 
 def test_a_notebook_alone_makes_what_it_needs_once(place, monkeypatch, capsys):
-    small(place, "first", "run.finish(extra={'n': seed})")
+    small(place, "first", "import time\nrun.finish(extra={'n': time.time()})")
     second = small(place, "second", "run.finish()", needs=("first",), parameters=UPSTREAM)
     values = {"seconds": 0.0, "profile": "smoke", "seed": 1, "run_dir": "", "upstream": []}
 
