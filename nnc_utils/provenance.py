@@ -22,25 +22,8 @@ import psutil
 PACKAGE = Path(__file__).resolve().parent
 # They turn finished rows into tables and start notebooks; no measured number depends on them.
 WITHOUT_INFLUENCE = {
-    "processes",
-    "parameters",
-    "provenance",
-    "results",
-    "tables",
-    "audit",
-    "figures",
-    "paired",
-}
-WITHOUT_INFLUENCE |= {
-    "over_seeds",
-    "publishing",
-    "rows",
-    "run",
-    "notebook",
-    "benchmark",
-    "inspect",
-    "export",
-    "__init__",
+    *("processes", "parameters", "provenance", "rows", "tables", "over_seeds", "publishing", "paired"),
+    *("results", "audit", "figures", "run", "notebook", "benchmark", "inspect", "export", "__init__"),
 }
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
 FLAGS = (  # of a processor, those that matter to a time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,7 @@ def _attempt(run: Run) -> Run:
     return run.with_rows(run=name, compression=rows, latency=[])
 
 
-def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Iterable[str] = ()) -> Path:
+def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Collection[str] = ()) -> Path:
     """Write a profile's tables and their evidence; what was there before goes.
 
     compression.csv, latency.csv, summary.csv, provenance.json, predictions/ (of every row, and the
