@@ -18,6 +18,7 @@ from nnc_utils.tables import (
     ResultError,
     Run,
     artifact_name,
+    check_seeds,
     committed_runs,
     labels_name,
     named_pipeline,
@@ -135,6 +136,8 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Col
         for sha256 in {entry.artifact_sha256 for entry in run.record.artifacts} & claimed:
             if sizes[sha256] <= COMMITTED_BYTES:
                 run.artifact(sha256)
+    table = to_frame(compression, CompressionRow)
+    check_seeds(table)
     zeros = _zeros([*finished, *committed])
     points = {(row.artifact_sha256, point_of(row)) for row in compression if row.headline}
     latency = [
@@ -148,7 +151,6 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Col
     for name, content in _evidence(finished).items():
         _place(out / "predictions" / name, content)
         kept["predictions"].add(name)
-    table = to_frame(compression, CompressionRow)
     summary = summarize(table, out / "predictions")
     wanted, provenance = kept_artifacts(table, summary), {}
     for run in finished:

@@ -210,6 +210,17 @@ def artifact_name(sha256: str) -> str:
     return f"{sha256[:16]}.safetensors"
 
 
+def check_seeds(compression: pd.DataFrame) -> None:
+    """Refuse, as ResultError, a point whose seeds cannot be averaged: one twice, or of unequal training."""
+    for key, group in compression.groupby(POINT, sort=False):
+        point = dict(zip(POINT, key, strict=True))
+        if group["seed"].duplicated().any() or group["division"].nunique() > 1:
+            raise ResultError(f"{point}: a seed occurs twice, or its rows are of two divisions")
+        if group["train_images"].nunique() > 1:
+            saw = ", ".join(f"{row['train_images']:,} ({row['run']})" for _, row in group.iterrows())
+            raise ResultError(f"{point}: its seeds saw {saw} pictures; make them again with one budget")
+
+
 def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
     """One row per operating point, over its seeds (the protocol's rule 4).
 
@@ -222,6 +233,7 @@ def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
     -------
     The table of `SummaryRow`; no_loss = 1 where the interval's lower end is at least `rows.NO_LOSS`.
     """
+    check_seeds(compression)
     rows = []
     for key, group in compression.groupby(POINT, sort=False):
         point = dict(zip(POINT, key, strict=True))
@@ -234,11 +246,6 @@ def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
         accuracies = [float(a) for a in group["accuracy"]]
         sizes = ("size_ratio", "artifact_bytes", "params", "macs")
         means = {column: round(float(group[column].mean()), 4) for column in sizes}
-        if group["seed"].duplicated().any() or group["division"].nunique() > 1:
-            raise ResultError(f"{point}: a seed occurs twice, or its rows are of two divisions")
-        if group["train_images"].nunique() > 1:
-            saw = ", ".join(f"{row['train_images']:,} ({row['run']})" for _, row in group.iterrows())
-            raise ResultError(f"{point}: its seeds saw {saw} pictures; make them again with one budget")
         rows.append(
             SummaryRow(
                 **point,
