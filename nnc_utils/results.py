@@ -29,7 +29,7 @@ from nnc_utils.paired import (
 )
 from nnc_utils.peers import GENERAL
 from nnc_utils.provenance import code_sha256, root, write_atomically
-from nnc_utils.publishing import publish
+from nnc_utils.publishing import ATTEMPT, publish
 from nnc_utils.rows import (
     AFTER,
     AGAIN,
@@ -352,6 +352,13 @@ def _claims(tables: Tables) -> str:
         if seen := together.get(tuple(network[column] for column in POINT)):
             near = "" if seen.low >= NO_LOSS else ", the nearest: none is likely without loss"
             text += f" On validation {seen.mean:+.2f} [{seen.low:+.2f}, {seen.high:+.2f}]{near}."
+        earlier = tables.summary[tables.summary["control"] == ATTEMPT]
+        if fell_short := (earlier["technique"] == network["technique"]).sum():
+            text += (
+                f" Before it was trained, the test set had seen {fell_short} "
+                f"{'points' if fell_short > 1 else 'point'} of its technique fall short "
+                f"(control `{ATTEMPT}`)."
+            )
         timed = tables.timed(network["artifact_sha256"])
         timed = timed[timed["p50_ms"].notna() & (timed["runtime"] != "eager")].sort_values("p50_ms")
         if len(timed):

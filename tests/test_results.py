@@ -603,6 +603,8 @@ def test_points_that_fell_short_stay_as_attempts(published):
     assert [(row["run"], row["headline"]) for row in attempts] == [(f"{run},attempt", "0") for run in short]
     assert {tuple(row.values()) for row in made if row not in attempts} == before
     assert audit.problems(published, rescore=False) == []
+    told = results._claims(results.Tables(published))
+    assert "the test set had seen 1 point of its technique" in told
     results.publish(folders, "quick", keep=True)  # and they stay
     assert read(published / "compression.csv") == made
     with pytest.raises(results.ResultError, match="not committed: quick/nowhere"):
