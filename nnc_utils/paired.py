@@ -20,7 +20,7 @@ RIVALS = (
     ("hessian_rounding", "nncodec"),
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
-OURS = "channels_fisher"  # what is held against Torch-Pruning, at every number of MACs
+OURS = "channels_fisher"  # what is held against other networks of equal MACs
 THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls of the pipeline
 ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
 LARGER = ", in a larger file"
@@ -29,11 +29,11 @@ LARGER = ", in a larger file"
 def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> pd.DataFrame:
     """Paired differences between methods on the test images, from the stored predictions.
 
-    `RIVALS` at equal settings, `OURS`, fixed before, against Torch-Pruning at equal MACs, each taught
-    student against the same one without a teacher, each search's winner against the network by hand of no
-    fewer MACs and the same training, `PIPELINE` against the other orders at equal budgets, and
-    its largest file that is no larger against each rival (its smallest, where all are larger). Seeds are
-    taken together.
+    `RIVALS` at equal settings, `OURS`, fixed before, against Torch-Pruning, random scores and networks that
+    were never pruned at equal MACs, each taught student against the same one without a teacher, each
+    search's winner against the network by hand of no fewer MACs and the same training, `PIPELINE` against
+    the other orders at equal budgets, and its largest file that is no larger against each rival (its
+    smallest, where all are larger). Seeds are taken together.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
             else:
                 found = found[found["point"].map(_setting) == other["point"]]
             pairs += [(mine, other) for _, mine in found.iterrows()]
-    pairs += _against_torch_pruning(compression) + _against_alone(compression) + _against_thin(compression)
+    pairs += _against_equal_macs(compression) + _against_alone(compression) + _against_thin(compression)
     for mine, other in pairs + _against_pipeline(compression):
         names = tuple(f"{row['method']} {row['point']}" for row in (mine, other))
         together.setdefault(names, []).append((mine, other))
@@ -148,18 +148,29 @@ def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series
     return pairs
 
 
-def _against_torch_pruning(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """`OURS` in one cut, with and without mending, and each counterpart of equal MACs and training."""
-    usual = (compression["control"].fillna("") == "") & ~compression["point"].str.contains("int8|iterative")
-    found = compression[usual].assign(
+def _against_equal_macs(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
+    """`OURS` in one cut, with and without mending, and each network of equal MACs.
+
+    Torch-Pruning with the same training; random scores in the same way; networks that were never pruned with
+    as many pictures as ours and the baseline's.
+    """
+    found = compression[~compression["point"].str.contains("int8|iterative")].assign(
+        control=compression["control"].fillna(""),
         macs_point=compression["point"].str.extract(r"(macs=\S+)", expand=False),
         training=compression["point"].str.extract(r"(tuned|taught)", expand=False).fillna(""),
     )
-    same, pairs = ["seed", "macs_point", "training"], []
-    for _, rows in found.dropna(subset=["macs_point"]).groupby(same):
-        peers = rows[rows["method"].str.startswith("torch_pruning_")]
-        for _, mine in rows[rows["method"] == OURS].iterrows():
-            pairs += [(mine, other) for _, other in peers.iterrows()]
+    plain = found[(found["technique"] == "baseline") & (found["control"] == "")]
+    before, pairs = dict(zip(plain["seed"], plain["train_images"], strict=True)), []
+    for (seed, _), rows in found.dropna(subset=["macs_point"]).groupby(["seed", "macs_point"]):
+        cut = rows["method"].str.startswith("torch_pruning_") & (rows["control"] == "")
+        never_cut = rows["control"].isin(("from_scratch", "small_dense"))
+        for _, mine in rows[(rows["method"] == OURS) & (rows["control"] == "")].iterrows():
+            seen = rows["train_images"] - mine["train_images"]
+            random = (rows["control"] == "random") & (rows["point"] == mine["point"])
+            alike = (cut & (rows["training"] == mine["training"]) | random) & (seen == 0)
+            if mine["training"] and seed in before:
+                alike |= never_cut & (seen == before[seed])
+            pairs += [(mine, other) for _, other in rows[alike].iterrows()]
     return pairs
 
 

@@ -787,7 +787,7 @@ def test_a_profile_is_chosen_by_what_its_table_holds(published):
     assert "results/quick" in results.readme_block(root)
 
 
-def test_fisher_channels_meet_each_counterpart_at_equal_macs_and_training(tmp_path):
+def test_fisher_channels_meet_each_network_of_equal_macs_and_training(tmp_path):
     labels = np.tile(np.arange(10, dtype=np.uint8), 100)
     np.save(tmp_path / tables.labels_name("digits"), labels)
     made = []
@@ -802,6 +802,11 @@ def test_fisher_channels_meet_each_counterpart_at_equal_macs_and_training(tmp_pa
         ("channels_fisher", "macs=8x mended tuned", 90, ""),
         ("torch_pruning_taylor", "macs=4x even tuned", 80, ""),
         ("torch_pruning_taylor", "macs=8x even tuned", 10, ""),
+        ("channels_random", "macs=4x mended tuned", 70, "random"),
+        ("from_scratch", "macs=4x", 30, "from_scratch"),
+        ("small_dense", "macs=4x", 60, "small_dense"),
+        ("small_dense", "macs=4x int8", 60, "small_dense"),  # another precision
+        ("small_dense", "macs=8x", 60, "small_dense"),  # of another notebook: trained for longer
     ):
         sha256 = f"{len(made) + 1:016x}" + "0" * 48
         predictions = labels.copy()
@@ -809,12 +814,24 @@ def test_fisher_channels_meet_each_counterpart_at_equal_macs_and_training(tmp_pa
         np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
         made.append({"method": method, "point": point, "artifact_bytes": 100, "artifact_sha256": sha256})
         made[-1] |= {"seed": 1, "control": control, "technique": "pruning"}
+        whole = 1000 * (control in ("from_scratch", "small_dense")) + 500 * (point == "macs=8x")
+        made[-1] |= {"train_images": 0 if point == "macs=4x mended" else 200 + whole}
+    made.append(made[0] | {"method": "train", "technique": "baseline", "point": "", "train_images": 1000})
     found = results.comparisons(pd.DataFrame(made), tmp_path, dataset="digits")
-    assert found[["ours", "theirs", "verdict"]].values.tolist() == [
-        ["channels_fisher macs=4x mended tuned", "torch_pruning_taylor macs=4x even tuned", "beats"],
-        ["channels_fisher macs=4x tuned", "torch_pruning_taylor macs=4x even tuned", "below"],
-        ["channels_fisher macs=8x mended tuned", "torch_pruning_taylor macs=8x even tuned", "below"],
-    ]
+    mended, plain = "channels_fisher macs=4x mended tuned", "channels_fisher macs=4x tuned"
+    taught, eighth = "channels_fisher macs=4x mended taught", "channels_fisher macs=8x mended tuned"
+    assert {tuple(told) for told in found[["ours", "theirs", "verdict"]].values.tolist()} == {
+        (mended, "torch_pruning_taylor macs=4x even tuned", "beats"),
+        (mended, "channels_random macs=4x mended tuned", "beats"),
+        (mended, "from_scratch macs=4x", "below"),
+        (mended, "small_dense macs=4x", "beats"),
+        (plain, "torch_pruning_taylor macs=4x even tuned", "below"),
+        (plain, "from_scratch macs=4x", "below"),
+        (plain, "small_dense macs=4x", "below"),
+        (taught, "from_scratch macs=4x", "beats"),
+        (taught, "small_dense macs=4x", "beats"),
+        (eighth, "torch_pruning_taylor macs=8x even tuned", "below"),
+    }
 
 
 def test_taught_students_meet_those_alone_over_all_seeds(tmp_path):

@@ -809,6 +809,13 @@ else:
 # [report of standard](../results/standard/report.md#where-do-the-zeros-lie) lists in which part of each masked network the
 # zeros lie, beside what it lost.
 #
+# **Was the large network worth training?** The table holds `channels_fisher` against `from_scratch` (the same narrow architecture)
+# and `small_dense` (a plain narrow one), where a profile has them. Neither ever saw the large network; both were trained for
+# its pictures and those of the fine-tuning together. Elsewhere such networks were as good as pruned ones (Liu et al., 2019). Unless
+# the verdict is "beats", nothing here speaks against that, and what is left for pruning is time: you have the large network
+# already, and `train_seconds` of a pruned one counts from there. Random scores are the other control: only where
+# `channels_fisher` beats `channels_random` does it matter *which* channels go.
+#
 # ## What you can now measure
 #
 # What a weight, a channel or a block is worth to the loss; what a mask saves in the file, and what removing channels saves
