@@ -118,10 +118,15 @@ def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
 
 
 def macs_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
-    """How much arithmetic is left away, and what does it cost? Masks leave it all; int8 rows are left out."""
+    """How much arithmetic is left away, and what does it cost?
+
+    Masks leave it all: of those only the ones that were trained on. Rows of rounded weights are left out.
+    """
     axes = axes or plt.subplots()[1]
     dense = compression[_is_reference(compression)]["macs"].max()
-    rows = compression[~compression["point"].str.contains("int8")]
+    rounded = compression["point"].str.contains("int8|rate=") | compression["method"].str.endswith("qat4")
+    masks = (compression["technique"] == "pruning") & (compression["macs"] >= dense)
+    rows = compression[~rounded & ~(masks & (compression["division"] == "closed"))]
     _accuracy_against(rows, dense / rows["macs"], axes)
     axes.set(
         xlabel="times fewer multiplications (MACs)", title="How much less to compute, and how much worse?"

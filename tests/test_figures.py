@@ -103,7 +103,7 @@ def test_size_against_accuracy_shows_points_over_their_seeds_and_joins_only_what
     assert axes.get_legend().get_title().get_text() == "hollow: fewer than 2 seeds"
 
 
-def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():
+def test_macs_against_accuracy_joins_equal_treatments_and_leaves_rounded_weights_out():
     rows = [
         ("baseline", "train", "", "", 800, 92.0),
         ("pruning", "channels_l1", "macs=2x tuned", "", 400, 91.9),
@@ -112,9 +112,14 @@ def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():
         ("pruning", "channels_l1", "macs=4x", "", 200, 89.5),
         ("pruning", "from_scratch", "macs=4x", "from_scratch", 200, 91.2),
         ("baseline", "small_dense", "macs=4x", "small_dense", 200, 91.1),
+        ("baseline", "small_dense", "macs=4x,rate=1e-9", "small_dense", 200, 91.0),
+        ("pruning", "magnitude_global", "sparsity=0.9 tuned", "", 800, 91.5),
+        ("pruning", "magnitude_global", "sparsity=0.9 bn", "", 800, 90.5),
     ]
     columns = ("technique", "method", "point", "control", "macs", "accuracy")
     table = pd.DataFrame(rows, columns=columns)
+    closed = table["point"].isin(["", "macs=4x", "sparsity=0.9 bn"]) & (table["control"] == "")
+    table["division"] = closed.map({True: "closed", False: "open"})
     table = table.assign(seed=1, accuracy_delta=0.0, delta_ci_low=-0.1, delta_ci_high=0.1, size_ratio=1.0)
     axes = figures.macs_against_accuracy(table).axes[0]
     lines = {c.get_label(): sorted(c.lines[0].get_xdata()) for c in axes.containers}
@@ -122,6 +127,7 @@ def test_macs_against_accuracy_joins_equal_treatments_and_leaves_integers_out():
         "ResNet, fp32": [1.0],
         "channels l1, tuned": [2.0, 4.0],
         "channels l1": [4.0],
+        "magnitude global, tuned": [1.0],
         "from scratch": [4.0],
         "small dense": [4.0],
     }
