@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from nnc_utils import peers
+from nnc_utils.paired import of_the_pipelines_notebook
 from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS
 from nnc_utils.tables import POINT
 
@@ -120,14 +121,15 @@ def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
 def macs_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
     """How much arithmetic is left away, and what does it cost?
 
-    Masks leave it all: of those only the ones that were trained on. Rows of rounded weights are left out.
+    Masks leave it all: of those only the ones that were trained on. What was rounded is left out, and the
+    pipeline's rivals, which had another training. Where MACs are equal, series stand side by side.
     """
     axes = axes or plt.subplots()[1]
     dense = compression[_is_reference(compression)]["macs"].max()
-    rounded = compression["point"].str.contains("int8|rate=") | compression["method"].str.endswith("qat4")
+    others = compression["point"].str.contains("int8|rate=") | of_the_pipelines_notebook(compression)
     masks = (compression["technique"] == "pruning") & (compression["macs"] >= dense)
-    rows = compression[~rounded & ~(masks & (compression["division"] == "closed"))]
-    _accuracy_against(rows, dense / rows["macs"], axes)
+    rows = compression[~others & ~(masks & (compression["division"] == "closed"))]
+    _accuracy_against(rows, dense / rows["macs"], axes, apart=1.008)
     axes.set(
         xlabel="times fewer multiplications (MACs)", title="How much less to compute, and how much worse?"
     )
@@ -213,7 +215,7 @@ def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     return means.assign(below=below, above=above).sort_values("ratio", kind="stable")
 
 
-def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -> None:
+def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes, *, apart: float = 1.0) -> None:
     compression = compression[~compression["control"].fillna("").str.startswith(AFTER)]
     ratio = ratio[compression.index]
     seeds = compression[_is_reference(compression)]["accuracy"]
@@ -226,7 +228,9 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes) -
     table = _over_seeds(table.assign(control=table["control"].fillna("")))
     if len(seeds) > 1:  # not every point has every seed; the difference is to its own seeds' networks
         table["accuracy"] = seeds.mean() + table["accuracy_delta"]
+    middle = (table["series"].nunique() - 1) / 2
     for number, (label, rows) in enumerate(table.groupby("series", sort=True)):
+        rows = rows.assign(ratio=rows["ratio"] * apart ** (number - middle))
         marker = MARKERS[number % len(MARKERS)]
         style = {"marker": marker, "capsize": 3, "label": label}
         thin = rows["control"].eq("small_dense") & rows["point"].str.contains(",rate=")

@@ -149,27 +149,30 @@ def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series
 
 
 def _against_equal_macs(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """`OURS` in one cut, with and without mending, and each network of equal MACs.
+    """`OURS`, with and without mending, and each network of equal MACs, both in floats or both in int8.
 
-    Torch-Pruning with the same training; random scores in the same way; networks that were never pruned with
-    as many pictures as ours and the baseline's.
+    In one cut against Torch-Pruning with the same training and random scores in the same way; in one or more
+    against networks that were never pruned with as many pictures as ours and the baseline's.
     """
-    found = compression[~compression["point"].str.contains("int8|iterative")].assign(
+    found = compression.assign(
         control=compression["control"].fillna(""),
         macs_point=compression["point"].str.extract(r"(macs=\S+)", expand=False),
         training=compression["point"].str.extract(r"(tuned|taught)", expand=False).fillna(""),
+        int8=compression["point"].str.endswith(" int8"),
     )
     plain = found[(found["technique"] == "baseline") & (found["control"] == "")]
     before, pairs = dict(zip(plain["seed"], plain["train_images"], strict=True)), []
-    for (seed, _), rows in found.dropna(subset=["macs_point"]).groupby(["seed", "macs_point"]):
-        cut = rows["method"].str.startswith("torch_pruning_") & (rows["control"] == "")
+    for (seed, *_), rows in found.dropna(subset=["macs_point"]).groupby(["seed", "macs_point", "int8"]):
+        theirs = rows["method"].str.startswith("torch_pruning_") & (rows["control"] == "")
         never_cut = rows["control"].isin(("from_scratch", "small_dense"))
         for _, mine in rows[(rows["method"] == OURS) & (rows["control"] == "")].iterrows():
-            seen = rows["train_images"] - mine["train_images"]
+            more = rows["train_images"] - mine["train_images"]
             random = (rows["control"] == "random") & (rows["point"] == mine["point"])
-            alike = (cut & (rows["training"] == mine["training"]) | random) & (seen == 0)
-            if mine["training"] and seed in before:
-                alike |= never_cut & (seen == before[seed])
+            alike = (theirs & (rows["training"] == mine["training"]) | random) & (more == 0)
+            if "iterative" in mine["point"]:
+                alike &= False
+            if mine["training"]:  # of one run its notebook sees to it
+                alike |= never_cut & ((rows["run"] == mine["run"]) | (more == before.get(seed)))
             pairs += [(mine, other) for _, other in rows[alike].iterrows()]
     return pairs
 

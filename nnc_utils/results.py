@@ -18,6 +18,7 @@ import pandas as pd
 from nnc_utils.over_seeds import SEEDS_OF_A_CLAIM, chosen_over_seeds
 from nnc_utils.paired import (
     LARGER,
+    OURS,
     THIN,
     comparisons,
     gaps,
@@ -119,7 +120,7 @@ WORDS = {  # what stands in the column "network"; the number is the notebook's t
     "random": "an architecture found by random search (05)",
     "optuna_nsga2": "an architecture found by Optuna (05)",
     "prune_distill_quantize": "the pipeline: channels removed, taught, rounded (06)",
-    "small_dense": "a plain thin ResNet-18, trained as long, rounded: the pipeline's rival (06)",
+    "small_dense": "a plain thin ResNet-18, trained as long: the rival of the pipeline (06), of cuts (03)",
     "small_dense_qat4": "a plain thin ResNet-18, trained as long, at last with weights of 4 bits (06)",
     "small_dense_distilled": "a plain thin ResNet-18, taught and rounded (06)",
     "searched": "the architecture of 05, taught and rounded (06)",
@@ -145,10 +146,10 @@ likely without loss on the test set, of networks that lost channels the one with
 students of one width, and of searched networks, the best of the first seed. Whether it holds, the test \
 set says."""
 TOGETHER = f"""Where {SEEDS_OF_A_CLAIM} seeds looked at the same points, they chose together, one point in \
-each technique and division: the first whose lower end, over the seeds, is {NO_LOSS} or more (of equal \
-files the first by name); where there is none, the nearest that they do not call a loss \
-(`over_seeds.chosen_over_seeds`). When this rule was made, \
-the pipeline of the first seed and the pruned networks of the first two had been scored on the test set."""
+each technique and division, networks that lost channels apart: the first whose lower end, over the seeds, \
+is {NO_LOSS} or more (of equal files the first by name); where there is none, the nearest that they do not \
+call a loss (`over_seeds.chosen_over_seeds`)."""
+HISTORY = "history.md"  # what the test set had seen before what is claimed was made, in the authors' words
 STALE = " †"
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
 
@@ -337,6 +338,9 @@ def _claims(tables: Tables) -> str:
     """What was chosen on validation, before the test set was looked at, and whether it holds there."""
     together = chosen_over_seeds(committed_runs(tables.folder))
     claims = [CHOICE, TOGETHER] if together else [CHOICE]
+    if (history := tables.folder / HISTORY).is_file():
+        claims.append(history.read_text(encoding="utf-8").strip())
+    equal_macs = [pair for pair in _compared(tables, comparisons) if pair["ours"].startswith(OURS)]
     for _, network in tables.networks().iterrows():
         if network["headline"] != 1 or network["artifact_sha256"] == network["reference_sha256"]:
             continue
@@ -352,13 +356,19 @@ def _claims(tables: Tables) -> str:
         if seen := together.get(tuple(network[column] for column in POINT)):
             near = "" if seen.low >= NO_LOSS else ", the nearest: none is likely without loss"
             text += f" On validation {seen.mean:+.2f} [{seen.low:+.2f}, {seen.high:+.2f}]{near}."
-        earlier = tables.summary[tables.summary["control"] == ATTEMPT]
-        if fell_short := (earlier["technique"] == network["technique"]).sum():
+        same_kind = [tables.summary[c] == network[c] for c in ("dataset", "technique", "division")]
+        short = tables.summary[np.logical_and.reduce(same_kind) & (tables.summary["control"] == ATTEMPT)]
+        if fell_short := (short["no_loss"] == 0).sum():
             text += (
                 f" Before it was trained, the test set had seen {fell_short} "
                 f"{'points' if fell_short > 1 else 'point'} of its technique fall short "
                 f"(control `{ATTEMPT}`)."
             )
+        rivals = [pair for pair in equal_macs if pair["ours"] == f"{network['method']} {network['point']}"]
+        text += _verdicts(
+            (pair["verdict"], f"`{pair['theirs']}` ({pair['points']}, {pair['seeds']} of {_seeds(point)})")
+            for pair in rivals
+        )
         timed = tables.timed(network["artifact_sha256"])
         timed = timed[timed["p50_ms"].notna() & (timed["runtime"] != "eager")].sort_values("p50_ms")
         if len(timed):
@@ -461,7 +471,7 @@ def _pipeline(tables: Tables) -> str:
         thin_rivals(rows)
         | (of_the_pipelines_notebook(rows) & (rows["technique"] == "peer") & ~rows["method"].isin(GENERAL))
     ]
-    evidence_of, told = tables.folder / "predictions", dict[str, list[str]]()
+    evidence_of, told = tables.folder / "predictions", []
     labels = labels_for(evidence_of, point["dataset"])
     for (method, setting), theirs in others.groupby(["method", "point"], sort=False):
         same = ["seed", "train_images"]
@@ -471,11 +481,19 @@ def _pipeline(tables: Tables) -> str:
         found = versus(*pairs, evidence_of, labels)
         fewer = f", {found['seeds']} of {_seeds(point)}" * bool(found["seeds"] != point["seeds"])
         about = f"`{method} {setting}` ({found['their bytes']:,} bytes, {found['points']}{fewer})"
-        told.setdefault(found["verdict"], []).append(about)
+        told.append((found["verdict"], about))
+    return text + _verdicts(told)
+
+
+def _verdicts(told: Iterable[tuple[str, str]]) -> str:
+    """A sentence for each verdict with all that it was said of."""
+    said, text = dict[str, list[str]](), ""
+    for verdict, about in told:
+        said.setdefault(verdict, []).append(about)
     words = {"below": "below", "not below": "undecided against", "beats": "above", "equal": "equal to"}
     for kind, told_of in words.items():
         for size in ("", LARGER):
-            rivals = ", ".join(told.get(kind + size, []))
+            rivals = ", ".join(said.get(kind + size, []))
             text += f" It is {told_of}{' (with the larger file)' * bool(size)} {rivals}." * bool(rivals)
     return text
 

@@ -113,6 +113,7 @@ def test_macs_against_accuracy_joins_equal_treatments_and_leaves_rounded_weights
         ("pruning", "from_scratch", "macs=4x", "from_scratch", 200, 91.2),
         ("baseline", "small_dense", "macs=4x", "small_dense", 200, 91.1),
         ("baseline", "small_dense", "macs=4x,rate=1e-9", "small_dense", 200, 91.0),
+        ("baseline", "small_dense", "macs=8x", "small_dense", 100, 91.0),  # of the pipeline's notebook
         ("pruning", "magnitude_global", "sparsity=0.9 tuned", "", 800, 91.5),
         ("pruning", "magnitude_global", "sparsity=0.9 bn", "", 800, 90.5),
     ]
@@ -120,9 +121,14 @@ def test_macs_against_accuracy_joins_equal_treatments_and_leaves_rounded_weights
     table = pd.DataFrame(rows, columns=columns)
     closed = table["point"].isin(["", "macs=4x", "sparsity=0.9 bn"]) & (table["control"] == "")
     table["division"] = closed.map({True: "closed", False: "open"})
+    table["run"] = (table["macs"] == 100).map(
+        {True: "quick/06_pipeline/seed=1", False: "quick/03_pruning/seed=1"}
+    )
     table = table.assign(seed=1, accuracy_delta=0.0, delta_ci_low=-0.1, delta_ci_high=0.1, size_ratio=1.0)
     axes = figures.macs_against_accuracy(table).axes[0]
     lines = {c.get_label(): sorted(c.lines[0].get_xdata()) for c in axes.containers}
+    assert len({x for xs in lines.values() for x in xs}) == sum(map(len, lines.values()))  # side by side
+    lines = {label: [round(x) for x in xs] for label, xs in lines.items()}
     assert lines == {
         "ResNet, fp32": [1.0],
         "channels l1, tuned": [2.0, 4.0],

@@ -603,8 +603,20 @@ def test_points_that_fell_short_stay_as_attempts(published):
     assert [(row["run"], row["headline"]) for row in attempts] == [(f"{run},attempt", "0") for run in short]
     assert {tuple(row.values()) for row in made if row not in attempts} == before
     assert audit.problems(published, rescore=False) == []
-    told = results._claims(results.Tables(published))
-    assert "the test set had seen 1 point of its technique" in told
+    (published / results.HISTORY).write_text("What was tried before.\n")
+    shown = results.Tables(published)
+    assert "What was tried before.\n\n" in results._claims(shown)
+    attempt = shown.summary["control"] == "attempt"
+    for column, value, said in (
+        ("no_loss", 0, True),
+        ("technique", "pruning", False),
+        ("technique", "quantization", True),
+        ("division", "open", False),
+        ("division", "closed", True),
+        ("no_loss", 1, False),
+    ):
+        shown.summary.loc[attempt, column] = value
+        assert ("had seen 1 point of its technique fall short" in results._claims(shown)) == said
     results.publish(folders, "quick", keep=True)  # and they stay
     assert read(published / "compression.csv") == made
     with pytest.raises(results.ResultError, match="not committed: quick/nowhere"):
@@ -734,7 +746,7 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(tmp_path):
         predictions[:wrong] = (predictions[:wrong] + 1) % 10
         np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
         made.append({"method": method, "point": point, "artifact_bytes": size, "artifact_sha256": sha256})
-        made[-1] |= {"seed": 1, "control": control or np.nan, "technique": "quantization"}
+        made[-1] |= {"seed": 1, "control": control or np.nan, "technique": "quantization", "train_images": 0}
 
     made = []
     row("kmeans", "bits=2", 100, 300)
@@ -791,47 +803,75 @@ def test_fisher_channels_meet_each_network_of_equal_macs_and_training(tmp_path):
     labels = np.tile(np.arange(10, dtype=np.uint8), 100)
     np.save(tmp_path / tables.labels_name("digits"), labels)
     made = []
-    for method, point, wrong, control in (
-        ("channels_fisher", "macs=4x mended tuned", 50, ""),
-        ("channels_fisher", "macs=4x tuned", 90, ""),
-        ("channels_l2", "macs=4x mended tuned", 10, ""),  # not what was fixed before
-        ("channels_fisher", "macs=4x mended tuned int8", 0, ""),  # another precision
-        ("channels_fisher", "macs=4x mended iterative tuned", 0, ""),  # another schedule
-        ("channels_fisher", "macs=4x mended taught", 0, ""),  # another training
-        ("channels_fisher", "macs=4x mended", 20, ""),  # not tuned: nothing of theirs to compare with
-        ("channels_fisher", "macs=8x mended tuned", 90, ""),
-        ("torch_pruning_taylor", "macs=4x even tuned", 80, ""),
-        ("torch_pruning_taylor", "macs=8x even tuned", 10, ""),
-        ("channels_random", "macs=4x mended tuned", 70, "random"),
-        ("from_scratch", "macs=4x", 30, "from_scratch"),
-        ("small_dense", "macs=4x", 60, "small_dense"),
-        ("small_dense", "macs=4x int8", 60, "small_dense"),  # another precision
-        ("small_dense", "macs=8x", 60, "small_dense"),  # of another notebook: trained for longer
-    ):
+
+    def add(method, point, wrong, control="", *, images=200, seed=1, run="03_pruning", technique="pruning"):
         sha256 = f"{len(made) + 1:016x}" + "0" * 48
         predictions = labels.copy()
         predictions[:wrong] = (predictions[:wrong] + 1) % 10
         np.save(tmp_path / rows.evidence(sha256), predictions.astype(np.uint8))
-        made.append({"method": method, "point": point, "artifact_bytes": 100, "artifact_sha256": sha256})
-        made[-1] |= {"seed": 1, "control": control, "technique": "pruning"}
-        whole = 1000 * (control in ("from_scratch", "small_dense")) + 500 * (point == "macs=8x")
-        made[-1] |= {"train_images": 0 if point == "macs=4x mended" else 200 + whole}
-    made.append(made[0] | {"method": "train", "technique": "baseline", "point": "", "train_images": 1000})
-    found = results.comparisons(pd.DataFrame(made), tmp_path, dataset="digits")
+        made.append({"method": method, "point": point, "control": control, "technique": technique})
+        made[-1] |= {"artifact_bytes": 100, "artifact_sha256": sha256, "train_images": images, "seed": seed}
+        made[-1] |= {"run": f"quick/{run}/seed={seed}"}
+
+    add("channels_fisher", "macs=4x mended tuned", 50)
+    add("channels_fisher", "macs=4x tuned", 90)
+    add("channels_fisher", "macs=4x mended tuned int8", 55)
+    add("channels_fisher", "macs=4x mended iterative tuned", 65)
+    add("channels_fisher", "macs=4x mended taught", 0)
+    add("channels_fisher", "macs=4x mended", 20, images=0)  # not trained on: nothing to compare with
+    add("channels_fisher", "macs=8x mended tuned", 90)
+    add("channels_fisher", "macs=4x mended tuned", 0, "attempt")
+    add("channels_l2", "macs=4x mended tuned", 10)  # not what was fixed before
+    add("torch_pruning_taylor", "macs=4x even tuned", 80)
+    add("torch_pruning_taylor", "macs=8x even tuned", 10)
+    add("torch_pruning_bn_scale", "macs=4x even tuned", 80, images=300)  # of another budget
+    add("torch_pruning_bn_scale", "macs=4x even tuned", 80, "attempt")
+    add("channels_random", "macs=4x mended tuned", 70, "random")
+    add("channels_random", "macs=8x mended tuned", 70, "random", images=300)  # of another budget
+    add("from_scratch", "macs=4x", 30, "from_scratch", images=1200, run="03_pruning/controls")
+    add("small_dense", "macs=4x", 60, "small_dense", images=1200, run="03_pruning/controls")
+    add("small_dense", "macs=4x int8", 60, "small_dense", images=1200, run="03_pruning/controls")
+    add("small_dense", "macs=8x", 60, "small_dense", run="06_pipeline")  # its first training is not counted
+    add("torch_pruning_taylor", "macs=4x even tuned", 0, seed=2)  # a seed without ours
+    seed_1 = {"images": 1000, "technique": "baseline", "run": "01_baseline"}
     mended, plain = "channels_fisher macs=4x mended tuned", "channels_fisher macs=4x tuned"
     taught, eighth = "channels_fisher macs=4x mended taught", "channels_fisher macs=8x mended tuned"
-    assert {tuple(told) for told in found[["ours", "theirs", "verdict"]].values.tolist()} == {
+    step_by_step = "channels_fisher macs=4x mended iterative tuned"
+    cut = {
         (mended, "torch_pruning_taylor macs=4x even tuned", "beats"),
         (mended, "channels_random macs=4x mended tuned", "beats"),
+        (plain, "torch_pruning_taylor macs=4x even tuned", "below"),
+        (eighth, "torch_pruning_taylor macs=8x even tuned", "below"),
+    }
+    never_cut = {
         (mended, "from_scratch macs=4x", "below"),
         (mended, "small_dense macs=4x", "beats"),
-        (plain, "torch_pruning_taylor macs=4x even tuned", "below"),
+        (f"{mended} int8", "small_dense macs=4x int8", "beats"),
         (plain, "from_scratch macs=4x", "below"),
         (plain, "small_dense macs=4x", "below"),
         (taught, "from_scratch macs=4x", "beats"),
         (taught, "small_dense macs=4x", "beats"),
-        (eighth, "torch_pruning_taylor macs=8x even tuned", "below"),
+        (step_by_step, "from_scratch macs=4x", "below"),
+        (step_by_step, "small_dense macs=4x", "below"),
     }
+
+    def told():
+        found = results.comparisons(pd.DataFrame(made), tmp_path, dataset="digits")
+        assert (found["seeds"] == 1).all()
+        return {tuple(pair) for pair in found[["ours", "theirs", "verdict"]].values.tolist()}
+
+    assert told() == cut  # how long the baseline was trained is not known
+    add("train", "", 0, **seed_1 | {"images": 999})
+    assert told() == cut
+    made.pop()
+    add("dense_finetuned", "", 0, "dense_finetuned", **seed_1)  # not the baseline
+    assert told() == cut
+    add("train", "", 0, **seed_1)
+    assert told() == cut | never_cut
+    made.pop()
+    for row in made:  # of one run: its notebook sees to it
+        row["run"] = row["run"].replace("/controls", "")
+    assert told() == cut | never_cut
 
 
 def test_taught_students_meet_those_alone_over_all_seeds(tmp_path):

@@ -753,8 +753,8 @@ figures.show(
 # %% [markdown]
 # ### Who beats whom?
 #
-# At each number of MACs and with the same training, Fisher scores, mended or not, against each counterpart, on the same test
-# pictures; and each score of weights against their magnitudes, at as many zeros. Which of ours is compared was fixed before. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
+# At each number of MACs and with the same training, Fisher scores, mended or not, against each counterpart, random scores and
+# networks that were never cut, on the same test pictures; and each score of weights against their magnitudes, at as many zeros. Which of ours is compared was fixed before. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
 
 # %%
 versus = results.comparisons(table, run.path("predictions"), dataset=reference.dataset)
@@ -809,12 +809,13 @@ else:
 # [report of standard](../results/standard/report.md#where-do-the-zeros-lie) lists in which part of each masked network the
 # zeros lie, beside what it lost.
 #
-# **Was the large network worth training?** The table holds `channels_fisher` against `from_scratch` (the same narrow architecture)
-# and `small_dense` (a plain narrow one), where a profile has them. Neither ever saw the large network; both were trained for
-# its pictures and those of the fine-tuning together. Elsewhere such networks were as good as pruned ones (Liu et al., 2019). Unless
-# the verdict is "beats", nothing here speaks against that, and what is left for pruning is time: you have the large network
-# already, and `train_seconds` of a pruned one counts from there. Random scores are the other control: only where
-# `channels_fisher` beats `channels_random` does it matter *which* channels go.
+# **Was the large network worth training?** The table holds `channels_fisher` against two that were never cut, where a profile has
+# them, trained for the large network's pictures and those of the fine-tuning together. `small_dense`, a plain narrow network, never saw
+# the large one; `from_scratch` has nothing of it but the widths. Elsewhere such networks were as good as pruned ones
+# (Liu et al., 2019). Does the verdict contradict that? "Not below" does not; nor does it show that they are equal: look at the width of the
+# interval and at the number of seeds. Where ours was `taught` it had a teacher besides, so even "beats" would not be due to pruning
+# alone. What pruning does save is time, if you have the large network already: its `train_seconds` in `compression.csv` count from
+# there. `channels_random` is the control of the scores: it differs in *which* channels go, and in how many of each layer.
 #
 # ## What you can now measure
 #
