@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from nnc_utils import peers
-from nnc_utils.paired import of_the_pipelines_notebook
 from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS
-from nnc_utils.tables import POINT
+from nnc_utils.tables import POINT, of_the_pipelines_notebook
 
 MARKERS = "osD^vP*X<>hdp8"
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nnc_utils.rows import JOINED, differences, evidence, labels_of, notebook_of, read_predictions
-from nnc_utils.tables import PIPELINE, labels_name
+from nnc_utils.rows import differences, evidence, labels_of, read_predictions
+from nnc_utils.tables import PIPELINE, labels_name, of_the_pipelines_notebook
 
 # ours, theirs: compared at the same setting; with a codec, our largest file that is no larger
 RIVALS = (
@@ -220,11 +220,6 @@ def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Ser
 def _setting(point: str) -> str:
     """ "budget=3bit bn" as "bits=3 bn": one width for all layers, whose bytes are the budget."""
     return re.sub(r"budget=(\d+)(bit|level)", r"\2s=\1", point)
-
-
-def of_the_pipelines_notebook(compression: pd.DataFrame) -> pd.Series:
-    """Which rows are of the pipeline's notebook."""
-    return compression["run"].map(notebook_of) == JOINED
 
 
 def thin_rivals(compression: pd.DataFrame) -> pd.Series:

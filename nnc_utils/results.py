@@ -24,7 +24,6 @@ from nnc_utils.paired import (
     gaps,
     in_points,
     labels_for,
-    of_the_pipelines_notebook,
     thin_rivals,
     versus,
 )
@@ -55,6 +54,7 @@ from nnc_utils.tables import (
     committed_runs,
     labels_name,
     named_pipeline,
+    of_the_pipelines_notebook,
     read_rows,
     read_run,
     summarize,

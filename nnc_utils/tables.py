@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nnc_utils.provenance import file_sha256, json_sha256
 from nnc_utils.rows import (
+    JOINED,
     NO_LOSS,
     CompressionRow,
     LatencyRow,
@@ -28,6 +29,7 @@ from nnc_utils.rows import (
     SummaryRow,
     differences,
     evidence,
+    notebook_of,
     read_predictions,
 )
 
@@ -267,6 +269,11 @@ def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
 def point_of(row: CompressionRow | LatencyRow) -> tuple:
     """What rows of several seeds, and of several runtimes, share: `POINT`."""
     return tuple(getattr(row, column) for column in POINT)
+
+
+def of_the_pipelines_notebook(compression: pd.DataFrame) -> pd.Series:
+    """Which rows are of the pipeline's notebook."""
+    return compression["run"].map(notebook_of) == JOINED
 
 
 def named_pipeline(summary: pd.DataFrame) -> pd.Series | None:
