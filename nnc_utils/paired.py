@@ -169,9 +169,8 @@ def _against_equal_macs(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.S
             more = rows["train_images"] - mine["train_images"]
             random = (rows["control"] == "random") & (rows["point"] == mine["point"])
             alike = (theirs & (rows["training"] == mine["training"]) | random) & (more == 0)
-            if "iterative" in mine["point"]:
-                alike &= False
-            if mine["training"]:  # of one run its notebook sees to it
+            alike &= "iterative" not in mine["point"]
+            if mine["training"]:  # in one run the notebook gives both the same pictures
                 alike |= never_cut & ((rows["run"] == mine["run"]) | (more == before.get(seed)))
             pairs += [(mine, other) for _, other in rows[alike].iterrows()]
     return pairs

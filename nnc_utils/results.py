@@ -360,9 +360,8 @@ def _claims(tables: Tables) -> str:
         short = tables.summary[np.logical_and.reduce(same_kind) & (tables.summary["control"] == ATTEMPT)]
         if fell_short := (short["no_loss"] == 0).sum():
             text += (
-                f" Before it was trained, the test set had seen {fell_short} "
-                f"{'points' if fell_short > 1 else 'point'} of its technique fall short "
-                f"(control `{ATTEMPT}`)."
+                f" Earlier attempts of its technique that fell short on the test set (control `{ATTEMPT}`): "
+                f"{fell_short}."
             )
         rivals = [pair for pair in equal_macs if pair["ours"] == f"{network['method']} {network['point']}"]
         text += _verdicts(

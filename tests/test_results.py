@@ -616,7 +616,7 @@ def test_points_that_fell_short_stay_as_attempts(published):
         ("no_loss", 1, False),
     ):
         shown.summary.loc[attempt, column] = value
-        assert ("had seen 1 point of its technique fall short" in results._claims(shown)) == said
+        assert ("fell short on the test set (control `attempt`): 1." in results._claims(shown)) == said
     results.publish(folders, "quick", keep=True)  # and they stay
     assert read(published / "compression.csv") == made
     with pytest.raises(results.ResultError, match="not committed: quick/nowhere"):
