@@ -23,7 +23,8 @@ PACKAGE = Path(__file__).resolve().parent
 # They turn finished rows into tables and start notebooks; no measured number depends on them.
 WITHOUT_INFLUENCE = {
     *("processes", "parameters", "provenance", "rows", "tables", "over_seeds", "publishing", "paired"),
-    *("results", "audit", "figures", "run", "notebook", "benchmark", "inspect", "export", "__init__"),
+    *("reports", "results", "audit", "figures", "run", "notebook", "benchmark", "inspect", "export"),
+    "__init__",
 }
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
 FLAGS = (  # of a processor, those that matter to a time

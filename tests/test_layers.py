@@ -28,6 +28,7 @@ FLOORS = [
         "over_seeds",
     },  # scores before it times; compares, draws, chooses from what tables hold
     {"publishing"},
+    {"reports"},
     {"results", "audit", "notebook"},
     {"benchmark"},
     {"run", "inspect", "export"},

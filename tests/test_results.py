@@ -29,6 +29,8 @@ from nnc_utils import (
     rows,
     tables,
 )
+from nnc_utils.reports import committed
+from nnc_utils.reports.claims import claims_text
 
 # the measurement protocol's tables, copied by hand
 COMPRESSION = """profile, run, dataset, model, technique, method, point, seed, division, control, headline,
@@ -513,7 +515,7 @@ def test_the_report_says_what_changed_from_quick(published, monkeypatch):
         about = {"ours": "a", "theirs": "b", "points": "+1 [+0, +2]", "verdict": pairs[predictions.parent]}
         return pd.DataFrame([about, about | {"ours": "c", "verdict": "equal"}])
 
-    monkeypatch.setattr(results, "comparisons", compared)
+    monkeypatch.setattr(committed, "comparisons", compared)
     summary = pd.read_csv(larger / "summary.csv")
     rounded = summary["technique"] == "quantization"
     summary.loc[rounded, ["delta_mean", "delta_ci_low", "delta_ci_high"]] = [-2.0, -3.0, -1.0]
@@ -605,7 +607,7 @@ def test_points_that_fell_short_stay_as_attempts(published):
     assert audit.problems(published, rescore=False) == []
     (published / results.HISTORY).write_text("What was tried before.\n")
     shown = results.Tables(published)
-    assert "What was tried before.\n\n" in results._claims(shown)
+    assert "What was tried before.\n\n" in claims_text(shown)
     attempt = shown.summary["control"] == "attempt"
     for column, value, said in (
         ("no_loss", 0, True),
@@ -616,7 +618,7 @@ def test_points_that_fell_short_stay_as_attempts(published):
         ("no_loss", 1, False),
     ):
         shown.summary.loc[attempt, column] = value
-        assert ("fell short on the test set (control `attempt`): 1." in results._claims(shown)) == said
+        assert ("fell short on the test set (control `attempt`): 1." in claims_text(shown)) == said
     results.publish(folders, "quick", keep=True)  # and they stay
     assert read(published / "compression.csv") == made
     with pytest.raises(results.ResultError, match="not committed: quick/nowhere"):
@@ -650,7 +652,7 @@ def test_the_table_joins_size_accuracy_and_time(published):
 
 
 def test_rows_of_older_code_are_marked(published, monkeypatch):
-    monkeypatch.setattr(results, "code_sha256", lambda path: "0" * 64 if "02_" in path.name else None)
+    monkeypatch.setattr(committed, "code_sha256", lambda path: "0" * 64 if "02_" in path.name else None)
     path = published / "provenance.json"
     record = json.loads(path.read_text())
     for run in record.values():  # the others are up to date

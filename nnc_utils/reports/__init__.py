@@ -1,0 +1,1 @@
+"""Committed tables as text: the headline, what is claimed, and report.md."""
