@@ -1,0 +1,119 @@
+"""What becomes of finished and of committed runs when tables are made."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+from result_files import read
+
+from nnc_utils import audit, publishing, results, rows, tables
+from nnc_utils.reports.claims import claims_text
+
+
+def test_publish_leaves_what_the_rows_need_and_nothing_else(published):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    before = {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
+    for leftover in ("predictions/old.npy", "artifacts/old.safetensors"):
+        (published / leftover).write_bytes(b"x")
+    (published / "compression.csv").write_text("broken")
+    assert results.publish(folders, "quick") == published
+    assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
+    # five artifacts' worth of evidence: 4 in eager, 4 of runtimes, labels; of artifacts only the small ones
+    assert len(list((published / "predictions").iterdir())) == 9
+    assert [file.stat().st_size < 450_000 for file in (published / "artifacts").iterdir()] == [True, True]
+    record = json.loads((published / "provenance.json").read_text())["quick/01_baseline/seed=1"]
+    assert "more than 450,000" in record["artifacts"][0]["committed"]
+    assert str(published.parents[1]) not in (published / "provenance.json").read_text()
+
+
+def test_what_another_machine_committed_stays_beside_what_is_here(published, capsys):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    here = [folder for folder in folders if folder.name == "seed=1"]
+    for folder in set(folders) - set(here):
+        shutil.rmtree(folder)
+    before = {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
+    results.publish(here, "quick", keep=True)
+    assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
+    assert capsys.readouterr().out == ""
+    results.publish([folder for folder in here if "07" in str(folder)], "quick", keep=True)
+    assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
+
+
+def test_a_committed_run_whose_reference_is_gone_goes(published, capsys):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=1"))
+    path, other = published / "compression.csv", "0" * 64
+    table = read(path)
+    [baseline] = [row for row in table if row["run"] == "quick/01_baseline/seed=2"]
+    places = [published / "predictions" / rows.evidence(sha) for sha in (baseline["artifact_sha256"], other)]
+    shutil.copy(*places)
+    baseline |= {"artifact_sha256": other, "reference_sha256": other}
+    pd.DataFrame(table).to_csv(path, index=False)
+    results.publish(folders, "quick", keep=True)
+    assert "1 of 1 rows of quick/02_quantization/seed=2 go: " in capsys.readouterr().out
+    kept = ("01_baseline/seed=1", "01_baseline/seed=2", "02_quantization/seed=1")
+    assert {row["run"] for row in read(path)} == {f"quick/{name}" for name in kept}
+
+
+def test_a_committed_row_that_was_measured_again_goes_alone(published, capsys):
+    committed = tables.committed_runs(published)
+    [again] = [run for run in committed if run.run == "quick/02_quantization/seed=1"]
+    other = again.compression[0].model_copy(update={"point": "bits=7"})
+    older = tables.Run(again.folder, again.record.model_copy(update={"run": "quick/older"}))
+    older = older.with_rows(compression=[*again.compression, other])
+    [kept] = publishing._kept(committed, [older])
+    assert kept.compression == [other]
+    assert "1 of 2 rows of quick/older go: measured again" in capsys.readouterr().out
+
+
+def test_a_row_that_its_run_no_longer_makes_goes_with_a_word(published, capsys):
+    committed = tables.committed_runs(published)
+    [old] = [run for run in committed if run.run == "quick/02_quantization/seed=1"]
+    new = old.with_rows(compression=[old.compression[0].model_copy(update={"point": "bits=7"})])
+    assert publishing._kept([new], [old]) == []
+    gone = len(old.compression)
+    assert f"{gone} of {gone} rows of {old.run} go: it was made again" in capsys.readouterr().out
+
+
+def test_points_that_fell_short_stay_as_attempts(published):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    short = [f"quick/02_quantization/seed={seed}" for seed in (1, 2)]
+    before = {tuple(row.values()) for row in read(published / "compression.csv")}
+    results.publish(folders, "quick", keep=True, attempts=short)
+    made = read(published / "compression.csv")
+    attempts = [row for row in made if row["control"] == "attempt"]
+    assert [(row["run"], row["headline"]) for row in attempts] == [(f"{run},attempt", "0") for run in short]
+    assert {tuple(row.values()) for row in made if row not in attempts} == before
+    assert audit.problems(published, rescore=False) == []
+    (published / results.HISTORY).write_text("What was tried before.\n")
+    shown = results.Tables(published)
+    assert "What was tried before.\n\n" in claims_text(shown)
+    attempt = shown.summary["control"] == "attempt"
+    for column, value, said in (
+        ("no_loss", 0, True),
+        ("technique", "pruning", False),
+        ("technique", "quantization", True),
+        ("division", "open", False),
+        ("division", "closed", True),
+        ("no_loss", 1, False),
+    ):
+        shown.summary.loc[attempt, column] = value
+        assert ("fell short on the test set (control `attempt`): 1." in claims_text(shown)) == said
+    results.publish(folders, "quick", keep=True)  # and they stay
+    assert read(published / "compression.csv") == made
+    with pytest.raises(results.ResultError, match="not committed: quick/nowhere"):
+        results.publish(folders, "quick", keep=True, attempts=["quick/nowhere"])
+
+
+def test_publish_fails_without_evidence_or_run(published):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    with pytest.raises(results.ResultError, match="predictions"):
+        results.publish(folders[2:], "quick")  # the baselines are missing, and with them the references
+    with pytest.raises(results.ResultError, match="each once"):
+        results.publish([folders[0], folders[0]], "quick")
+    evidence = (
+        folders[2] / "predictions" / rows.evidence(tables.read_run(folders[2]).compression[0].artifact_sha256)
+    )
+    evidence.unlink()
+    with pytest.raises(results.ResultError, match="are missing"):
+        results.publish(folders, "quick")
