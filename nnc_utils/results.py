@@ -12,7 +12,7 @@ from pathlib import Path
 from nnc_utils.paired import comparisons, gaps
 from nnc_utils.provenance import root, write_atomically
 from nnc_utils.publishing import publish
-from nnc_utils.reports.claims import HISTORY
+from nnc_utils.reports.claimed import HISTORY
 from nnc_utils.reports.committed import ALL_PROFILES, Tables, committed_profile
 from nnc_utils.reports.headline import WORDS, table, verdict
 from nnc_utils.reports.sections import FIGURES, report_text
@@ -21,7 +21,6 @@ from nnc_utils.reports.words import STALE, STALE_NOTE
 from nnc_utils.rows import (
     AFTER,
     AGAIN,
-    APART,
     CompressionRow,
     LatencyRow,
     SummaryRow,
@@ -29,21 +28,20 @@ from nnc_utils.rows import (
     label,
     latency_rows,
 )
-from nnc_utils.tables import ResultError, Run, artifact_name, read_run, summarize
+from nnc_utils.tables import ResultError, artifact_name, read_run
 
 __all__ = [
     "AFTER",
     "AGAIN",
     "ALL_PROFILES",
-    "APART",
     "FIGURES",
     "HISTORY",
     "STALE_NOTE",
+    "Tables",
     "WORDS",
     "CompressionRow",
     "LatencyRow",
     "ResultError",
-    "Run",
     "SummaryRow",
     "committed_profile",
     "comparisons",
@@ -54,13 +52,15 @@ __all__ = [
     "latency_rows",
     "publish",
     "read_run",
+    "readme_block",
+    "readme_says",
     "report",
     "report_text",
-    "summarize",
     "table",
     "twice",
     "update_readme",
     "verdict",
+    "without_marks",
 ]
 
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"

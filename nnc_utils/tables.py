@@ -1,7 +1,7 @@
 """Finished runs and committed tables, read and checked, and the summary over seeds.
 
 A run folder holds artifacts, predictions and, written last, ``result.json``. `nnc_utils.publishing` turns
-run folders into ``results/<profile>/``; `nnc_utils.results` makes text of that.
+run folders into ``results/<profile>/``; `nnc_utils.reports` makes text of that.
 """
 
 from __future__ import annotations

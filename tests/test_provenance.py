@@ -52,7 +52,9 @@ def test_the_code_behind_a_notebook_is_what_it_imports(place):
 
     assert names("import torch") == set()
     assert names("from nnc_utils import models") == {"models.py"}
-    found = names("from nnc_utils.run import start\nfrom nnc_utils import results, training")
+    used = "from nnc_utils.run import start", "from nnc_utils import results, training"
+    found = names(*used, "from nnc_utils.reports import committed")
+    assert not [name for name in found if name.startswith("reports/")]
     assert {"training.py", "data.py", "models.py"} & found == {"training.py", "data.py"} | (
         found & {"models.py"}
     )

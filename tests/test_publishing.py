@@ -8,7 +8,7 @@ import pytest
 from result_files import read
 
 from nnc_utils import audit, publishing, results, rows, tables
-from nnc_utils.reports.claims import claims_text
+from nnc_utils.reports.claimed import claims_text
 
 
 def test_publish_leaves_what_the_rows_need_and_nothing_else(published):

@@ -86,3 +86,11 @@ def test_read_run_trusts_nothing(published):
     (folder / "result.json").unlink()
     with pytest.raises(results.ResultError, match="no finished run"):
         tables.read_run(folder)
+
+
+@pytest.mark.parametrize("low", [-0.3, -0.3001])
+def test_no_loss_is_the_lower_end_at_least_minus_0_3(monkeypatch, published, low):
+    found = {"accuracy_delta": 0.0, "delta_ci_low": low, "delta_ci_high": 0.2}
+    monkeypatch.setattr(tables, "differences", lambda **arrays: found)
+    frame = pd.read_csv(published / "compression.csv", keep_default_na=False)
+    assert set(tables.summarize(frame, published / "predictions")["no_loss"]) == {int(low == -0.3)}

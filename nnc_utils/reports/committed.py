@@ -28,12 +28,6 @@ ALL_PROFILES = ("full", "standard", "medium", "quick")
 RATIO = "speedup_best_fp32"
 
 
-RATIOS = {RATIO: "the fastest fp32 runtime", "speedup_eager_fp32": "fp32 in eager"}
-
-
-DELTAS = ("delta_mean", "delta_ci_low", "delta_ci_high")  # over the seeds, of summary.csv
-
-
 class Tables:
     """The committed tables of one profile."""
 
@@ -49,12 +43,12 @@ class Tables:
         self.stale = {run for run, record in self.provenance.items() if _older(record)}
 
     @functools.cached_property
-    def comparisons(self) -> list[dict[str, str]]:
+    def pairs(self) -> list[dict[str, str]]:
         """Who beats whom, of `paired.comparisons`, in words."""
         return self._compared(comparisons)
 
     @functools.cached_property
-    def gaps(self) -> list[dict[str, str]]:
+    def closed_gaps(self) -> list[dict[str, str]]:
         """What teachers close of the gap to the uncompressed network, of `paired.gaps`, in words."""
         return self._compared(gaps)
 
@@ -107,6 +101,7 @@ class Tables:
 
 
 def baselines(compression: pd.DataFrame) -> pd.Series:
+    """Whether each row is of an uncompressed network."""
     return (compression["technique"] == "baseline") & (compression["control"] == "")
 
 

@@ -15,14 +15,14 @@ from nnc_utils.reports.words import (
     STALE,
     STALE_NOTE,
     count_seeds,
+    delta_over_seeds,
+    factor,
     in_words,
     markdown,
     megabytes,
     network_name,
     no_loss,
     number,
-    over_seeds,
-    times,
     verdicts,
 )
 from nnc_utils.rows import AFTER, NO_LOSS
@@ -84,7 +84,7 @@ def table(profile_dir: Path) -> str:
         is_baseline = network["artifact_sha256"] == network["reference_sha256"]
         size = {
             "file": megabytes(network["artifact_bytes"]),
-            "smaller": times(network["size_ratio"]) + " (simulated)" * bool(network["simulated"]),
+            "smaller": factor(network["size_ratio"]) + " (simulated)" * bool(network["simulated"]),
         }
         timed = tables.timed(network["artifact_sha256"])
         for _, row in timed.iterrows() if len(timed) else [(None, None)]:
@@ -103,8 +103,8 @@ def table(profile_dir: Path) -> str:
             time = {} if row is None else row
             line |= size | {"runtime loads": megabytes(time.get("runtime_bytes"))}
             line["ms"] = number(time.get("p50_ms"), ".3f")
-            line["× eager fp32"] = times(time.get("speedup_eager_fp32"))
-            line["× fastest fp32"] = times(time.get("speedup_best_fp32"))
+            line["× eager fp32"] = factor(time.get("speedup_eager_fp32"))
+            line["× fastest fp32"] = factor(time.get("speedup_best_fp32"))
             lines.append(line)
     return markdown(lines) + "\n\n" + _legend(tables)
 
@@ -169,8 +169,8 @@ def _told(tables: Tables, point: pd.Series) -> str:
     """A point: its size and its loss over the seeds, and how fast its first seed's network is in integers."""
     loss = in_words(point["delta_ci_low"], point["delta_ci_high"])
     text = (
-        f"`{point['method']} {point['point']}`: {times(point['size_ratio'])} smaller, "
-        f"{over_seeds(point)} points over {count_seeds(point)}: {loss}."
+        f"`{point['method']} {point['point']}`: {factor(point['size_ratio'])} smaller, "
+        f"{delta_over_seeds(point)} points over {count_seeds(point)}: {loss}."
     )
     same = (tables.compression[POINT] == point[POINT]).all(axis=1)
     network = tables.compression[same].sort_values("seed").iloc[0]
@@ -178,9 +178,9 @@ def _told(tables: Tables, point: pd.Series) -> str:
     for _, row in timed[timed["precision"] == "int8"].iterrows():
         alike = ["artifact_sha256", "runtime", "precision", "batch", "threads"]
         again = tables.again[(tables.again[alike] == row[alike]).all(axis=1)][RATIO]
-        second = f" ({times(again.iloc[0])} when it was timed again)" if len(again) else ""
+        second = f" ({factor(again.iloc[0])} when it was timed again)" if len(again) else ""
         text += (
-            f" In {row['runtime']} int8 {times(row[RATIO])} as fast{second} as the fastest fp32 runtime, at "
+            f" In {row['runtime']} int8 {factor(row[RATIO])} as fast{second} as the fastest fp32 runtime, at "
             f"{in_points(tables.differences(network, row))} points."
         )
     return text

@@ -7,16 +7,15 @@ from pathlib import Path
 import pandas as pd
 
 from nnc_utils.paired import thin_rivals
-from nnc_utils.reports.claims import claims_text
-from nnc_utils.reports.committed import DELTAS, PROFILES, Tables, baselines
+from nnc_utils.reports.claimed import claims_text
+from nnc_utils.reports.committed import PROFILES, Tables, baselines
 from nnc_utils.reports.headline import table, verdict
 from nnc_utils.reports.times import latency_text, twice_text
-from nnc_utils.reports.words import markdown, network_name, no_loss, number, over_seeds, times, yes
+from nnc_utils.reports.words import delta_over_seeds, factor, markdown, network_name, no_loss, number, yes
 from nnc_utils.tables import POINT
 
 SMALLEST = PROFILES[-1]  # whose network is trained least: what it says may change
-
-
+DELTAS = ("delta_mean", "delta_ci_low", "delta_ci_high")  # over the seeds, of summary.csv
 FIGURES = {  # in figures/ of a profile, and what they show
     "headline": "Size against accuracy, and accuracy against milliseconds",
     "waterfall": "Bytes, milliseconds and accuracy after each stage of the pipeline",
@@ -37,11 +36,11 @@ def _ranking(tables: Tables, division: str) -> str:
                 "control": row["control"] or "–",
                 "claim": yes(row["headline"] == 1),
                 "accuracy (sd)": f"{row['accuracy_mean']:.2f} ({number(row['accuracy_sd'], '.2f')})",
-                "Δ points [95 %]": over_seeds(row),
+                "Δ points [95 %]": delta_over_seeds(row),
                 "no loss": no_loss(row["delta_ci_low"], row["delta_ci_high"]),
-                "smaller": times(row["size_ratio"]),
+                "smaller": factor(row["size_ratio"]),
                 "bytes": f"{row['artifact_bytes']:,.0f}",
-                "fewer MACs": times(dense / row["macs"]),
+                "fewer MACs": factor(dense / row["macs"]),
                 "seeds": str(row["seeds"]),
             }
         )
@@ -64,8 +63,8 @@ def _stops_paying(tables: Tables) -> str:
         for name, found in (("smallest without loss", good), ("beyond, or else nearest", smaller.head(1))):
             line[name], line[f"{name}: Δ points"] = "none", "–"
             for _, row in found.iterrows():
-                line[name] = f"{row['method']} {row['point']}".strip() + f", {times(row['size_ratio'])}"
-                line[f"{name}: Δ points"] = over_seeds(row)
+                line[name] = f"{row['method']} {row['point']}".strip() + f", {factor(row['size_ratio'])}"
+                line[f"{name}: Δ points"] = delta_over_seeds(row)
         lines.append(line)
     return markdown(lines)
 
@@ -85,7 +84,7 @@ def _zeros(tables: Tables) -> list[str]:
         zeros, weights = map(sum, zip(*counts.values(), strict=True))
         shares = {part: 100 * counts[part][0] / counts[part][1] for part in names if part in counts}
         line = {"network": f"{network_name(row)}, seed {row['seed']}", "all": 100 * zeros / weights, **shares}
-        lines.append((line, over_seeds(row)))
+        lines.append((line, delta_over_seeds(row)))
     lines.sort(key=lambda pair: pair[0]["all"])
     told = [
         {"network": line["network"], "Δ points [95 %]": delta}
@@ -153,10 +152,10 @@ def _reversed(tables: Tables) -> list[str]:
         told = [no_loss(point["delta_ci_low"], point["delta_ci_high"]) for point in (before, row)]
         if told[0] != told[1]:
             line = {"what": " ".join(filter(None, (row["method"], row["point"])))} | {"asked": "no loss?"}
-            line |= {f"in {SMALLEST}": f"{told[0]}, {over_seeds(before)}"}
-            lines.append(line | {"here": f"{told[1]}, {over_seeds(row)}"})
-    earlier = {(pair["ours"], pair["theirs"]): pair for pair in small.comparisons}
-    for pair in tables.comparisons:
+            line |= {f"in {SMALLEST}": f"{told[0]}, {delta_over_seeds(before)}"}
+            lines.append(line | {"here": f"{told[1]}, {delta_over_seeds(row)}"})
+    earlier = {(pair["ours"], pair["theirs"]): pair for pair in small.pairs}
+    for pair in tables.pairs:
         before = earlier.get((pair["ours"], pair["theirs"]), pair)
         if before["verdict"] != pair["verdict"]:
             line = {"what": f"{pair['ours']} against {pair['theirs']}", "asked": "which is better?"}
@@ -177,13 +176,13 @@ def _accuracy(tables: Tables) -> str:
 def _side_by_side(tables: Tables) -> str:
     text = (
         "“not below” is undecided. A student whose point ends in "
-        "`shuffled` had a teacher of wrong answers, as a control.\n\n" + markdown(tables.comparisons)
+        "`shuffled` had a teacher of wrong answers, as a control.\n\n" + markdown(tables.pairs)
     )
-    if tables.gaps:
+    if tables.closed_gaps:
         text += (
             "\n\nFrom the student alone to the uncompressed network: what a teacher closes of that gap:\n\n"
         )
-        text += markdown(tables.gaps)
+        text += markdown(tables.closed_gaps)
     return text
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from nnc_utils.reports.committed import RATIO, RATIOS, Tables
-from nnc_utils.reports.words import markdown, network_name, number, times
+from nnc_utils.reports.committed import RATIO, Tables, baselines
+from nnc_utils.reports.words import factor, markdown, network_name, number
 from nnc_utils.rows import AGAIN, APART
+
+RATIOS = {RATIO: "the fastest fp32 runtime", "speedup_eager_fp32": "fp32 in eager"}
 
 
 def latency_text(tables: Tables) -> str:
+    """Every row of latency.csv, and how steady the times were."""
     notes = []
     for run in tables.latency["run"].unique():
         extra = tables.provenance[run]["extra"]
@@ -35,8 +38,8 @@ def latency_text(tables: Tables) -> str:
                     "p50 ms": number(row["p50_ms"], ".3f", tables.why(row)),
                     "p90 ms": number(row["p90_ms"], ".3f"),
                     "images/s": number(row["throughput"], ",.0f"),
-                    "× eager fp32": times(row["speedup_eager_fp32"]),
-                    "× fastest fp32": times(row["speedup_best_fp32"]),
+                    "× eager fp32": factor(row["speedup_eager_fp32"]),
+                    "× fastest fp32": factor(row["speedup_best_fp32"]),
                     "agreement %": number(row["agreement"], ".2f"),
                 }
                 for _, row in tables.latency.iterrows()
@@ -61,8 +64,7 @@ def twice(latency: pd.DataFrame) -> pd.DataFrame:
     second = latency["control"] == AGAIN
     pairs = latency[~second].merge(latency[second][[*same, *ratios]], on=same, suffixes=("", " again"))
     pairs = pairs[pairs["p50_ms"].notna()]
-    reference = (pairs["technique"] == "baseline") & (pairs["control"] == "") & (pairs["precision"] == "fp32")
-    pairs = pairs[~reference]
+    pairs = pairs[~(baselines(pairs) & (pairs["precision"] == "fp32"))]
     apart = {f"{r} apart": 100 * (pairs[f"{r} again"] / pairs[r] - 1).abs() for r in ratios}
     return pairs.assign(**apart)
 
@@ -111,7 +113,7 @@ def twice_text(tables: Tables) -> str:
     lines = [
         {"network": network_name(row), "runtime": f"{row['runtime']} {row['precision']}"}
         | {
-            f"against {name}, again, apart": f"{times(row[ratio])}, {times(row[f'{ratio} again'])}, "
+            f"against {name}, again, apart": f"{factor(row[ratio])}, {factor(row[f'{ratio} again'])}, "
             f"{row[f'{ratio} apart']:.0f} %"
             for ratio, name in RATIOS.items()
         }

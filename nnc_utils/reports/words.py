@@ -10,8 +10,6 @@ from nnc_utils.paired import LARGER, in_points
 from nnc_utils.rows import NO_LOSS
 
 STALE = " †"
-
-
 STALE_NOTE = "† measured with older code than the one in this repository; `RERUN=stale` measures it again."
 
 
@@ -24,32 +22,39 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def number(value: float | None, form: str, missing: str = "–") -> str:
+    """A number in a format, or what stands for none."""
     return missing if value is None or pd.isna(value) else format(value, form)
 
 
-def times(value: float | None) -> str:
+def factor(value: float | None) -> str:
+    """How many times smaller or faster."""
     return "–" if value is None or pd.isna(value) else f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
 
 
 def yes(value: bool) -> str:
+    """Of a truth value."""
     return "yes" if value else "no"
 
 
 def megabytes(count: float | None) -> str:
+    """Bytes as megabytes of 10⁶."""
     return "–" if count is None or pd.isna(count) else f"{count / 1e6:.2f} MB"
 
 
-def over_seeds(point: pd.Series) -> str:
+def delta_over_seeds(point: pd.Series) -> str:
+    """The difference of a row of summary.csv, in points, with its interval."""
     ends = {column: point[column] for column in ("delta_ci_low", "delta_ci_high")}
     return in_points({"accuracy_delta": point["delta_mean"], **ends})
 
 
 def network_name(row: pd.Series) -> str:
+    """Model, method, point and control of a row."""
     control = f"({row['control']})" if row["control"] else ""
     return " ".join(str(part) for part in (row["model"], row["method"], row["point"], control) if part)
 
 
 def count_seeds(point: pd.Series) -> str:
+    """How many seeds a row of summary.csv has."""
     return f"{point['seeds']} seed{'s' if point['seeds'] > 1 else ''}"
 
 
@@ -59,11 +64,12 @@ def no_loss(low: float, high: float) -> str:
 
 
 def in_words(low: float, high: float) -> str:
+    """What an interval says about loss."""
     return {"yes": "no loss", "no": "**a loss**", "not shown": "no loss is **not shown**"}[no_loss(low, high)]
 
 
 def verdicts(told: Iterable[tuple[str, str]]) -> str:
-    """A sentence for each verdict with all that it was said of."""
+    """A sentence for each verdict with all that it was said of, from pairs of both."""
     said, text = dict[str, list[str]](), ""
     for verdict, about in told:
         said.setdefault(verdict, []).append(about)

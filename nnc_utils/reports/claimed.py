@@ -9,7 +9,7 @@ from nnc_utils.over_seeds import SEEDS_OF_A_CLAIM, chosen_over_seeds
 from nnc_utils.paired import OURS, in_points
 from nnc_utils.publishing import ATTEMPT
 from nnc_utils.reports.committed import Tables
-from nnc_utils.reports.words import count_seeds, in_words, network_name, over_seeds, times, verdicts
+from nnc_utils.reports.words import count_seeds, delta_over_seeds, factor, in_words, network_name, verdicts
 from nnc_utils.rows import NO_LOSS
 from nnc_utils.tables import POINT, committed_runs
 
@@ -17,35 +17,28 @@ CHOICE = """Validation pictures chose what is claimed: in each division of a run
 likely without loss on the test set, of networks that lost channels the one with the fewest MACs; of \
 students of one width, and of searched networks, the best of the first seed. Whether it holds, the test \
 set says."""
-
-
 TOGETHER = f"""Where {SEEDS_OF_A_CLAIM} seeds looked at the same points, they chose together, one point in \
 each technique and division, networks that lost channels apart: the first whose lower end, over the seeds, \
 is {NO_LOSS} or more (of equal files the first by name); where there is none, the nearest that they do not \
 call a loss (`over_seeds.chosen_over_seeds`)."""
-
-
 HISTORY = "history.md"  # what the test set had seen before what is claimed was made, in the authors' words
 
 
 def claims_text(tables: Tables) -> str:
-    """What was chosen on validation, before the test set was looked at, and whether it holds there."""
+    """The rule of the choice, and each claim: what it is on the test set, against whom, how fast."""
     together = chosen_over_seeds(committed_runs(tables.folder))
     claims = [CHOICE, TOGETHER] if together else [CHOICE]
     if (history := tables.folder / HISTORY).is_file():
         claims.append(history.read_text(encoding="utf-8").strip())
-    equal_macs = [pair for pair in tables.comparisons if pair["ours"].startswith(OURS)]
+    equal_macs = [pair for pair in tables.pairs if pair["ours"].startswith(OURS)]
     for _, network in tables.networks().iterrows():
         if network["headline"] != 1 or network["artifact_sha256"] == network["reference_sha256"]:
             continue
-        same = tables.summary
-        for column in ("dataset", "technique", "method", "point", "control"):
-            same = same[same[column] == network[column]]
-        point = same.iloc[0]
+        point = tables.summary[(tables.summary[POINT] == network[POINT]).all(axis=1)].iloc[0]
         text = (
             f"**{network_name(network)}** ({network['division']} division): a file "
-            f"{times(point['size_ratio'])} smaller at {over_seeds(point)} points over {count_seeds(point)}: "
-            + f"{in_words(point['delta_ci_low'], point['delta_ci_high'])}."
+            f"{factor(point['size_ratio'])} smaller at {delta_over_seeds(point)} points over "
+            f"{count_seeds(point)}: {in_words(point['delta_ci_low'], point['delta_ci_high'])}."
         )
         if seen := together.get(tuple(network[column] for column in POINT)):
             near = "" if seen.low >= NO_LOSS else ", the nearest: none is likely without loss"
@@ -73,8 +66,8 @@ def claims_text(tables: Tables) -> str:
             holds = in_words(inside["delta_ci_low"], inside["delta_ci_high"])
             text += (
                 f" In {row['runtime']} {row['precision']} {row['p50_ms']:.3f} ms a picture: "
-                f"{times(row['speedup_eager_fp32'])} as fast as fp32 in eager, "
-                f"{times(row['speedup_best_fp32'])} as fast as the fastest fp32 runtime; "
+                f"{factor(row['speedup_eager_fp32'])} as fast as fp32 in eager, "
+                f"{factor(row['speedup_best_fp32'])} as fast as the fastest fp32 runtime; "
                 + "the time of the network that the file decodes to; " * bool(network["simulated"])
                 + f"{in_points(inside)} points ({holds})"
                 + ("." if pd.isna(row["agreement"]) else f", agreement {row['agreement']:.2f} %.")
