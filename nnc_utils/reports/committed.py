@@ -26,6 +26,7 @@ from nnc_utils.tables import POINT, ResultError, labels_name, named_pipeline, re
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
 ALL_PROFILES = ("full", "standard", "medium", "quick")
 RATIO = "speedup_best_fp32"
+TIMING = ["artifact_sha256", "runtime", "precision", "batch", "threads"]  # what was timed, and how
 
 
 class Tables:

@@ -10,7 +10,7 @@ import pandas as pd
 from nnc_utils.over_seeds import SEEDS_OF_A_CLAIM
 from nnc_utils.paired import THIN, in_points, labels_for, thin_rivals, versus
 from nnc_utils.peers import GENERAL
-from nnc_utils.reports.committed import RATIO, Tables, baselines
+from nnc_utils.reports.committed import RATIO, TIMING, Tables, baselines
 from nnc_utils.reports.words import (
     STALE,
     STALE_NOTE,
@@ -176,8 +176,7 @@ def _told(tables: Tables, point: pd.Series) -> str:
     network = tables.compression[same].sort_values("seed").iloc[0]
     timed = tables.timed(network["artifact_sha256"])
     for _, row in timed[timed["precision"] == "int8"].iterrows():
-        alike = ["artifact_sha256", "runtime", "precision", "batch", "threads"]
-        again = tables.again[(tables.again[alike] == row[alike]).all(axis=1)][RATIO]
+        again = tables.again[(tables.again[TIMING] == row[TIMING]).all(axis=1)][RATIO]
         second = f" ({factor(again.iloc[0])} when it was timed again)" if len(again) else ""
         text += (
             f" In {row['runtime']} int8 {factor(row[RATIO])} as fast{second} as the fastest fp32 runtime, at "

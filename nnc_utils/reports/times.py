@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from nnc_utils.reports.committed import RATIO, Tables, baselines
+from nnc_utils.reports.committed import RATIO, TIMING, Tables, baselines
 from nnc_utils.reports.words import factor, markdown, network_name, number
 from nnc_utils.rows import AGAIN, APART
 
@@ -60,9 +60,9 @@ def twice(latency: pd.DataFrame) -> pd.DataFrame:
     The rows of the first timing with the speed-ups of the second ("... again"), and by how many percent each
     differs ("... apart"). The uncompressed network in fp32 is what others are compared with, and left out.
     """
-    same, ratios = ["artifact_sha256", "runtime", "precision", "batch", "threads"], list(RATIOS)
+    ratios = list(RATIOS)
     second = latency["control"] == AGAIN
-    pairs = latency[~second].merge(latency[second][[*same, *ratios]], on=same, suffixes=("", " again"))
+    pairs = latency[~second].merge(latency[second][[*TIMING, *ratios]], on=TIMING, suffixes=("", " again"))
     pairs = pairs[pairs["p50_ms"].notna()]
     pairs = pairs[~(baselines(pairs) & (pairs["precision"] == "fp32"))]
     apart = {f"{r} apart": 100 * (pairs[f"{r} again"] / pairs[r] - 1).abs() for r in ratios}
