@@ -159,6 +159,22 @@ def test_rows_of_older_code_are_marked(published, monkeypatch):
     assert results.STALE_NOTE in text and "†" not in results.without_marks(text)
 
 
+def test_the_report_says_whose_notebook_was_edited_since(published, monkeypatch):
+    path = published / "provenance.json"
+    record = json.loads(path.read_text())
+    edited = next(name for name, run in sorted(record.items()) if run["notebook"] == "02_quantization")
+    known = {run["notebook"]: run["notebook_sha256"] for run in record.values()}
+    record[edited]["notebook_sha256"] = "1" * 64
+    monkeypatch.setattr(committed, "code_sha256", lambda path: record[edited]["code_sha256"])
+    monkeypatch.setattr(committed, "notebook_sha256", lambda path: known[path.stem])
+    for run in record.values():
+        run["code_sha256"] = record[edited]["code_sha256"]
+    path.write_text(json.dumps(record))
+    says = [line for line in results.report(published).splitlines() if "its notebook: older" in line]
+    assert len(says) == 1 and says[0].startswith(f"| {edited} |")
+    assert results.STALE_NOTE not in results.table(published)  # a notebook's cells are not the package
+
+
 def test_the_report_says_what_holds(published):
     text = results.report(published)
     assert (published / "report.md").read_text() == text + "\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from nnc_utils.paired import comparisons, gaps, thin_rivals
-from nnc_utils.provenance import code_sha256, root
+from nnc_utils.provenance import code_sha256, notebook_sha256, root
 from nnc_utils.rows import (
     AGAIN,
     CompressionRow,
@@ -26,6 +26,7 @@ from nnc_utils.tables import POINT, ResultError, labels_name, named_pipeline, re
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
 ALL_PROFILES = ("full", "standard", "medium", "quick")
 RATIO = "speedup_best_fp32"
+SAME, OLDER = "this repository's", "older than this repository's"  # the code that a run was made with
 TIMING = ["artifact_sha256", "runtime", "precision", "batch", "threads"]  # what was timed, and how
 
 
@@ -41,7 +42,8 @@ class Tables:
         self.compression, latency, self.summary = frames.values()
         self.latency, self.again = latency[latency["control"] != AGAIN], latency[latency["control"] == AGAIN]
         self.provenance = json.loads((self.folder / "provenance.json").read_text(encoding="utf-8"))
-        self.stale = {run for run, record in self.provenance.items() if _older(record)}
+        self.code = {run: _code(record) for run, record in self.provenance.items()}
+        self.stale = {run for run, code in self.code.items() if code == OLDER}
 
     @functools.cached_property
     def pairs(self) -> list[dict[str, str]]:
@@ -106,9 +108,14 @@ def baselines(compression: pd.DataFrame) -> pd.Series:
     return (compression["technique"] == "baseline") & (compression["control"] == "")
 
 
-def _older(record: dict) -> bool:
+def _code(record: dict) -> str:
+    """Whether the code that a run was made with is the code here, in words."""
     notebook = root() / "notebooks" / f"{record['notebook']}.ipynb"
-    return notebook.is_file() and code_sha256(notebook) != record["code_sha256"]
+    if not notebook.is_file():
+        return SAME
+    if code_sha256(notebook) != record["code_sha256"]:
+        return OLDER
+    return SAME if notebook_sha256(notebook) == record["notebook_sha256"] else f"{SAME}; its notebook: older"
 
 
 def committed_profile(

@@ -126,7 +126,7 @@ def _provenance(tables: Tables) -> str:
             "run": run,
             "seed": str(record["seed"]),
             "commit": record["commit"][:12] + ("-dirty" if record["commit"].endswith("-dirty") else ""),
-            "code": "older than this repository's" if run in tables.stale else "this repository's",
+            "code": tables.code[run],
             "seconds": f"{record['wall_seconds']:.0f}",
         }
         for run, record in sorted(tables.provenance.items())

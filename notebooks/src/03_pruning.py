@@ -24,8 +24,8 @@
 # %% tags=["parameters"]
 points: list = ["magnitude_global:sparsity=0.9 tuned", "channels_fisher:macs=4x mended tuned int8"]  # files
 peers: list = []  # production counterparts, such as torch_pruning_taylor:macs=4x even tuned
-scoring_images: int = 256  # [2, 100000] training pictures for gradients, curvature and batch-norm
-train_epochs: float = 1.5  # [0.001, 1000] of fine-tuning, all steps together, and of the dense control
+scoring_images: int = 128  # [2, 100000] training pictures for gradients, curvature and batch-norm
+train_epochs: float = 0.75  # [0.001, 1000] of fine-tuning, all steps together, and of the dense control
 learning_rate: float = 0.02  # [0.00001, 1] peak of that training
 steps: int = 3  # [1, 100] cuts of an iterative or gradual schedule
 multiple: int = 8  # [1, 64] of which the number of channels is, as far as a layer has so many
@@ -207,7 +207,7 @@ figures.show(figure, "A 5x5 tensor: its weights, a mask that keeps the ten large
 
 # %%
 layer = "fc"
-places = torch.randperm(weights[layer].numel(), generator=torch.Generator().manual_seed(seed))[:60]
+places = torch.randperm(weights[layer].numel(), generator=torch.Generator().manual_seed(seed))[:40]
 known = {
     kind: unstructured.scores(model, kind, images=seen[:64], labels=seen_labels[:64], seed=seed)
     for kind in ("magnitude", "gradient", "taylor", "obd_fisher", "obd_hessian")
@@ -757,7 +757,7 @@ figures.show(
 # networks that were never cut, on the same test pictures; and each score of weights against their magnitudes, at as many zeros. Which of ours is compared was fixed before. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
 
 # %%
-versus = results.comparisons(table, run.path("predictions"), dataset=reference.dataset)
+versus = results.comparisons(everything, run.path("predictions"), dataset=reference.dataset)
 versus if len(versus) else "no two of these points are to be compared"
 
 # %% [markdown]
@@ -791,7 +791,8 @@ else:
         figures.macs_against_accuracy(cut),
         f"The committed results of the {committed.name} profile: accuracy against MACs",
     )
-    masks_only = cut[~cut["method"].str.startswith(("channels", "torch_pruning", "blocks", "from_scratch"))]
+    narrower = ("channels", "torch_pruning", "blocks", "from_scratch", "small_dense")
+    masks_only = cut[~cut["method"].str.startswith(narrower)]
     if (masks_only["technique"] == "pruning").any():
         figures.show(
             figures.size_against_accuracy(masks_only),
