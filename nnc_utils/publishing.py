@@ -78,7 +78,7 @@ def _kept(finished: list[Run], committed: list[Run]) -> list[Run]:
         rows, stay = (len(r.compression) + len(r.latency) for r in (run, left))
         if stay < rows:
             print(f"{rows - stay} of {rows} rows of {run.run} go: measured again, or their reference is gone")
-    return [run for run in kept if run.compression or run.latency]
+    return [run for run in kept if run.is_evidence]
 
 
 def _attempt(run: Run) -> Run:

@@ -143,7 +143,7 @@ def main() -> None:
         marks = (root() / "results/runs" / options.profile).glob("*/*/result.json")
         try:
             runs = [read_run(mark.parent) for mark in sorted(marks)]
-            folders = [run.folder for run in runs if run.compression or run.latency]
+            folders = [run.folder for run in runs if run.is_evidence]
             publish(folders, options.profile, keep=True, attempts=options.attempts)
         except ResultError as error:
             raise SystemExit(str(error)) from None

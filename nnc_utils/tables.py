@@ -120,6 +120,11 @@ class Run:
         """What the notebook wanted later ones to know."""
         return self.record.extra
 
+    @property
+    def is_evidence(self) -> bool:
+        """Whether tables need it: it has rows, or it searched, or timed what searches look up."""
+        return bool(self.compression or self.latency or {"search", "latency"} & set(self.extra))
+
     def with_rows(self, **rows: Any) -> Run:
         """The same run with these `compression` or `latency` rows (and name `run`) in place of its own."""
         return Run(self.folder, self.record.model_copy(update=rows))

@@ -40,6 +40,21 @@ def test_what_another_machine_committed_stays_beside_what_is_here(published, cap
     assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
 
 
+def test_a_committed_search_without_rows_stays(published):
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    path = published / "provenance.json"
+    record = json.loads(path.read_text())
+    empty = record["quick/02_quantization/seed=1"] | {"artifacts": [], "extra": {}}
+    found = {"curves": {"random": [[1.0], [2.0], [3.0]]}}
+    record["quick/05_architecture_search/seed=1,search"] = searched = empty | {"extra": {"search": found}}
+    record["quick/05_architecture_search/seed=1,nothing"] = empty
+    path.write_text(json.dumps(record))
+    results.publish(folders, "quick", keep=True)
+    record = json.loads(path.read_text())
+    assert record["quick/05_architecture_search/seed=1,search"] == searched
+    assert "quick/05_architecture_search/seed=1,nothing" not in record
+
+
 def test_a_committed_run_whose_reference_is_gone_goes(published, capsys):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=1"))
     path, other = published / "compression.csv", "0" * 64

@@ -39,6 +39,7 @@ search_seeds: int = 20  # [1, 1000] repetitions of each search
 evaluations: int = 96  # [0, 100000] candidates really looked at; searches then ask a model of them; 0: all
 alone: int = 4  # [0, 1000] random architectures trained alone, to see whether shared weights rank them
 alone_epochs: float = 2.0  # [0.001, 1000] of those, and of the finalists
+finalists: int = 1  # [1, 100] best networks of each method that are trained alone
 epochs: float = 4.0  # [0.001, 1000] of the winner's training from scratch, and of its rivals'
 learning_rate: float = 0.05  # [0.00001, 1] peak of every training
 copies: int = 2  # [1, 64] augmentations of each picture in which the teacher looks
@@ -52,6 +53,7 @@ profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standa
 run_dir: str = ""  # folder of this run; empty: results/smoke/05_architecture_search
 
 # %%
+import contextlib
 import hashlib
 import shutil
 import time
@@ -209,13 +211,19 @@ elif "latency" in steps:
         "networks": measured[len(probes) :],
     }
 
+
 # %%
+def measured_pairs(timed: dict) -> list[list[tuple[models.Spec, float]]]:
+    """The blocks to fit, and the networks to test: each with its milliseconds."""
+    return [
+        [(models.Spec.from_json(text), milliseconds) for text, milliseconds in timed[kind]]
+        for kind in ("blocks", "networks")
+    ]
+
+
 predictor = None
 if "latency" in earlier:
-    known, unseen = (
-        [(models.Spec.from_json(text), milliseconds) for text, milliseconds in earlier["latency"][kind]]
-        for kind in ("blocks", "networks")
-    )
+    known, unseen = measured_pairs(earlier["latency"])
     predictor = latency.fit(known)
     error = predictor.error(unseen)
     figure, axes = plt.subplots(figsize=(5, 4))
@@ -279,6 +287,7 @@ if searching:
     supernet_images = history.images * PASSES * 3
     print(f"{supernet_images:,} images through the supernet, {time.perf_counter() - begin:.0f} s")
 
+
 # %%
 def draw_training(epochs: list) -> plt.Figure:
     """The loss of the four networks of a step, and the largest one's accuracy."""
@@ -302,6 +311,7 @@ if searching or "search" in earlier:
         draw_training(curve), "Loss and validation accuracy of the supernet's largest network by epoch"
     )
 
+
 # %%
 def with_statistics_of(network: models.ResNet, architecture: spaces.Architecture) -> float:
     """Accuracy of a candidate with the batch-norm statistics of another, larger network."""
@@ -323,6 +333,7 @@ if searching:
     seconds = (time.perf_counter() - begin) / len(some)
     largest = batch_norm.take_statistics(evaluate.supernet.cut(space.largest), evaluate.calibration)
     wrong = np.mean([with_statistics_of(largest, found) for found in some])
+    trap = {"theirs": float(wrong), "own": float(own)}
     print(f"with the largest network's statistics {wrong:.1f} %, with their own {own:.1f} %")
     print(f"the largest {evaluate(space.largest):.1f} %, the smallest {evaluate(space.smallest):.1f} %")
     print(f"{seconds:.2f} s a candidate: {evaluate.cost:,} images forward")
@@ -332,7 +343,8 @@ if searching:
 #
 # Four ways to choose what to ask next, the first of which is the one to beat:
 #
-# - **random**: any network within the constraint.
+# - **random**: any network within the constraint; and, as a control, only those that cost at least half of it: networks near
+#   the limit are better because they are larger, which takes no method.
 # - **evolution**: keep a population; change one decision of the best of a few; the oldest dies (Real et al., 2019).
 # - **REINFORCE**: a controller holds a probability for each option; after each batch it moves along
 #   $\frac1n\sum_i (R_i - b)\,\nabla \log p(a_i)$, with reward $R = \text{accuracy} \times \max(1, \text{cost}/\text{limit})^{-0.07}$ (MnasNet's
@@ -346,8 +358,16 @@ if searching:
 #
 # *Predict*: the advantage of a clever method over random search, in points of accuracy?
 
+
 # %%
-METHODS = dict(searchers.SEARCHERS) | {"gradient": gradient.gradient_search}
+def near_the_limit(costs, constraints, evaluate, *, queries, seed):
+    """Random networks that cost at least half of what is allowed."""
+    generator = np.random.default_rng(seed)
+    return [(found, evaluate(found)) for found in (between(generator) for _ in range(queries))]
+
+
+METHODS = {"random": searchers.random_search, "random_near_limit": near_the_limit}
+METHODS |= searchers.SEARCHERS | {"gradient": gradient.gradient_search}
 missing = {}
 for name in peers:
     if why := counterparts.available(name):
@@ -358,7 +378,41 @@ for name in peers:
 
 # %% [markdown]
 # **Equal cost** means equal images through the supernet: its training, and calibration and validation pictures of each question.
-# A question that somebody has asked before is answered from memory, but counts in full.
+# What another search has asked before is answered from memory, but counts in full; what the same search has asked before is
+# free. Otherwise those that come back to what they like, REINFORCE and NSGA-II, would pay for nothing new.
+
+
+# %%
+class EnoughError(Exception):
+    """A search has asked as many networks as it may."""
+
+
+class Asked:
+    """Answers the questions of one search, and counts the networks that it has asked."""
+
+    def __init__(self, answer: searchers.Evaluate) -> None:
+        self.answer, self.trace = answer, {}
+
+    def __call__(self, found: spaces.Architecture) -> float:
+        """The accuracy of a network; a new one is too many where all questions are asked."""
+        if found not in self.trace:
+            if len(self.trace) == queries:
+                raise EnoughError
+            self.trace[found] = self.answer(found)
+        return self.trace[found]
+
+
+# %%
+REPEATS = dict.fromkeys(("reinforce", *counterparts.SEARCHERS), 4)  # times as many questions, old ones free
+
+
+def searched(name: str, number: int) -> searchers.Trace:
+    """What one search has asked, in order, each network once; one that runs out of ideas repeats its last."""
+    asked = Asked(ask)
+    with contextlib.suppress(EnoughError):
+        METHODS[name](costs, limits, asked, queries=REPEATS.get(name, 1) * queries, seed=number)
+    trace = list(asked.trace.items())
+    return trace + trace[-1:] * (queries - len(trace))
 
 
 # %%
@@ -411,10 +465,8 @@ elif searching:
 # %%
 if searching:
     begin, traces = time.perf_counter(), {}
-    for name, method in METHODS.items():
-        for number in training.progress(range(search_seeds), name):
-            trace = method(costs, limits, ask, queries=queries, seed=number)
-            traces.setdefault(name, []).append(trace)
+    for name in METHODS:
+        traces[name] = [searched(name, number) for number in training.progress(range(search_seeds), name)]
         print(f"{name}: {len(traces[name])} searches, {time.perf_counter() - begin:.0f} s so far", flush=True)
     winners = {  # of each search its best, looked at with real images
         name: [max(trace, key=lambda asked: asked[1])[0] for trace in found] for name, found in traces.items()
@@ -434,6 +486,8 @@ if searching:
         "curves": {n: np.percentile(c, (25, 50, 75), axis=0).round(3).tolist() for n, c in so_far.items()},
         "verified": {name: [round(value, 3) for value in values] for name, values in verified.items()},
         "modelled": bool(evaluations),
+        "looked at": len(evaluate.known),
+        "statistics": trap,
         "supernet": curve,
         "point": point,
     }
@@ -459,6 +513,7 @@ def draw_curves(search: dict) -> plt.Figure:
 
 if search:
     figures.show(draw_curves(search), "Best validation accuracy so far against images, medians and quartiles")
+
 
 # %%
 def medians(search: dict) -> pd.DataFrame:
@@ -490,6 +545,7 @@ medians(search) if search else print("the search is another part of this benchma
 # matter here; one that does is ahead in accuracy *with shared weights*, and sections 5 and 6 ask what that is worth. Which
 # decisions do matter? The mean accuracy of all
 # networks that were looked at, by option; what counts is how far a decision's options lie apart, against the deviation of all:
+
 
 # %%
 def spreads(known: dict[spaces.Architecture, float]) -> list[list]:
@@ -587,17 +643,18 @@ if searching:
 # ## 6 · The finalists
 #
 # A τ well below 1 means that the best by shared weights need not be the best. So each method sends its best into a short training
-# of its own, and all validation pictures choose among them. (`16:5i3p` is a stage 16 channels wide: a block that begins with 5×5
+# of its own, and all validation pictures choose among those of our own methods. (`16:5i3p` is a stage 16 channels wide: a block that begins with 5×5
 # and adds its input, then one with 3×3 and a projection; `n` adds nothing.)
 
 # %%
 if searching:
-    finalists = {}
+    sent = {}  # network -> the method that found it
     for name, found in winners.items():
-        best = max(range(len(found)), key=lambda number: verified[name][number])
-        finalists.setdefault(found[best], name)
+        best = sorted(zip(verified[name], found, strict=True), reverse=True)
+        for network in list(dict.fromkeys(network for _, network in best))[:finalists]:
+            sent.setdefault(network, name)
     candidates = []
-    for found, name in finalists.items():
+    for found, name in sent.items():
         network, _ = trained(space.spec(found), alone_epochs)
         row = {
             "method": name,
@@ -607,7 +664,8 @@ if searching:
         }
         candidates.append(row | described(costs, found))
     search["finalists"] = candidates
-    winner = max(candidates, key=lambda row: row["alone"])
+    able = [row for row in candidates if row["method"] not in counterparts.SEARCHERS]
+    winner = max(able, key=lambda row: row["alone"])
     search["winner"] = winner | {"spec": space.spec(tuple(winner["architecture"])).to_json()}
 pd.DataFrame(search["finalists"]).drop(columns="architecture").round(2) if search else None
 
@@ -656,6 +714,7 @@ if search:
         )
     )
 
+
 # %%
 def lesson(spec: models.Spec) -> dict:
     """The loss, pictures and augmentation of a network with a teacher that has looked before."""
@@ -700,9 +759,6 @@ if ours:  # what is claimed is chosen on validation pictures
 # Now the test set, once, in a fresh process that gets nothing but the files' names.
 
 # %%
-for m in made:
-    if m["row"]["method"] in counterparts.SEARCHERS:
-        m["row"]["technique"] = "peer"
 scores = scoring.score([m["path"] for m in made], dataset=reference.dataset, folder=run.path("predictions"))
 options = {"run": run, "dataset": reference.dataset, "model": reference.model, "reference": baseline}
 rows = [results.compression_row(s, **options, **m["row"]) for m, s in zip(made, scores, strict=True)]
@@ -748,6 +804,28 @@ else:
         f"The committed results of the {committed.name} profile: accuracy against parameters",
     )
     display(results.comparisons(own, committed / "predictions", dataset=whole["dataset"].iloc[0]))
+
+# %% [markdown]
+# And the searches of that profile. *median* is of what each search found, looked at with real pictures; where a model answered
+# the questions, what that expected stands beside it.
+
+# %%
+if committed:
+    found = {}
+    for record in results.Tables(committed).provenance.values():
+        found |= {name: value for name, value in record["extra"].items() if name in STEPS}
+    if "latency" in found:
+        known, unseen = measured_pairs(found["latency"])
+        error = latency.fit(known).error(unseen)
+        print(f"milliseconds of {len(unseen)} networks never seen: mean error {error:.1f} %")
+    if tau := found.get("search", {}).get("tau"):
+        print("shared weights against training alone: τ = {:.2f} [{:.2f}, {:.2f}]".format(*tau))
+    if "search" in found:
+        figures.show(
+            draw_curves(found["search"]),
+            f"Searches of the {committed.name} profile: best so far against images, medians and quartiles",
+        )
+        display(medians(found["search"]))
 
 # %% [markdown]
 # ## What you can now measure
