@@ -13,7 +13,7 @@ from nnc_utils.paired import comparisons, gaps
 from nnc_utils.provenance import root, write_atomically
 from nnc_utils.publishing import publish
 from nnc_utils.reports.claimed import HISTORY
-from nnc_utils.reports.committed import ALL_PROFILES, Tables, committed_profile
+from nnc_utils.reports.committed import ALL_PROFILES, EDITED, OLDER, SAME, Tables, committed_profile
 from nnc_utils.reports.headline import WORDS, table, verdict
 from nnc_utils.reports.sections import FIGURES, report_text
 from nnc_utils.reports.times import holding, twice
@@ -109,8 +109,9 @@ def readme_says(folder: Path) -> str:
 
 
 def without_marks(text: str) -> str:
-    """A table without the marks of stale rows, which come and go with the code around it."""
-    return text.replace(STALE_NOTE, "").replace(STALE, "").replace("\n\n\n\n", "\n\n").strip()
+    """A table or report without what it says of older code, which comes and goes with the code around it."""
+    text = text.replace(EDITED, SAME).replace(OLDER, SAME).replace(STALE_NOTE, "").replace(STALE, "")
+    return text.replace("\n\n\n\n", "\n\n").strip()
 
 
 def update_readme(folder: Path) -> bool:

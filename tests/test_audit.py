@@ -38,10 +38,8 @@ def test_the_verdict_names_every_rival_of_the_pipeline(profile):
 
 @pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
 def test_the_committed_report_is_that_of_the_tables(profile):
-    def plain(text):  # without what comes and goes with the code around it
-        return results.without_marks(text).replace("older than this repository's", "this repository's")
-
-    assert plain((profile / "report.md").read_text(encoding="utf-8")) == plain(results.report_text(profile))
+    plain, text = results.without_marks, (profile / "report.md").read_text(encoding="utf-8")
+    assert plain(text) == plain(results.report_text(profile))
     named = results.Tables(profile).networks()["method"]
     assert set(named) <= set(results.WORDS)
 

@@ -26,7 +26,11 @@ from nnc_utils.tables import POINT, ResultError, labels_name, named_pipeline, re
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
 ALL_PROFILES = ("full", "standard", "medium", "quick")
 RATIO = "speedup_best_fp32"
-SAME, OLDER = "this repository's", "older than this repository's"  # the code that a run was made with
+SAME, OLDER, EDITED = (  # the code that a run was made with
+    "this repository's",
+    "older than this repository's",
+    "this repository's; its notebook: older",
+)
 TIMING = ["artifact_sha256", "runtime", "precision", "batch", "threads"]  # what was timed, and how
 
 
@@ -115,7 +119,7 @@ def _code(record: dict) -> str:
         return SAME
     if code_sha256(notebook) != record["code_sha256"]:
         return OLDER
-    return SAME if notebook_sha256(notebook) == record["notebook_sha256"] else f"{SAME}; its notebook: older"
+    return SAME if notebook_sha256(notebook) == record["notebook_sha256"] else EDITED
 
 
 def committed_profile(
