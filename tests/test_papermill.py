@@ -218,6 +218,19 @@ def test_every_way_to_teach(pictures, tmp_path):
     taught = [row for row in first["compression"] if row["control"] == ""]
     assert {row["method"] for row in taught} == {"kd", "kd_hints"}
     assert all(row["train_seconds"] > larger["train_seconds"] for row in taught)
+    [cached] = [row for row in taught if "cached" in row["point"]]
+    cost = first["extra"]["spent"][f"kd:{cached['point']}"]
+    assert cost["teacher"] == larger["train_seconds"] and min(cost["looks"], cost["steps"]) > 0
+    assert cached["train_seconds"] == pytest.approx(sum(cost.values()), abs=0.02)
+    assert {row["reference_sha256"] for row in first["compression"]} <= {
+        dense["reference_sha256"],
+        dense["artifact_sha256"],
+    }
+    about |= {"points": ["kd:width=0.0625,resnet50,cached"], "controls": [], "claim": False}
+    folders.append(str(tmp_path / "first"))
+    again = execute("04_distillation", tmp_path / "again", upstream=folders, part="thin", **settings | about)
+    assert not any(row["headline"] for row in again["compression"])
+    assert not list((tmp_path / "again").glob("remembered*"))  # what it needs lies there already
 
 
 def test_every_pipeline(baseline, tmp_path):

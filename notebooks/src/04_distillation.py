@@ -29,6 +29,7 @@ learning_rate: float = 0.05  # [0.00001, 1] peak of that training
 copies: int = 2  # [1, 64] augmentations of each picture in which a teacher looks before ("cached")
 upstream: list = []  # run folders of 01_baseline, own seed first, and of the first part; empty: 01's defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
+claim: bool = True  # whether its points may be claimed
 seed: int = 1  # [0, 1000000] of the students' weights, the order and the augmentation
 profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/04_distillation
@@ -413,18 +414,27 @@ def teacher_of(method: str, width: float, larger: bool) -> tuple[torch.nn.Module
         return made(f"student_alone:width={width:g}")
     if method == "ensemble":
         members = [teacher, *(artifact.load(other.artifact("fp32")) for other in others)]
-        return teaching.Ensemble(members), {}
+        took = sum(other.baseline.train_seconds for other in others)  # its own is there anyway
+        return teaching.Ensemble(members), {"train_seconds": took}
     return teacher, {}
 
 
+# %%
 @functools.cache
 def remembered(who: torch.nn.Module) -> teaching.Remembered:
     """What a teacher said of every training picture, now or in an earlier part."""
-    name, augment = f"remembered_{training.network_digest(who)}.npz", recipe_of_01["augment"]
-    kept = [(e.folder / name, e.record.seed) for e in before if (e.folder / name).is_file()]
-    file, drawn = kept[0] if kept else (run.path(name), seed)
-    options = {"copies": copies if augment else 1, "augment": augment, "seed": drawn, "file": file}
-    return teaching.remember(who, pictures, **options)
+    augment = recipe_of_01["augment"]
+    options = {"copies": copies if augment else 1, "augment": augment}
+    name = f"remembered_{training.network_digest(who)}_{options['copies']}_copies_seed_"
+    files = [(e.record.seed, e.folder / f"{name}{e.record.seed}.npz") for e in before]
+    kept = [(drawn, file) for drawn, file in files if file.is_file()]
+    options["seed"], options["file"] = kept[0] if kept else (seed, run.path(f"{name}{seed}.npz"))
+    memory = teaching.remember(who, pictures, **options)
+    if not torch.isfinite(memory.logits).all():
+        raise training.TrainingError(
+            "what the teacher says is beyond half precision: train it longer before it teaches"
+        )
+    return memory
 
 
 # %%
@@ -442,11 +452,14 @@ def lesson(point: str, student: models.Spec):
     if "cached" not in flags:
         return teaching.taught_by(who, recipe(point), student), pictures, recipe_of_01["augment"], took
     memory = remembered(who)
-    took = took | {"train_seconds": took.get("train_seconds", 0.0) + memory.seconds}
+    took = took | {"looked": memory.seconds}
     return teaching.taught_from(memory, recipe(point), student), memory.pictures, False, took
 
 
 # %%
+spent = {}  # point -> seconds of its steps, of its teacher's looks before them, of its teacher's own training
+
+
 @functools.cache
 def made(point: str) -> tuple[torch.nn.Module, dict]:
     """A trained student, and what that took."""
@@ -465,7 +478,9 @@ def made(point: str) -> tuple[torch.nn.Module, dict]:
     history = training.fit(
         model, train, epochs=steps / (len(train.train) // batch_size), seed=seed, **options
     )
-    found = {"train_images": history.images, "train_seconds": history.seconds}
+    own, looked = history.seconds, took.get("looked", 0.0)
+    spent[point] = {"steps": own, "looks": looked, "teacher": took.get("train_seconds", 0.0)}
+    found = {"train_images": history.images, "train_seconds": own + looked}
     return student.eval(), {key: value + took.get(key, 0) for key, value in found.items()}
 
 
@@ -486,10 +501,15 @@ def saved(point: str) -> tuple[Path, dict]:
 
 # %%
 CONTROLS = {"shuffled": "shuffled_teacher", "resnet50": "teacher"}
-candidates = []
+candidates, missing = [], {}
 for point in dict.fromkeys([*controls, *points]):
     method, settings, flags = parsed(point)
-    path, took = saved(point)
+    try:
+        path, took = saved(point)
+    except training.TrainingError as error:  # one student that diverges costs no other
+        missing[point] = str(error)
+        print(f"{point}: {error}", flush=True)
+        continue
     control = "" if method in METHODS else CONTROLS.get(method, method)
     row = {"method": method, "point": named(point)}
     row["control"] = CONTROLS["shuffled"] if "shuffled" in flags else control
@@ -522,7 +542,7 @@ for width in {c["width"] for c in candidates}:
     same = [c for c in candidates if c["width"] == width]
     alone = [c["row"]["train_images"] for c in same if c["row"]["control"] == "student_alone"]
     taught = [c for c in same if not c["row"]["control"] and c["row"]["train_images"] in alone]
-    if taught:
+    if taught and claim:
         max(taught, key=lambda c: c["validation"])["row"]["headline"] = 1
 pd.DataFrame(looked).round(2)
 
@@ -535,9 +555,16 @@ scores = scoring.score(
     [c["path"] for c in candidates], dataset=reference.dataset, folder=run.path("predictions")
 )
 dense = next((c for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
+longer = [(e, r.artifact_sha256) for e in before for r in e.compression if r.method == "dense_finetuned"]
 against = baseline
 if dense and dense["validation"] > teacher_right:
     [against] = [score for score in scores if Path(score["path"]) == dense["path"]]
+elif longer:
+    made_before, sha256 = longer[0]
+    right, _ = validated(artifact.load(made_before.artifact(sha256)))
+    against = made_before.score(sha256) if right > teacher_right else baseline
+
+# %%
 rows = [
     results.compression_row(
         score,
@@ -561,6 +588,29 @@ shown = [
     "train_seconds",
 ]
 table[[*shown, "headline"]]
+
+# %% [markdown]
+# ### What does a teacher cost?
+#
+# Seconds of each student's training: its own steps, its teacher's looks before them, and its teacher's own training where that was
+# made for teaching. Where a student stands here twice, with its teacher beside it and with one that has looked before, the
+# second table says how many times faster it learns.
+
+# %%
+def cache_pays(spent: dict) -> pd.DataFrame:
+    """Students whose teacher looked before against the same with the teacher beside them."""
+    rows = []
+    for point, own in spent.items():
+        beside = spent.get(point.replace(",cached", "")) if ",cached" in point else None
+        if beside:
+            rows.append({"student": point, "teacher beside (s)": beside["steps"], "before (s)": own["steps"]})
+            rows[-1] |= {"its looks (s)": own["looks"], "times faster": beside["steps"] / own["steps"]}
+            rows[-1]["with the looks"] = beside["steps"] / (own["steps"] + own["looks"])
+    return pd.DataFrame(rows).round(2)
+
+
+display(pd.DataFrame(spent).T.round(1))
+cache_pays(spent) if len(cache_pays(spent)) else "no student stands here twice"
 
 # %%
 everything = pd.concat([pd.DataFrame([reference.model_dump()]), table], ignore_index=True)
@@ -605,7 +655,8 @@ figures.show(
 
 # %%
 files = {f"{c['row']['method']}:{c['row']['point']}": f"artifacts/{c['path'].name}" for c in candidates}
-done = run.finish(compression=rows, extra={"validation": looked, "files": files, "step_seconds": seconds})
+extra = {"validation": looked, "files": files, "step_seconds": seconds, "spent": spent, "missing": missing}
+done = run.finish(compression=rows, extra=extra)
 print(f"{done.run} is finished: {len(rows)} rows")
 
 # %% [markdown]
@@ -630,6 +681,9 @@ else:
         f"The committed results of the {committed.name} profile: accuracy against parameters",
     )
     display(results.comparisons(students, committed / "predictions", dataset=full["dataset"].iloc[0]))
+    for record in results.Tables(committed).provenance.values():
+        if len(faster := cache_pays(record["extra"].get("spent", {}))):
+            display(faster)
 
 # %% [markdown]
 # ## What you can now measure
