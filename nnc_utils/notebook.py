@@ -63,6 +63,21 @@ class Current:
         """The data set's name: the parameter, or what the upstream runs used."""
         return self.parameters.get("dataset") or next((run.dataset for run in self.upstream), "")
 
+    def made_before(self, name: str) -> list[Run]:
+        """The upstream runs, own seed first, that have an artifact whose file is called `name`.
+
+        Raises
+        ------
+        ResultError
+            When none has it; the message lists what they have.
+        """
+        has = {run.run: [Path(entry.path).stem for entry in run.record.artifacts] for run in self.upstream}
+        found = [run for run in self.upstream if name in has[run.run]]
+        if not found:
+            listed = "; ".join(f"{run}: {', '.join(names) or 'none'}" for run, names in has.items())
+            raise ResultError(f"no upstream run has an artifact {name!r}. They have {listed}")
+        return sorted(found, key=lambda run: run.record.seed != self.seed)
+
     def path(self, name: str) -> Path:
         """A path in the run folder; the folders on the way to it are made."""
         path = self.folder / name

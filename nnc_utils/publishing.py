@@ -1,9 +1,11 @@
-"""Finished runs become a profile's tables, with their evidence: ``results/<profile>/``."""
+"""Finished runs become a profile's tables, with their evidence: ``results/<profile>/``; and back again."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -180,6 +182,52 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Col
     return out
 
 
+def restore(profile: str) -> list[Run]:
+    """Write run folders from a profile's tables, for those of its committed runs that are not here.
+
+    They hold rows, predictions and the artifacts that are committed: enough for other runs to build on,
+    unless these ask for a larger artifact, which `Run.artifact` refuses.
+
+    Parameters
+    ----------
+    profile : its name.
+
+    Returns
+    -------
+    The runs that were written.
+
+    Raises
+    ------
+    ResultError
+        When the profile has no tables, or a file of them is missing or not what they say.
+    """
+    tables, written, now = root() / "results" / profile, [], time.time()
+    committed = committed_runs(tables)
+    if not committed:
+        raise ResultError(f"{tables} has no tables to restore runs from: publish the profile first")
+    for run in committed:
+        folder = root() / "results/runs" / run.run
+        if (folder / "result.json").is_file():
+            continue
+        for name, _ in _needed([run]):
+            _place(folder / "predictions" / name, _committed(tables / "predictions" / name))
+        for entry in run.record.artifacts:
+            kept = tables / "artifacts" / artifact_name(entry.artifact_sha256)
+            if kept.is_file():
+                _place(folder / entry.path, kept.read_bytes())
+        text = json.dumps(run.record.model_dump(mode="json"), indent=1, allow_nan=False)
+        write_atomically(folder / "result.json", text)
+        os.utime(folder / "result.json", (now, now))  # none is newer than what was built on it
+        written.append(read_run(folder))
+    return written
+
+
+def _committed(file: Path) -> bytes:
+    if not file.is_file():
+        raise ResultError(f"{file} is missing: bring it back from version control")
+    return file.read_bytes()
+
+
 def _zeros(runs: list[Run]) -> dict[str, dict[str, tuple[int, int]]]:
     """Of masked networks: artifact -> part -> zeros and weights, as said before or as the file here says."""
     from nnc_utils import artifact, encoding
@@ -204,16 +252,20 @@ def _zeros(runs: list[Run]) -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
-def _evidence(runs: list[Run]) -> dict[str, bytes]:
-    """File name -> content: predictions of every row and of its reference, the labels."""
+def _needed(runs: list[Run]) -> list[tuple[str, str]]:
+    """Predictions that the rows need, their own and their references': each file name with the run of the row."""
     needed = []
     for row in (row for run in runs for row in run.compression):
         needed += [(evidence(row.artifact_sha256), row.run), (evidence(row.reference_sha256), row.run)]
-    for row in (row for run in runs for row in run.latency):
-        if row.accuracy is not None:
-            needed.append((timed_evidence(row), row.run))
+    for row in (row for run in runs for row in run.latency if row.accuracy is not None):
+        needed.append((timed_evidence(row), row.run))
+    return list(dict.fromkeys(needed))
+
+
+def _evidence(runs: list[Run]) -> dict[str, bytes]:
+    """File name -> content: predictions of every row and of its reference, the labels."""
     found: dict[str, bytes] = {}
-    for name, owner in dict.fromkeys(needed):
+    for name, owner in _needed(runs):
         files = [run.folder / "predictions" / name for run in sorted(runs, key=lambda run: run.run != owner)]
         content = next((file.read_bytes() for file in files if file.is_file()), None)
         if content is None or found.setdefault(name, content) != content:

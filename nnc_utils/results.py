@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnc_utils.paired import comparisons, gaps
 from nnc_utils.provenance import root, write_atomically
-from nnc_utils.publishing import publish
+from nnc_utils.publishing import publish, restore
 from nnc_utils.reports.claimed import HISTORY
 from nnc_utils.reports.committed import ALL_PROFILES, EDITED, OLDER, SAME, Tables, committed_profile
 from nnc_utils.reports.headline import WORDS, table, verdict
@@ -130,17 +130,25 @@ def main() -> None:
     """``python -m nnc_utils.results report``: figure, report.md and README from the tables.
 
     ``publish`` first makes the tables from the profile's finished runs, however many there are; what
-    other machines committed stays beside them.
+    other machines committed stays beside them. ``restore`` is the way back: it writes run folders from the
+    tables, so that another machine goes on where they end, as far as it needs no large artifact.
     """
     parser = argparse.ArgumentParser(prog="python -m nnc_utils.results", description=main.__doc__)
-    parser.add_argument("command", choices=["report", "publish"])
+    parser.add_argument("command", choices=["report", "publish", "restore"])
     parser.add_argument("--profile", help="default of report: every profile that has tables")
     about = "committed runs whose points fell short: they stay as attempts beside those measured since"
     parser.add_argument("--attempts", nargs="+", default=[], metavar="RUN", help=about)
     options = parser.parse_args()
+    if options.command != "report" and not options.profile:
+        parser.error(f"{options.command} needs --profile")
+    if options.command == "restore":
+        try:
+            written = restore(options.profile)
+        except ResultError as error:
+            raise SystemExit(str(error)) from None
+        print("\n".join([f"{run.folder}" for run in written] or ["every committed run is here"]))
+        return
     if options.command == "publish":
-        if not options.profile:
-            parser.error("publish needs --profile")
         marks = (root() / "results/runs" / options.profile).glob("*/*/result.json")
         try:
             runs = [read_run(mark.parent) for mark in sorted(marks)]

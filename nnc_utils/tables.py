@@ -147,6 +147,11 @@ class Run:
         path = self.folder / record.path
         return {"path": path, "sha256": record.artifact_sha256, "predictions": predictions}
 
+    def row(self, name: str) -> CompressionRow:
+        """The first row of an artifact, which is named as for `artifact`."""
+        sha256 = self._record_of(name).artifact_sha256
+        return next(row for row in self.compression if row.artifact_sha256 == sha256)
+
     def _record_of(self, name: str) -> ArtifactRecord:
         for record in self.record.artifacts:
             if name in (record.artifact_sha256, Path(record.path).stem):

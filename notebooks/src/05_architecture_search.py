@@ -46,6 +46,7 @@ copies: int = 2  # [1, 64] augmentations of each picture in which the teacher lo
 arms: list = ["winner", "thin_resnet18"]  # what is trained from scratch; with " taught": by the teacher
 peers: list = []  # searchers of others, such as "optuna_nsga2"
 steps: list = ["latency", "search", "retrain"]  # what this run does; an upstream run has done the rest
+teaches: str = "fp32"  # the artifact of an upstream run that teaches: the baseline, or one of 06_pipeline
 upstream: list = []  # run folders of 01_baseline, own seed first, and of earlier parts; empty: 01's defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 seed: int = 1  # [0, 1000000] of the supernet, of the weights trained from scratch, of order and augmentation
@@ -92,13 +93,13 @@ figures.style()
 run = start("05_architecture_search", globals(), needs=("01_baseline",))
 baseline, *before = run.upstream
 reference, recipe_of_01 = baseline.baseline, baseline.record.parameters
-teacher = artifact.load(baseline.artifact("fp32")).eval()
-pictures = data.load(reference.dataset, size=teacher.spec.size)
+pictures = data.load(reference.dataset, size=recipe_of_01["size"] or None)
 print(f"the large network: {reference.model} on {reference.dataset}, made by {baseline.run}")
 
 # %%
 STEPS, ARMS = ("latency", "search", "retrain"), ("winner", "thin_resnet18")
-about = {key: getattr(teacher.spec, key) for key in ("channels", "size", "classes", "stem")}
+about = {"channels": pictures.channels, "size": pictures.size, "classes": len(pictures.classes)}
+about["stem"] = recipe_of_01["stem"]
 full, space = models.resnet(18, **about), spaces.around(**about, widest=widest, blocks=blocks)
 earlier = {}  # what upstream parts have found: "search", "latency"
 for part_before in before:
@@ -116,6 +117,10 @@ if not macs and not latency_ms:
     raise ValueError("without a constraint the largest network wins: give macs, latency_ms or both")
 if latency_ms and "search" in steps and "latency" not in [*steps, *earlier]:
     raise ValueError("nothing predicts latency_ms: add 'latency' to steps, or the run that timed to upstream")
+if any(arm.endswith(" taught") for arm in arms):
+    whose = run.made_before(teaches)[0]
+    teacher = artifact.load(whose.artifact(teaches)).eval()
+    teacher_seconds = 0 if whose is baseline else whose.row(teaches).train_seconds
 if "retrain" in steps and "search" not in steps and "search" not in earlier:
     raise ValueError("nothing has been searched: add 'search' to steps, or the run that did to upstream")
 
@@ -690,8 +695,8 @@ if search:
 #
 # ## 7 · The winner from scratch, beside the thin network
 #
-# The winner is an ordinary `Spec`. It is trained with the common recipe, alone and (` taught`) with the large network as its
-# teacher, which has looked before; and so is the hand-made rival: ResNet-18 with every width scaled by one factor, the smallest
+# The winner is an ordinary `Spec`. It is trained with the common recipe, alone and (` taught`) with the large network, or what
+# the pipeline made of it (` taught by compressed`), as its teacher, which has looked before; and so is the hand-made rival: ResNet-18 with every width scaled by one factor, the smallest
 # factor in 64ths with **no fewer** multiplications than the winner.
 
 # %%
@@ -744,8 +749,9 @@ for arm in arms if retraining else ():
     network, history = trained(specs[name], epochs, **(lesson(specs[name]) if taught else {}))
     path = run.path(f"artifacts/{arm.replace(' ', '_')}.safetensors")
     artifact.save(network, path, **saving)
-    seconds = history.seconds + (memories[0].seconds if taught else 0)
-    row = {"technique": "search", "division": "open", "point": search["point"] + " taught" * taught}
+    seconds = history.seconds + (memories[0].seconds + teacher_seconds if taught else 0)
+    lessons = " taught" * taught + " by compressed" * (taught and teaches != "fp32")
+    row = {"technique": "search", "division": "open", "point": search["point"] + lessons}
     row |= {"method": search["winner"]["method"] if name == "winner" else "thin_resnet18"}
     row |= {"control": "" if name == "winner" else "thin_resnet18"}
     row |= {"train_images": history.images, "train_seconds": seconds}
