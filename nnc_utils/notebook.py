@@ -64,17 +64,21 @@ class Current:
         return self.parameters.get("dataset") or next((run.dataset for run in self.upstream), "")
 
     def made_before(self, name: str) -> list[Run]:
-        """The upstream runs, own seed first, that have an artifact whose file is called `name`.
+        """The upstream runs, own seed first, that have an artifact of this file name or checksum.
 
         Raises
         ------
         ResultError
             When none has it; the message lists what they have.
         """
-        has = {run.run: [Path(entry.path).stem for entry in run.record.artifacts] for run in self.upstream}
-        found = [run for run in self.upstream if name in has[run.run]]
+        found = [
+            run
+            for run in self.upstream
+            if any(name in (Path(a.path).stem, a.artifact_sha256) for a in run.record.artifacts)
+        ]
         if not found:
-            listed = "; ".join(f"{run}: {', '.join(names) or 'none'}" for run, names in has.items())
+            names = {run.run: [Path(a.path).stem for a in run.record.artifacts] for run in self.upstream}
+            listed = "; ".join(f"{run}: {', '.join(own) or 'none'}" for run, own in names.items())
             raise ResultError(f"no upstream run has an artifact {name!r}. They have {listed}")
         return sorted(found, key=lambda run: run.record.seed != self.seed)
 

@@ -253,7 +253,7 @@ def _zeros(runs: list[Run]) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def _needed(runs: list[Run]) -> list[tuple[str, str]]:
-    """Predictions that the rows need, their own and their references': each file name with the run of the row."""
+    """Predictions that rows need, their own and their references': file name, and the run of the row."""
     needed = []
     for row in (row for run in runs for row in run.compression):
         needed += [(evidence(row.artifact_sha256), row.run), (evidence(row.reference_sha256), row.run)]

@@ -20,6 +20,7 @@ NO_LOSS = -0.3  # percentage points: "no loss" means that the interval's lower e
 APART = 10  # percent: times that are no further apart are taken for equal
 AGAIN = "again"  # control of what was timed a second time
 AFTER = "after_"  # begins the control of a network between two stages, as "after_prune"
+BASELINE = "01_baseline"
 JOINED = "06_pipeline"  # the notebook whose peers are held against the pipeline
 OWN_CLASSES = ("int8", "bf16")  # precisions that round where eager does not: no row without agreement
 ROUNDING = 5e-5  # accuracies are stored with four decimals
@@ -307,7 +308,7 @@ def compression_row(
         control=control,
         headline=int(headline),
         **sizes,
-        size_ratio=round(_fp32_bytes(str(reference["path"])) / sizes["artifact_bytes"], 4),
+        size_ratio=round(_fp32_bytes(Path(reference["path"]), run) / sizes["artifact_bytes"], 4),
         bits_per_weight=round(float(score["bits_per_weight"]), 4),
         correct=correct,
         total=len(labels),
@@ -330,10 +331,23 @@ def labels_of(dataset: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _fp32_bytes(path: str) -> int:
+def _fp32_bytes_of(path: Path) -> int:
     from nnc_utils import artifact
 
-    return artifact.fp32_bytes(artifact.read(Path(path)).spec)
+    return artifact.fp32_bytes(artifact.read(path).spec)
+
+
+def _fp32_bytes(path: Path, run: Any) -> int:
+    """Bytes of the reference in fp32; where its file was left elsewhere, of what 01's parameters describe."""
+    from nnc_utils import artifact, data, models
+
+    if path.is_file():
+        return _fp32_bytes_of(path)
+    [made] = [r.record for r in run.upstream if r.record.notebook == BASELINE and r.record.seed == run.seed]
+    about = {key: made.parameters[key] for key in ("depth", "width", "stem")}
+    pictures = data.load(made.dataset, size=made.parameters["size"] or None)
+    about |= {"channels": pictures.channels, "size": pictures.size, "classes": len(pictures.classes)}
+    return artifact.fp32_bytes(models.resnet(**about))
 
 
 def latency_rows(

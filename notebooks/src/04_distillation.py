@@ -27,6 +27,7 @@ controls: list = ["student_alone:width=0.25", "attention:width=0.25,beta=100,shu
 epochs: float = 2.0  # [0.001, 1000] of each student's training
 learning_rate: float = 0.05  # [0.00001, 1] peak of that training
 copies: int = 2  # [1, 64] augmentations of each picture in which a teacher looks before ("cached")
+teaches: str = "fp32"  # the artifact of an upstream run that teaches: the baseline, or one of 06_pipeline
 upstream: list = []  # run folders of 01_baseline, own seed first, and of the first part; empty: 01's defaults
 part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
 claim: bool = True  # whether its points may be claimed
@@ -60,9 +61,10 @@ figures.style()
 run = start("04_distillation", globals(), needs=("01_baseline",))
 baseline, *before = run.upstream
 reference, recipe_of_01 = baseline.baseline, baseline.record.parameters
-teacher = artifact.load(baseline.artifact("fp32")).eval()
+teachers = run.made_before(teaches)  # of own seed, of others
+teacher = artifact.load(teachers[0].artifact(teaches)).eval()
 pictures = data.load(reference.dataset, size=teacher.spec.size)
-print(f"the teacher: {reference.model} on {reference.dataset}, made by {baseline.run}")
+print(f"the teacher: {reference.model} on {reference.dataset}, {teaches} of {teachers[0].run}")
 
 # %%
 METHODS = {  # what is taught -> the settings it has beside the width
@@ -81,6 +83,8 @@ LARGE = {"dense_finetuned": {}, "resnet50": {"epochs": 12.0}}  # a reference and
 SETTINGS = METHODS | ALONE | LARGE
 LOGITS = ("kd", "dkd", "self", "ensemble")  # what a teacher that has looked before can teach
 FLAGS = {"shuffled": METHODS, "cached": LOGITS, "resnet50": set(METHODS) - {"self", "ensemble"}}
+if teaches != "fp32":  # every student of theirs then has this in its name
+    FLAGS["compressed"] = set(METHODS) - {"self"}
 
 
 # %%
@@ -112,6 +116,8 @@ def named(point: str) -> str:
     """A point with all its settings, so that one student has one name."""
     method, settings, flags = parsed(point)
     order = sorted(settings, key=lambda key: key != "width")
+    if method in FLAGS.get("compressed", ()) and "resnet50" not in flags:
+        flags = flags | {"compressed"}
     return ",".join([f"{key}={settings[key]:g}" for key in order] + sorted(flags))
 
 
@@ -127,7 +133,6 @@ def recipe(point: str) -> teaching.Recipe:
 
 # %%
 about = {key: getattr(teacher.spec, key) for key in ("channels", "size", "classes", "stem")}
-others = [earlier for earlier in before if earlier.record.notebook == "01_baseline"]
 have = {point.partition(":")[0] for point in controls} | {row.method for e in before for row in e.compression}
 for place, point in enumerate([*points, *controls]):  # before any work
     method, settings, flags = parsed(point)
@@ -145,8 +150,10 @@ for place, point in enumerate([*points, *controls]):  # before any work
         raise ValueError(
             f"{point!r}: put resnet50:epochs=12 into controls, or a run that has it into upstream"
         )
-    if method == "ensemble" and not others:
-        raise ValueError(f"{point!r}: an ensemble needs the baselines of other seeds in upstream")
+    if method == "ensemble" and len(teachers) == 1:
+        raise ValueError(f"{point!r}: an ensemble needs {teaches} of other seeds in upstream")
+    if method == "dense_finetuned":
+        baseline.artifact("fp32")  # raises where it is not here
 
 # %% [markdown]
 # ## 1 · What does a teacher know that a label does not say?
@@ -381,14 +388,14 @@ pd.DataFrame(
 # **alone**; with smoothed labels, which are soft labels without a teacher; with a teacher that speaks of **other pictures**
 # (`shuffled`, must not help; where `alpha` is large it ruins the student, so that the student alone is the harder rival); the
 # student trained **longer**; the teacher itself trained on for as long (`dense_finetuned`).
-# `self`: the teacher is the student alone, of the same size, whose training counts, too. `ensemble`: the baselines of all
-# seeds together.
+# `self`: the teacher is the student alone, of the same size, whose training counts, too. `ensemble`: the teachers of all
+# seeds together. `compressed`: the teacher is what chapter 06 made of the baseline, which knows as much and looks faster.
 
 # %%
 def untrained(method: str, settings: dict[str, float]) -> models.ResNet:
     """A network before training; students of a width are the same for every method."""
     if method == "dense_finetuned":
-        return copy.deepcopy(teacher)
+        return artifact.load(baseline.artifact("fp32"))
     torch.manual_seed(seed)
     depth, width = (50, 1.0) if method == "resnet50" else (18, settings["width"])
     return models.build(models.resnet(depth, width=width, **about))
@@ -407,16 +414,15 @@ def resnet50() -> tuple[torch.nn.Module, float]:
 # %%
 @functools.cache
 def teacher_of(method: str, width: float, larger: bool) -> tuple[torch.nn.Module, dict]:
-    """Who teaches, and what its training took beyond the baselines'."""
+    """Who teaches, and what its training took beyond its own baseline's, which is there anyway."""
     if larger:  # its pictures do not count, as the baselines' do not; its time does
         return resnet50()[0], {"train_seconds": resnet50()[1]}
     if method == "self":
         return made(f"student_alone:width={width:g}")
-    if method == "ensemble":
-        members = [teacher, *(artifact.load(other.artifact("fp32")) for other in others)]
-        took = sum(other.baseline.train_seconds for other in others)  # its own is there anyway
-        return teaching.Ensemble(members), {"train_seconds": took}
-    return teacher, {}
+    made_by = teachers if method == "ensemble" else teachers[:1]
+    took = sum(made.row(teaches).train_seconds for made in made_by if made is not baseline)
+    members = [teacher, *(artifact.load(made.artifact(teaches)) for made in made_by[1:])]
+    return teaching.Ensemble(members) if method == "ensemble" else teacher, {"train_seconds": took}
 
 
 # %%
@@ -520,7 +526,7 @@ for point in dict.fromkeys([*controls, *points]):
 # %% [markdown]
 # The **validation** pictures decide which method is claimed at each width: the best of those that saw as many pictures as the
 # student alone. Beside accuracy stand two things that a teacher may change, too: whether the student is as sure as it is right
-# (**expected calibration error**), and how often it says what the full network says.
+# (**expected calibration error**), and how often it says what the teacher of its own seed says.
 
 # %%
 def validated(network: torch.nn.Module) -> tuple[float, torch.Tensor]:
@@ -535,7 +541,7 @@ for c in candidates:
     c["validation"], said = validated(artifact.load(c["path"]))
     looked.append({key: c["row"][key] for key in ("method", "point", "control")})
     looked[-1] |= {"validation accuracy": c["validation"]}
-    looked[-1]["agrees with the baseline"] = calibration.agreement(said, teacher_said)
+    looked[-1]["agrees with the teacher"] = calibration.agreement(said, teacher_said)
     error = calibration.expected_calibration_error(said, pictures.validation.labels)
     looked[-1]["calibration error"] = error
 for width in {c["width"] for c in candidates}:
@@ -557,7 +563,10 @@ scores = scoring.score(
 dense = next((c for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
 longer = [(e, r.artifact_sha256) for e in before for r in e.compression if r.method == "dense_finetuned"]
 against = baseline
-if dense and dense["validation"] > teacher_right:
+if teachers[0] is not baseline:  # what its teacher was held against
+    sha256 = teachers[0].row(teaches).reference_sha256
+    against = run.made_before(sha256)[0].score(sha256)
+elif dense and dense["validation"] > teacher_right:
     [against] = [score for score in scores if Path(score["path"]) == dense["path"]]
 elif longer:
     made_before, sha256 = longer[0]
