@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
@@ -230,6 +231,28 @@ def test_every_way_to_teach(pictures, tmp_path):
     again = execute("04_distillation", tmp_path / "again", upstream=folders, part="thin", **settings | about)
     assert not any(row["headline"] for row in again["compression"])
     assert not list((tmp_path / "again").glob("remembered*"))  # what it needs lies there already
+    # another network teaches in the baseline's place, whose file is elsewhere
+    (tmp_path / "baseline1/artifacts/fp32.safetensors").unlink()
+    about = {
+        "points": ["kd:width=0.0625,cached", "self:width=0.0625"],
+        "teaches": "kd_width0.125_T4_alpha0.9",
+    }
+    about |= {"controls": ["student_alone:width=0.0625"], "upstream": [upstream[0], str(tmp_path / "taught")]}
+    other = execute("04_distillation", tmp_path / "other", part="other", **settings | about)
+    taught = {row["method"]: row for row in other["compression"]}
+    teacher = rows["kd", "", False]
+    assert taught["kd"]["point"] == "width=0.0625,T=4,alpha=0.9,cached,compressed"
+    assert taught["self"]["point"] == "width=0.0625,T=4,alpha=0.9"
+    assert taught["kd"]["train_seconds"] > teacher["train_seconds"] > taught["self"]["train_seconds"]
+    assert {row["reference_sha256"] for row in other["compression"]} == {teacher["reference_sha256"]}
+    sizes = {row["artifact_bytes"] * row["size_ratio"] / teacher["artifact_bytes"] for row in taught.values()}
+    assert max(sizes) == pytest.approx(teacher["size_ratio"], rel=1e-3) == min(sizes)
+    about |= {"points": ["ensemble:width=0.0625,cached"]}
+    with pytest.raises(papermill.PapermillExecutionError, match="kd_width0.125_T4_alpha0.9 of other seeds"):
+        execute("04_distillation", tmp_path / "one", **settings | about)
+    about |= {"teaches": "kd", "points": []}
+    with pytest.raises(papermill.PapermillExecutionError, match="no upstream run has an artifact 'kd'"):
+        execute("04_distillation", tmp_path / "none", **settings | about)
 
 
 def test_every_pipeline(baseline, tmp_path):
@@ -530,10 +553,10 @@ def test_searches_that_make_no_sense_are_refused(values, message):
     sources = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     [check] = [source for source in sources if "# before any work" in source]
     namespace = {name: found.default for name, found in parameters.declared(path).items()} | values
-    spec = models.resnet(18, channels=1, size=28, classes=10)
     namespace |= {"models": models, "counterparts": peers, "before": [], "spaces": space}
+    namespace["pictures"] = types.SimpleNamespace(channels=1, size=28, classes=range(10))
     with pytest.raises(ValueError, match=message):
-        exec(check, namespace | {"teacher": type("Teacher", (), {"spec": spec})})
+        exec(check, namespace | {"recipe_of_01": {"stem": "small"}})
 
 
 def test_a_value_out_of_range_stops_before_any_work(tmp_path):

@@ -40,6 +40,31 @@ def test_what_another_machine_committed_stays_beside_what_is_here(published, cap
     assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
 
 
+def test_another_machine_goes_on_where_the_tables_end(published):
+    runs = published.parent / "runs"
+    made = {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()}
+    before = {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
+    assert publishing.restore("quick") == []  # all are here
+    shutil.rmtree(runs)
+    restored = {run.run: run for run in publishing.restore("quick")}
+    assert set(restored) == set(json.loads((published / "provenance.json").read_text()))
+    small, large = (restored[f"quick/{name}/seed=1"] for name in ("02_quantization", "01_baseline"))
+    assert small.artifact("network").read_bytes() == made[small.artifact("network")]
+    with pytest.raises(tables.ResultError, match="is missing: bring it from where it was made"):
+        large.artifact("network")
+    assert large.score("network")["sha256"] == large.baseline.artifact_sha256
+    ends = {(run.folder / "result.json").stat().st_mtime_ns for run in restored.values()}
+    assert len(ends) == 1  # a workflow sees none that is newer than what was built on it
+    results.publish([run.folder for run in restored.values()], "quick")
+    assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
+    shutil.rmtree(runs)
+    (published / "predictions" / rows.evidence(small.compression[0].artifact_sha256)).unlink()
+    with pytest.raises(tables.ResultError, match="bring it back from version control"):
+        publishing.restore("quick")
+    with pytest.raises(tables.ResultError, match="has no tables to restore runs from"):
+        publishing.restore("medium")
+
+
 def test_a_committed_search_without_rows_stays(published):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
     path = published / "provenance.json"

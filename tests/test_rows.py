@@ -84,6 +84,11 @@ def test_compression_row_is_what_the_predictions_say(example, monkeypatch):
     parameters_and_statistics = 4 * (score["params"] + 2 * 960 // 8 * 5)  # all of it is float32
     assert row.size_ratio * score["artifact_bytes"] == pytest.approx(parameters_and_statistics, rel=0.03)
     assert rows.compression_row(reference, **names).reference_sha256 == reference["sha256"]
+    made = {"depth": 18, "width": 1 / 8, "stem": "small", "size": 0}
+    made = types.SimpleNamespace(notebook="01_baseline", seed=1, parameters=made, dataset="digits")
+    run.upstream = [types.SimpleNamespace(record=made)]
+    elsewhere = reference | {"path": score["path"].parent / "not_here.safetensors"}
+    assert rows.compression_row(score, reference=elsewhere, **names) == row
     monkeypatch.setattr(rows, "labels_of", lambda dataset: np.roll(example.labels, 1))
     with pytest.raises(ValueError, match="another data set"):
         rows.compression_row(score, reference=reference, **names)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -138,6 +139,8 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
     parts["second"] = {"all": {"others": True}, "more": {}}
     parts["second"]["last"] = {"runs": "first seed", "after": "more", "alone": True}
     parts["third"] = {"plain": {}, "both": {"with": {"first": "once", "second": "more"}}}
+    parts["third"]["others"] = {"with": {"second": ["all", "more"]}, "others": True}
+    parts["second"]["small"] = {"runs": "first seed", "with": {"third": "plain"}}  # a later notebook
     stages = {name: about | {"runs": "each seed"} for name, about in STAGES.items()}
     stages["third"] = {"upstream": [], "runs": "each seed"}  # but for what its parts name
     shutil.copy(two_stages.root / "notebooks/second.ipynb", two_stages.root / "notebooks/third.ipynb")
@@ -184,6 +187,20 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
         "third/seed=2,plain": [],
         "third/seed=1,both": ["first/seed=1,once", "second/seed=1,more", "third/seed=1,plain"],
         "third/seed=2,both": ["first/seed=1,once", "second/seed=2,more", "third/seed=2,plain"],
+        "third/seed=1,others": [
+            *(f"second/seed={seed},{part}" for part in ("all", "more") for seed in (1, 2)),
+            "third/seed=1,plain",
+        ],
+        "third/seed=2,others": [
+            *(f"second/seed={seed},{part}" for part in ("all", "more") for seed in (2, 1)),
+            "third/seed=2,plain",
+        ],
+        "second/seed=1,small": [
+            "first/seed=1,once",
+            "first/seed=1,small",
+            "third/seed=1,plain",
+            "second/seed=1,all",
+        ],
     }
     assert planned.count("threads: 2") == len(found)
     asked = dry_run(only=["second/seed=2*"], package=None).split("wildcards: notebook=")[1:]
@@ -199,8 +216,9 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
         ("once", "runs", "first", "`runs` is 'first seed' or left out"),
         ("small", "alone", "yes", "`alone` is true or left out"),
         ("once", "after", "small", "`after` names a part that stands before it, not 'small'"),
-        ("once", "with", {"second": "all"}, "`with` maps earlier notebooks to a part of each"),
-        ("once", "with", ["second"], "`with` maps earlier notebooks to a part of each"),
+        ("once", "with", {"second": ["all", "none"]}, "`with` maps other notebooks to parts of each"),
+        ("once", "with", {"first": "small"}, "`with` maps other notebooks to parts of each"),
+        ("once", "with", ["second"], "`with` maps other notebooks to parts of each"),
     ):
         wrong = {**divided, "parts": {**parts, "first": {**parts["first"], part: {option: value}}}}
         two_stages.profile.write_text(yaml.safe_dump(wrong, sort_keys=False))
@@ -281,6 +299,25 @@ def test_profiles_give_only_parameters_that_notebooks_declare(path):
         values = {key: value for key, value in values.items() if key not in options}
         notebook_file = provenance.PACKAGE.parent / "notebooks" / f"{name}.ipynb"
         assert check(declared(notebook_file), values, notebook=name) == values
+
+
+def test_who_teaches_is_made_by_what_a_part_builds_on():
+    profile = yaml.safe_load((PROFILES / "standard.yaml").read_text(encoding="utf-8"))
+    parts, found = profile["parts"], []
+    for name in ("04_distillation", "05_architecture_search"):
+        for part, about in parts[name].items():
+            given = profile["parameters"][name] | about
+            if "teaches" in given and (name.startswith("04") or "taught" in str(given["arms"])):
+                found.append(part)
+                made = about["with"]["06_pipeline"]
+                points = [
+                    p
+                    for own in ([made] if isinstance(made, str) else made)
+                    for p in parts["06_pipeline"][own]["points"]
+                ]
+                files = [re.sub("[:,]", "_", point).replace("=", "") for point in points]
+                assert given["teaches"] in files, part
+    assert {*parts["04_distillation"], "taught"} == set(found)
 
 
 @pytest.mark.parametrize("name", ["quick", "standard", "full"])
