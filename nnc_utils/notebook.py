@@ -23,12 +23,11 @@ from pydantic import ValidationError
 from nnc_utils import parameters as declarations
 from nnc_utils import processes, provenance
 from nnc_utils.parameters import Parameter
-from nnc_utils.provenance import root
+from nnc_utils.provenance import BEGUN, root
 from nnc_utils.rows import CompressionRow, run_name
 from nnc_utils.tables import ResultError, Run, RunRecord, read_run
 
 WRITER_WAIT = 30  # seconds, for the kernel of a killed runner to die
-BEGUN = ".begun"  # says which run the files beside it are of, so that only that one goes on with them
 COPY = ".finished.json"  # outlives Snakemake, which deletes result.json where it saw no end of a job
 
 

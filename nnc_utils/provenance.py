@@ -31,6 +31,7 @@ FLAGS = (  # of a processor, those that matter to a time
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
     *("asimddp", "i8mm", "bf16", "sve"),
 )
+BEGUN = ".begun"  # in a run folder: which run its files are of, so that only that one goes on with them
 PEERS = ("torchao", "openvino", "nncf", "executorch", "torch-pruning", "optuna")
 
 

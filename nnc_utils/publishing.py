@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from nnc_utils.over_seeds import claimed_once, looked_at_by_all
-from nnc_utils.provenance import root, write_atomically
+from nnc_utils.provenance import BEGUN, file_sha256, root, write_atomically
 from nnc_utils.rows import CompressionRow, LatencyRow, evidence, labels_of, timed_evidence
 from nnc_utils.tables import (
     POINT,
@@ -31,6 +30,7 @@ from nnc_utils.tables import (
 )
 
 ATTEMPT = "attempt"  # control of a point that fell short
+RESTORED = "restored"  # in a run folder's mark: written from the tables
 COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
 
 
@@ -183,10 +183,11 @@ def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Col
 
 
 def restore(profile: str) -> list[Run]:
-    """Write run folders from a profile's tables, for those of its committed runs that are not here.
+    """Write run folders from a profile's tables, for those of its committed runs that were not made here.
 
-    They hold rows, predictions and the artifacts that are committed: enough for other runs to build on,
-    unless these ask for a larger artifact, which `Run.artifact` refuses.
+    They hold rows, predictions and those artifacts that are committed: enough for other runs to build on,
+    unless these ask for another artifact, which `Run.artifact` refuses. `publish` never takes a row from
+    them. Nothing makes such a run again by itself: delete its folder for that.
 
     Parameters
     ----------
@@ -201,30 +202,37 @@ def restore(profile: str) -> list[Run]:
     ResultError
         When the profile has no tables, or a file of them is missing or not what they say.
     """
-    tables, written, now = root() / "results" / profile, [], time.time()
+    tables, written = root() / "results" / profile, []
     committed = committed_runs(tables)
     if not committed:
         raise ResultError(f"{tables} has no tables to restore runs from: publish the profile first")
     for run in committed:
         folder = root() / "results/runs" / run.run
-        if (folder / "result.json").is_file():
-            continue
+        if not is_restored(folder) and any((folder / name).is_file() for name in (BEGUN, "result.json")):
+            continue  # made here, or being made
         for name, _ in _needed([run]):
             _place(folder / "predictions" / name, _committed(tables / "predictions" / name))
         for entry in run.record.artifacts:
             kept = tables / "artifacts" / artifact_name(entry.artifact_sha256)
             if kept.is_file():
-                _place(folder / entry.path, kept.read_bytes())
+                _place(folder / entry.path, _committed(kept, entry.sha256))
+        write_atomically(folder / BEGUN, RESTORED)
         text = json.dumps(run.record.model_dump(mode="json"), indent=1, allow_nan=False)
         write_atomically(folder / "result.json", text)
-        os.utime(folder / "result.json", (now, now))  # none is newer than what was built on it
+        os.utime(folder / "result.json", (0, 0))  # a workflow sees none that is newer than what builds on it
         written.append(read_run(folder))
     return written
 
 
-def _committed(file: Path) -> bytes:
-    if not file.is_file():
-        raise ResultError(f"{file} is missing: bring it back from version control")
+def is_restored(folder: Path) -> bool:
+    """Whether a run folder was written from committed tables and nothing has been made in it since."""
+    mark = folder / BEGUN
+    return mark.is_file() and mark.read_text(encoding="utf-8") == RESTORED
+
+
+def _committed(file: Path, sha256: str = "") -> bytes:
+    if not file.is_file() or (sha256 and file_sha256(file) != sha256):
+        raise ResultError(f"{file} is missing or not what was measured: bring it back from version control")
     return file.read_bytes()
 
 

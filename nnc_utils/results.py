@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnc_utils.paired import comparisons, gaps
 from nnc_utils.provenance import root, write_atomically
-from nnc_utils.publishing import publish, restore
+from nnc_utils.publishing import is_restored, publish, restore
 from nnc_utils.reports.claimed import HISTORY
 from nnc_utils.reports.committed import ALL_PROFILES, EDITED, OLDER, SAME, Tables, committed_profile
 from nnc_utils.reports.headline import WORDS, table, verdict
@@ -131,7 +131,8 @@ def main() -> None:
 
     ``publish`` first makes the tables from the profile's finished runs, however many there are; what
     other machines committed stays beside them. ``restore`` is the way back: it writes run folders from the
-    tables, so that another machine goes on where they end, as far as it needs no large artifact.
+    tables, so that another machine goes on where they end, as far as it needs no network but those that
+    are committed.
     """
     parser = argparse.ArgumentParser(prog="python -m nnc_utils.results", description=main.__doc__)
     parser.add_argument("command", choices=["report", "publish", "restore"])
@@ -151,7 +152,7 @@ def main() -> None:
     if options.command == "publish":
         marks = (root() / "results/runs" / options.profile).glob("*/*/result.json")
         try:
-            runs = [read_run(mark.parent) for mark in sorted(marks)]
+            runs = [read_run(mark.parent) for mark in sorted(marks) if not is_restored(mark.parent)]
             folders = [run.folder for run in runs if run.is_evidence]
             publish(folders, options.profile, keep=True, attempts=options.attempts)
         except ResultError as error:

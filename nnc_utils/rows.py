@@ -337,17 +337,24 @@ def _fp32_bytes_of(path: Path) -> int:
     return artifact.fp32_bytes(artifact.read(path).spec)
 
 
-def _fp32_bytes(path: Path, run: Any) -> int:
-    """Bytes of the reference in fp32; where its file was left elsewhere, of what 01's parameters describe."""
+@functools.lru_cache(maxsize=8)
+def _fp32_bytes_as_made(dataset: str, size: int, depth: int, width: float, stem: str) -> int:
     from nnc_utils import artifact, data, models
 
+    pictures = data.load(dataset, size=size or None)
+    about = {"channels": pictures.channels, "size": pictures.size, "classes": len(pictures.classes)}
+    return artifact.fp32_bytes(models.resnet(depth, width=width, stem=stem, **about))
+
+
+def _fp32_bytes(path: Path, run: Any) -> int:
+    """Bytes of the reference in fp32; where its file was left elsewhere, of what 01's parameters describe."""
     if path.is_file():
         return _fp32_bytes_of(path)
-    [made] = [r.record for r in run.upstream if r.record.notebook == BASELINE and r.record.seed == run.seed]
-    about = {key: made.parameters[key] for key in ("depth", "width", "stem")}
-    pictures = data.load(made.dataset, size=made.parameters["size"] or None)
-    about |= {"channels": pictures.channels, "size": pictures.size, "classes": len(pictures.classes)}
-    return artifact.fp32_bytes(models.resnet(**about))
+    for made in (r.record for r in run.upstream if r.record.notebook == BASELINE):
+        if made.seed == run.seed:
+            about = {key: made.parameters[key] for key in ("size", "depth", "width", "stem")}
+            return _fp32_bytes_as_made(made.dataset, **about)
+    raise ValueError(f"{path} is missing, and no run of {BASELINE} with seed {run.seed} tells its size")
 
 
 def latency_rows(

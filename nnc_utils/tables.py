@@ -150,7 +150,10 @@ class Run:
     def row(self, name: str) -> CompressionRow:
         """The first row of an artifact, which is named as for `artifact`."""
         sha256 = self._record_of(name).artifact_sha256
-        return next(row for row in self.compression if row.artifact_sha256 == sha256)
+        for row in self.compression:
+            if row.artifact_sha256 == sha256:
+                return row
+        raise ResultError(f"{self.run} has no row of its artifact {name!r}")
 
     def _record_of(self, name: str) -> ArtifactRecord:
         for record in self.record.artifacts:

@@ -1,6 +1,7 @@
 """What becomes of finished and of committed runs when tables are made."""
 
 import json
+import os
 import shutil
 
 import pandas as pd
@@ -53,11 +54,29 @@ def test_another_machine_goes_on_where_the_tables_end(published):
     with pytest.raises(tables.ResultError, match="is missing: bring it from where it was made"):
         large.artifact("network")
     assert large.score("network")["sha256"] == large.baseline.artifact_sha256
-    ends = {(run.folder / "result.json").stat().st_mtime_ns for run in restored.values()}
-    assert len(ends) == 1  # a workflow sees none that is newer than what was built on it
     results.publish([run.folder for run in restored.values()], "quick")
     assert {file: file.read_bytes() for file in published.rglob("*") if file.is_file()} == before
+    # what was made here stays, with what is being made; what was restored follows the tables
+    mark = small.folder / ".begun"
+    mark.write_text("finished")
+    os.utime(mine := small.folder / "result.json")
+    (large.folder / "result.json").unlink()
+    again = {run.run for run in publishing.restore("quick")}
+    assert again == set(restored) - {small.run} and (large.folder / "result.json").is_file()
+    ends = {run: (restored[run].folder / "result.json").stat().st_mtime for run in again}
+    assert max(ends.values()) < mine.stat().st_mtime  # a workflow sees none newer than what is built on it
+    assert [publishing.is_restored(run.folder) for run in (small, large)] == [False, True]
+    (large.folder / "result.json").unlink()
+    (large.folder / ".begun").write_text("another run")  # which was interrupted
+    assert large.run not in {run.run for run in publishing.restore("quick")}
     shutil.rmtree(runs)
+    [file] = (published / "artifacts").glob(f"{small.compression[0].artifact_sha256[:16]}*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(tables.ResultError, match="not what was measured"):
+        publishing.restore("quick")
+    assert not (small.folder / "result.json").exists()
+    file.write_bytes(whole)
     (published / "predictions" / rows.evidence(small.compression[0].artifact_sha256)).unlink()
     with pytest.raises(tables.ResultError, match="bring it back from version control"):
         publishing.restore("quick")

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
 from nnc_utils import benchmark, notebook, provenance
+from nnc_utils.tables import artifact_name, committed_runs
 
 PROFILES = provenance.PACKAGE.parent / "workflow" / "profiles"
 WORK = """import os, time
@@ -224,6 +226,10 @@ def test_a_divided_notebook_builds_on_its_first_part(two_stages):
         two_stages.profile.write_text(yaml.safe_dump(wrong, sort_keys=False))
         status, output = complete()
         assert status and f"part {part} of first: {said}" in output
+    wrong = {**parts, "first": {**parts["first"], "small": {"with": {"second": "all"}}}}
+    two_stages.profile.write_text(yaml.safe_dump(divided | {"parts": wrong}, sort_keys=False))
+    status, output = complete()
+    assert status and "`with` makes runs build on each other: results/runs/tiny/" in output
 
 
 def what_reruns_what(place):
@@ -303,7 +309,8 @@ def test_profiles_give_only_parameters_that_notebooks_declare(path):
 
 def test_who_teaches_is_made_by_what_a_part_builds_on():
     profile = yaml.safe_load((PROFILES / "standard.yaml").read_text(encoding="utf-8"))
-    parts, found = profile["parts"], []
+    seeds = set(profile["seeds"])
+    parts, found, names = profile["parts"], [], set()
     for name in ("04_distillation", "05_architecture_search"):
         for part, about in parts[name].items():
             given = profile["parameters"][name] | about
@@ -317,7 +324,15 @@ def test_who_teaches_is_made_by_what_a_part_builds_on():
                 ]
                 files = [re.sub("[:,]", "_", point).replace("=", "") for point in points]
                 assert given["teaches"] in files, part
+                names |= {given["teaches"]}
     assert {*parts["04_distillation"], "taught"} == set(found)
+    committed = provenance.PACKAGE.parent / "results/standard"
+    for run in committed_runs(committed):
+        for entry in run.record.artifacts:
+            kept = committed / "artifacts" / artifact_name(entry.artifact_sha256)
+            if run.record.notebook == "06_pipeline" and Path(entry.path).stem in names and kept.is_file():
+                seeds.discard(run.record.seed)
+    assert not seeds  # of each seed it lies in this repository
 
 
 @pytest.mark.parametrize("name", ["quick", "standard", "full"])

@@ -60,6 +60,7 @@ WORDS = {  # what stands in the column "network"; the number is the notebook's t
     "width": "share of the channels",
     "sparsity": "share of zeros",
     "ensemble": "taught by the networks of all seeds together",
+    "compressed": "taught by what the pipeline made of the large network",
     "cached": "the teacher looked before",
     "T": "temperature of the soft labels",
     "alpha": "their weight",

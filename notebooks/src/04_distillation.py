@@ -389,7 +389,8 @@ pd.DataFrame(
 # (`shuffled`, must not help; where `alpha` is large it ruins the student, so that the student alone is the harder rival); the
 # student trained **longer**; the teacher itself trained on for as long (`dense_finetuned`).
 # `self`: the teacher is the student alone, of the same size, whose training counts, too. `ensemble`: the teachers of all
-# seeds together. `compressed`: the teacher is what chapter 06 made of the baseline, which knows as much and looks faster.
+# seeds together. `compressed`: the teacher is what chapter 06 made of the baseline: a file that is small enough for this repository,
+# and whose looks take less time; `train_seconds` counts what its own row does, not the baselines of other seeds that taught it.
 
 # %%
 def untrained(method: str, settings: dict[str, float]) -> models.ResNet:
@@ -524,8 +525,8 @@ for point in dict.fromkeys([*controls, *points]):
     candidates.append({"path": path, "width": settings.get("width"), "row": row, "model": model})
 
 # %% [markdown]
-# The **validation** pictures decide which method is claimed at each width: the best of those that saw as many pictures as the
-# student alone. Beside accuracy stand two things that a teacher may change, too: whether the student is as sure as it is right
+# The **validation** pictures decide which method of this run is claimed at each width: the best of those that saw as many
+# pictures as the student alone (a run with one method has fixed it before). Beside accuracy stand two things that a teacher may change, too: whether the student is as sure as it is right
 # (**expected calibration error**), and how often it says what the teacher of its own seed says.
 
 # %%
@@ -632,7 +633,7 @@ figures.show(
 # ### Does the teacher help?
 #
 # On the same test pictures and at the same number of training pictures, each taught student against the student alone and against
-# the one with smoothed labels; and what share of the gap to the teacher it closes, where that gap is one. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
+# the one with smoothed labels; and what share of the gap to the full network it closes, where that gap is one. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
 
 # %%
 where = {"predictions": run.path("predictions"), "dataset": reference.dataset}
