@@ -500,6 +500,7 @@ def test_every_way_to_search(baseline, tmp_path):
             "arms": ["winner", "thin_resnet18", "winner taught"],
             "macs": 100.0,
         },
+        "taught": {"steps": ["retrain"], "arms": ["winner taught"], "teaches": "winner", "macs": 100.0},
     }
     parts["blocks"]["macs"] = 100.0
     parts["search"] |= {"supernet_epochs": 1.0, "supernet_batch": 16, "calibration_images": 16}
@@ -531,6 +532,10 @@ def test_every_way_to_search(baseline, tmp_path):
     assert ours["method"] in methods and ours["point"] == "macs=100x,latency_ms=1"
     assert ours["headline"] + rows[True, ""]["headline"] == 1 and not thin["headline"]
     assert not made["search"]["compression"] and not made["blocks"]["compression"]
+    [by_other] = made["taught"]["compression"]
+    assert by_other["point"] == "macs=100x,latency_ms=1 taught by compressed"
+    assert by_other["train_seconds"] > ours["train_seconds"]  # its teacher's training counts
+    assert by_other["artifact_sha256"] != rows[True, ""]["artifact_sha256"]
 
 
 @pytest.mark.parametrize(
