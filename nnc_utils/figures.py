@@ -47,6 +47,7 @@ NAMES = {
     "small_dense_qat4": "thin, 4 bits",
     "thin_resnet18": "thin ResNet-18",
     "reinforce": "REINFORCE",
+    "random_alone": "random, trained alone",
     "kd": "soft labels",
     "dkd": "soft labels, decoupled",
     "kd_attention": "soft labels + attention",

@@ -89,6 +89,7 @@ def check_points(points, peers=(), name="02_quantization", **others):
     namespace |= {"channels": channels, "spec": models.resnet(18, channels=1, size=28, classes=10)}
     namespace |= {"teaching": teaching, "features": features, "models": models}
     namespace["teacher"] = SimpleNamespace(spec=namespace["spec"])
+    namespace |= {"teachers": [namespace["teacher"]], "teaches": "fp32"}
     namespace |= others
     for source in sources[first - ("METHODS = {" in sources[first - 1]) : last + 1]:
         exec(source, namespace)
@@ -170,7 +171,7 @@ def test_operating_points_that_make_no_sense_are_refused(points, peers, message)
         (["kd:width=0.25,T=0"], [], "temperature is 0.0: a number above 0"),
         (["kd:width=0.25,alpha=3"], [], "alpha is 3.0"),
         (["kd:width=-1"], [], "width is -1.0"),
-        (["ensemble:width=0.25"], [], "an ensemble needs the baselines of other seeds"),
+        (["ensemble:width=0.25"], [], "an ensemble needs fp32 of other seeds"),
         (["kd:width=0.25,resnet50"], [], "put resnet50:epochs=12 into controls"),
         (["self:width=0.25,resnet50"], [], "unknown point"),
         ([], ["resnet50:epochs=0"], "times and epochs in"),

@@ -497,7 +497,7 @@ def test_every_way_to_search(baseline, tmp_path):
         "search": {"steps": ["search"], "latency_ms": 1.0, "macs": 100.0},
         "retrain": {
             "steps": ["retrain"],
-            "arms": ["winner", "thin_resnet18", "winner taught"],
+            "arms": ["winner", "random_alone", "thin_resnet18", "winner taught"],
             "macs": 100.0,
         },
         "taught": {"steps": ["retrain"], "arms": ["winner taught"], "teaches": "winner", "macs": 100.0},
@@ -524,13 +524,18 @@ def test_every_way_to_search(baseline, tmp_path):
     winner = models.Spec.from_json(search["winner"]["spec"])
     ours = [row["alone"] for row in search["finalists"] if row["method"] not in peers.SEARCHERS]
     assert search["winner"]["alone"] == max(ours)
-    rows = {(row["point"].endswith("taught"), row["control"]): row for row in made["retrain"]["compression"]}
+    retrained = {row["method"]: row for row in made["retrain"]["compression"]}
+    alone = retrained.pop("random_alone")  # the best of the random ones, when trained alone
+    assert alone["control"] == "" and alone["macs"] <= retrained["thin_resnet18"]["macs"]
+    assert alone["train_images"] == retrained["thin_resnet18"]["train_images"]
+    left = [row for row in made["retrain"]["compression"] if row["method"] != "random_alone"]
+    rows = {(row["point"].endswith("taught"), row["control"]): row for row in left}
     assert set(rows) == {(False, ""), (True, ""), (False, "thin_resnet18")}
     ours, thin = rows[False, ""], rows[False, "thin_resnet18"]
     assert ours["macs"] == rows[True, ""]["macs"] == models.macs(winner) <= thin["macs"]
     assert ours["train_images"] == rows[True, ""]["train_images"] == thin["train_images"] == 5 * 16
     assert ours["method"] in methods and ours["point"] == "macs=100x,latency_ms=1"
-    assert ours["headline"] + rows[True, ""]["headline"] == 1 and not thin["headline"]
+    assert ours["headline"] + rows[True, ""]["headline"] + alone["headline"] == 1 and not thin["headline"]
     assert not made["search"]["compression"] and not made["blocks"]["compression"]
     [by_other] = made["taught"]["compression"]
     assert by_other["point"] == "macs=100x,latency_ms=1 taught by compressed"
@@ -547,6 +552,7 @@ def test_every_way_to_search(baseline, tmp_path):
         ({"steps": ["serach"]}, "unknown step 'serach'"),
         ({"arms": ["winner tuned"]}, "unknown arm 'winner tuned'"),
         ({"peers": ["optuna"]}, "unknown peer 'optuna'"),
+        ({"arms": ["random_alone"], "alone": 0}, "no random network is trained alone"),
         ({"widest": 0.2}, "sixteenths"),
     ],
 )

@@ -48,6 +48,8 @@ WORDS = {  # what stands in the column "network"; the number is the notebook's t
     "evolution": "an architecture found by evolution (05)",
     "gradient": "an architecture found by gradients (05)",
     "random": "an architecture found by random search (05)",
+    "random_near_limit": "an architecture found by random search among those near the limit (05)",
+    "random_alone": "the best of random architectures, each trained alone (05)",
     "optuna_nsga2": "an architecture found by Optuna (05)",
     "prune_distill_quantize": "the pipeline: channels removed, taught, rounded (06)",
     "small_dense": "a plain thin ResNet-18, trained as long: the rival of the pipeline (06), of cuts (03)",

@@ -97,7 +97,7 @@ pictures = data.load(reference.dataset, size=recipe_of_01["size"] or None)
 print(f"the large network: {reference.model} on {reference.dataset}, made by {baseline.run}")
 
 # %%
-STEPS, ARMS = ("latency", "search", "retrain"), ("winner", "thin_resnet18")
+STEPS, ARMS = ("latency", "search", "retrain"), ("winner", "random_alone", "thin_resnet18")
 about = {"channels": pictures.channels, "size": pictures.size, "classes": len(pictures.classes)}
 about["stem"] = recipe_of_01["stem"]
 full, space = models.resnet(18, **about), spaces.around(**about, widest=widest, blocks=blocks)
@@ -123,6 +123,9 @@ if any(arm.endswith(" taught") for arm in arms):
     teacher_seconds = 0 if whose is baseline else whose.row(teaches).train_seconds
 if "retrain" in steps and "search" not in steps and "search" not in earlier:
     raise ValueError("nothing has been searched: add 'search' to steps, or the run that did to upstream")
+trained_alone = earlier["search"]["pairs"] if "search" in earlier else alone
+if any(arm.startswith("random_alone") for arm in arms) and not trained_alone:
+    raise ValueError("no random network is trained alone: drop random_alone from arms, or give alone=16")
 
 # %% [markdown]
 # ## 1 · The space: what may a network be?
@@ -632,10 +635,15 @@ def kendall(pairs: list) -> tuple[float, float, float]:
     return scipy.stats.kendalltau(one, other).statistic, *np.nanpercentile(taus, (2.5, 97.5))
 
 
+def drawn_alone(count: int) -> list[spaces.Architecture]:
+    """The random networks that are trained alone, the same ones for every seed of a constraint."""
+    generator = np.random.default_rng(7)
+    return [between(generator) for _ in range(count)]
+
+
 if searching:
-    generator, pairs = np.random.default_rng(7), []
-    for number in range(alone):
-        found = between(generator)
+    pairs = []
+    for number, found in enumerate(drawn_alone(alone)):
         network, _ = trained(space.spec(found), alone_epochs)
         pairs.append([evaluate(found), validated(network)])
         print(f"{number + 1} of {alone}: shared {pairs[-1][0]:.2f} %, alone {pairs[-1][1]:.2f} %", flush=True)
@@ -696,19 +704,22 @@ if search:
 # ## 7 · The winner from scratch, beside the thin network
 #
 # The winner is an ordinary `Spec`. It is trained with the common recipe, alone and (` taught`) with the large network, or what
-# the pipeline made of it (` taught by compressed`), as its teacher, which has looked before; and so is the hand-made rival: ResNet-18 with every width scaled by one factor, the smallest
-# factor in 64ths with **no fewer** multiplications than the winner.
+# the pipeline made of it (` taught by compressed`), as its teacher, which has looked before. Beside it stands what a search
+# without shared weights finds (`random_alone`: the best of section 5's random networks, trained alone), and the hand-made
+# rival: ResNet-18 with every width scaled by one factor, the smallest in 64ths with **no fewer** multiplications than these.
 
 # %%
 retraining = "retrain" in steps
 if search:
-    chosen = models.Spec.from_json(search["winner"]["spec"])
-    thin = next(
+    specs = {"winner": models.Spec.from_json(search["winner"]["spec"])}
+    if search["pairs"] and "random_alone" in arms:
+        best = int(np.argmax([alone_accuracy for _, alone_accuracy in search["pairs"]]))
+        specs["random_alone"] = space.spec(drawn_alone(best + 1)[best])
+    specs["thin_resnet18"] = next(
         spec
         for spec in (models.resnet(18, width=share / 64, **about) for share in range(1, 65))
-        if models.macs(spec) >= models.macs(chosen)
+        if models.macs(spec) >= max(map(models.macs, specs.values()))
     )
-    specs = {"winner": chosen, "thin_resnet18": thin}
     display(
         pd.DataFrame(
             {
@@ -752,8 +763,8 @@ for arm in arms if retraining else ():
     seconds = history.seconds + (memories[0].seconds + teacher_seconds if taught else 0)
     lessons = " taught" * taught + " by compressed" * (taught and teaches != "fp32")
     row = {"technique": "search", "division": "open", "point": search["point"] + lessons}
-    row |= {"method": search["winner"]["method"] if name == "winner" else "thin_resnet18"}
-    row |= {"control": "" if name == "winner" else "thin_resnet18"}
+    row |= {"method": search["winner"]["method"] if name == "winner" else name}
+    row |= {"control": name if name == "thin_resnet18" else ""}
     row |= {"train_images": history.images, "train_seconds": seconds}
     made.append({"path": path, "row": row, "validation": validated(network)})
     print(f"{arm}: validation {made[-1]['validation']:.2f} %", flush=True)
