@@ -231,6 +231,28 @@ def test_every_way_to_teach(pictures, tmp_path):
     again = execute("04_distillation", tmp_path / "again", upstream=folders, part="thin", **settings | about)
     assert not any(row["headline"] for row in again["compression"])
     assert not list((tmp_path / "again").glob("remembered*"))  # what it needs lies there already
+    # another network teaches in the baseline's place, whose file is elsewhere
+    (tmp_path / "baseline1/artifacts/fp32.safetensors").unlink()
+    about = {
+        "points": ["kd:width=0.0625,cached", "self:width=0.0625"],
+        "teaches": "kd_width0.125_T4_alpha0.9",
+    }
+    about |= {"controls": ["student_alone:width=0.0625"], "upstream": [upstream[0], str(tmp_path / "taught")]}
+    other = execute("04_distillation", tmp_path / "other", part="other", **settings | about)
+    taught = {row["method"]: row for row in other["compression"]}
+    teacher = rows["kd", "", False]
+    assert taught["kd"]["point"] == "width=0.0625,T=4,alpha=0.9,cached,compressed"
+    assert taught["self"]["point"] == "width=0.0625,T=4,alpha=0.9"
+    assert taught["kd"]["train_seconds"] > teacher["train_seconds"]  # which counts
+    assert {row["reference_sha256"] for row in other["compression"]} == {teacher["reference_sha256"]}
+    sizes = {row["artifact_bytes"] * row["size_ratio"] / teacher["artifact_bytes"] for row in taught.values()}
+    assert max(sizes) == pytest.approx(teacher["size_ratio"], rel=1e-3) == min(sizes)
+    about |= {"points": ["ensemble:width=0.0625,cached"]}
+    with pytest.raises(papermill.PapermillExecutionError, match="kd_width0.125_T4_alpha0.9 of other seeds"):
+        execute("04_distillation", tmp_path / "one", **settings | about)
+    about |= {"teaches": "kd", "points": []}
+    with pytest.raises(papermill.PapermillExecutionError, match="no upstream run has an artifact 'kd'"):
+        execute("04_distillation", tmp_path / "none", **settings | about)
 
 
 def test_every_pipeline(baseline, tmp_path):
@@ -475,9 +497,11 @@ def test_every_way_to_search(baseline, tmp_path):
         "search": {"steps": ["search"], "latency_ms": 1.0, "macs": 100.0},
         "retrain": {
             "steps": ["retrain"],
-            "arms": ["winner", "thin_resnet18", "winner taught"],
+            "arms": ["winner", "random_alone", "thin_resnet18", "winner taught"],
             "macs": 100.0,
+            "latency_ms": 1.0,
         },
+        "taught": {"steps": ["retrain"], "arms": ["winner taught"], "teaches": "winner", "macs": 100.0},
     }
     parts["blocks"]["macs"] = 100.0
     parts["search"] |= {"supernet_epochs": 1.0, "supernet_batch": 16, "calibration_images": 16}
@@ -488,6 +512,9 @@ def test_every_way_to_search(baseline, tmp_path):
         about = {"upstream": upstream, "part": part, **common, **values}
         made[part] = execute("05_architecture_search", tmp_path / part, **about)
         upstream = [*upstream, str(tmp_path / part)]
+    about |= {"arms": ["random_alone taught"], "part": "other", "macs": 50.0}
+    with pytest.raises(papermill.PapermillExecutionError, match="the search was within macs=100x,latency_ms"):
+        execute("05_architecture_search", tmp_path / "other", **about)
     timed, search = made["blocks"]["extra"]["latency"], made["search"]["extra"]["search"]
     assert (len(timed["blocks"]), len(timed["networks"])) == (6, 3)
     assert not {text for text, _ in timed["blocks"]} & {text for text, _ in timed["networks"]}
@@ -501,14 +528,23 @@ def test_every_way_to_search(baseline, tmp_path):
     winner = models.Spec.from_json(search["winner"]["spec"])
     ours = [row["alone"] for row in search["finalists"] if row["method"] not in peers.SEARCHERS]
     assert search["winner"]["alone"] == max(ours)
-    rows = {(row["point"].endswith("taught"), row["control"]): row for row in made["retrain"]["compression"]}
+    retrained = {row["method"]: row for row in made["retrain"]["compression"]}
+    alone = retrained.pop("random_alone")  # the best of the random ones, when trained alone
+    assert alone["control"] == "" and alone["macs"] <= retrained["thin_resnet18"]["macs"]
+    assert alone["train_images"] == retrained["thin_resnet18"]["train_images"]
+    left = [row for row in made["retrain"]["compression"] if row["method"] != "random_alone"]
+    rows = {(row["point"].endswith("taught"), row["control"]): row for row in left}
     assert set(rows) == {(False, ""), (True, ""), (False, "thin_resnet18")}
     ours, thin = rows[False, ""], rows[False, "thin_resnet18"]
     assert ours["macs"] == rows[True, ""]["macs"] == models.macs(winner) <= thin["macs"]
     assert ours["train_images"] == rows[True, ""]["train_images"] == thin["train_images"] == 5 * 16
     assert ours["method"] in methods and ours["point"] == "macs=100x,latency_ms=1"
-    assert ours["headline"] + rows[True, ""]["headline"] == 1 and not thin["headline"]
+    assert ours["headline"] + rows[True, ""]["headline"] + alone["headline"] == 1 and not thin["headline"]
     assert not made["search"]["compression"] and not made["blocks"]["compression"]
+    [by_other] = made["taught"]["compression"]
+    assert by_other["point"] == "macs=100x,latency_ms=1 taught by compressed"
+    assert by_other["train_seconds"] > ours["train_seconds"]  # its teacher's training counts
+    assert by_other["artifact_sha256"] != rows[True, ""]["artifact_sha256"]
 
 
 @pytest.mark.parametrize(

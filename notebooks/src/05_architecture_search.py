@@ -124,7 +124,8 @@ if any(arm.endswith(" taught") for arm in arms):
 if "retrain" in steps and "search" not in steps and "search" not in earlier:
     raise ValueError("nothing has been searched: add 'search' to steps, or the run that did to upstream")
 trained_alone = earlier["search"]["pairs"] if "search" in earlier else alone
-if any(arm.startswith("random_alone") for arm in arms) and not trained_alone:
+wants_alone = any(arm.startswith("random_alone") for arm in arms)
+if wants_alone and not trained_alone:
     raise ValueError("no random network is trained alone: drop random_alone from arms, or give alone=16")
 
 # %% [markdown]
@@ -252,6 +253,11 @@ limits = {"macs": models.macs(full) / macs if macs else None, "latency_ms": late
 limits = Constraints(**limits)
 costs.check(limits)
 point = ",".join([f"macs={macs:g}x"] * bool(macs) + [f"latency_ms={latency_ms:g}"] * bool(latency_ms))
+if wants_alone and "search" in earlier and earlier["search"]["point"] != point:
+    raise ValueError(
+        f"the search was within {earlier['search']['point']}, this run is within {point}: give both "
+        "the same, since random_alone draws again what the search drew"
+    )
 share = np.mean([costs.ratio(found, limits) <= 1 for found in drawn])
 print(f"{100 * share:.0f} % of random networks are within {point}")
 
@@ -712,7 +718,7 @@ if search:
 retraining = "retrain" in steps
 if search:
     specs = {"winner": models.Spec.from_json(search["winner"]["spec"])}
-    if search["pairs"] and "random_alone" in arms:
+    if search["pairs"] and wants_alone:
         best = int(np.argmax([alone_accuracy for _, alone_accuracy in search["pairs"]]))
         specs["random_alone"] = space.spec(drawn_alone(best + 1)[best])
     specs["thin_resnet18"] = next(
