@@ -201,9 +201,10 @@ def test_remembering_teaches_as_well(teacher):
     student = resnet(0.125)
     loss = teaching.taught_from(memory, Recipe(alpha=1.0), student.spec)
     about = {"batch_size": 32, "learning_rate": 0.05, "augment": False, "device": CPU}
-    training.fit(student, memory.pictures, epochs=2, loss=loss, **about)
+    training.fit(student, memory.pictures, epochs=3, loss=loss, **about)
     found = student(DIGITS.normalize(DIGITS.validation.images)).argmax(1)
-    assert (found == DIGITS.validation.labels).float().mean() > 0.8
+    # about 0.9 for any seed and processor, 0.1 where the teacher speaks of other pictures
+    assert (found == DIGITS.validation.labels).float().mean() > 0.7
 
 
 def test_an_ensemble_is_the_mean_of_its_members():
