@@ -1,4 +1,4 @@
-"""The real notebooks, run with plain papermill and parameters of another size than their defaults."""
+"""The real notebooks with other parameters than their defaults: by papermill, or cell by cell here."""
 
 import json
 import re
@@ -8,10 +8,12 @@ import sys
 import types
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import papermill
 import pytest
+from IPython.display import display
 from PIL import Image
 
 from nnc_utils import artifact, models, notebook, parameters, peers, provenance
@@ -33,12 +35,12 @@ def pictures(tmp_path_factory):
     return root / "pictures"
 
 
-def execute(name, folder, **parameters):
+def by_papermill(name, folder, **given):
     folder.mkdir()
     papermill.execute_notebook(
         NOTEBOOKS / f"{name}.ipynb",
         folder / "executed.ipynb",
-        {**parameters, "run_dir": str(folder)},
+        {**given, "run_dir": str(folder)},
         kernel_name="python3",
         cwd=NOTEBOOKS,
         progress_bar=False,
@@ -46,11 +48,33 @@ def execute(name, folder, **parameters):
     return json.loads((folder / "result.json").read_text())
 
 
+def execute(name, folder, until="run.finish(", **given):
+    """The same cell by cell in this process, as far as one that holds this text: the names that it leaves."""
+    folder.mkdir(exist_ok=True)
+    path = NOTEBOOKS / f"{name}.ipynb"
+    namespace = {name: found.default for name, found in parameters.declared(path).items()}
+    namespace |= given | {"run_dir": str(folder), "display": display}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            exec(cell.source, namespace)
+            plt.close("all")
+            if until in cell.source:
+                return namespace
+    raise AssertionError(f"{name} has no cell with {until}")
+
+
+def result(name, folder, **given):
+    """What a run leaves behind, without the start of a kernel."""
+    execute(name, folder, **given)
+    return json.loads((folder / "result.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def baseline(pictures):
     """A run of 01_baseline on them, which the other notebooks build on."""
     about = {"dataset": f"imagefolder:{pictures}", "size": 16, "width": 0.125}
-    execute("01_baseline", pictures.parent / "run", **about, epochs=3, batch_size=16, learning_rate=0.02)
+    about |= {"epochs": 3, "batch_size": 16, "learning_rate": 0.02}
+    by_papermill("01_baseline", pictures.parent / "run", **about)
     return pictures.parent / "run"
 
 
@@ -61,7 +85,7 @@ def test_your_own_pictures_through_training_and_quantization(baseline, tmp_path)
     assert (baseline["parameters"]["width"], baseline["parameters"]["size"]) == (0.125, 16)
     assert not list(folder.glob("checkpoint*"))
 
-    quantized = execute(
+    quantized = result(
         "02_quantization",
         tmp_path / "quantized",
         upstream=[str(folder)],
@@ -81,7 +105,7 @@ def test_your_own_pictures_through_training_and_quantization(baseline, tmp_path)
 
 def test_the_usual_recipe_on_your_own_pictures(baseline, tmp_path):
     settings = {"teacher_epochs": 0.2, "epochs": 0.5, "batch_size": 16, "seconds": 0.2, "width": 0.0625}
-    made = execute("00_the_usual_recipe", tmp_path / "usual", upstream=[str(baseline)], **settings)
+    made = result("00_the_usual_recipe", tmp_path / "usual", upstream=[str(baseline)], **settings)
     found = {(line["step"], line["figure"]): line for line in made["extra"]["table"]}
     assert not made["compression"]  # it claims nothing
     assert found["1 · int8", "times smaller"]["claimed"] == "4×"
@@ -114,9 +138,9 @@ def test_every_way_to_cut(baseline, tmp_path):
     controls = ["from_scratch:macs=2x", "small_dense:macs=2x int8", "magnitude_global:sparsity=0.4 tuned"]
     settings = {"train_epochs": 1.0, "steps": 2, "multiple": 1, "scoring_images": 48}
     upstream = [str(baseline), str(tmp_path / "cuts")]
-    made = execute("03_pruning", tmp_path / "cuts", upstream=upstream[:1], points=points, **settings)
+    made = result("03_pruning", tmp_path / "cuts", upstream=upstream[:1], points=points, **settings)
     about = {"upstream": upstream, "points": controls, "part": "controls"}
-    rest = execute("03_pruning", tmp_path / "controls", **about, **settings)
+    rest = result("03_pruning", tmp_path / "controls", **about, **settings)
     rows = {f"{row['method']}:{row['point']}": row for row in made["compression"] + rest["compression"]}
     assert list(made["extra"]["missing"]) == ["magnitude_global:sparsity=0.9999"]
     expected = {p for point in points + controls for p in (point, point.replace(" int8", ""))}
@@ -148,7 +172,7 @@ def test_every_way_to_cut(baseline, tmp_path):
     }
     references = {row["reference_sha256"] for row in rows.values() if row["division"] == "open"}
     assert references <= {dense["reference_sha256"], dense["artifact_sha256"]}
-    with pytest.raises(papermill.PapermillExecutionError, match="parts share it"):
+    with pytest.raises(ValueError, match="parts share it"):
         execute("03_pruning", tmp_path / "other", **about, **settings | {"train_epochs": 2.0})
 
 
@@ -172,7 +196,7 @@ def test_every_way_to_teach(pictures, tmp_path):
     controls += ["kd:width=0.125,cached,shuffled", "dense_finetuned", "resnet50:epochs=0.5"]
     settings = {"epochs": 1.0, "copies": 2, "controls": controls}
     upstream = [str(tmp_path / f"baseline{seed}") for seed in (1, 2)]
-    made = execute("04_distillation", tmp_path / "taught", upstream=upstream, points=points, **settings)
+    made = result("04_distillation", tmp_path / "taught", upstream=upstream, points=points, **settings)
     rows = {(row["method"], row["control"], "cached" in row["point"]): row for row in made["compression"]}
     assert set(rows) == {
         *((method, "", False) for method in methods),
@@ -215,7 +239,7 @@ def test_every_way_to_teach(pictures, tmp_path):
     points = ["kd:width=0.125,resnet50,cached", "kd_hints:width=0.125,resnet50"]
     about = {"points": points, "controls": ["student_alone:width=0.125"]}
     folders = [upstream[1], str(tmp_path / "taught")]
-    first = execute("04_distillation", tmp_path / "first", upstream=folders, part="kd", **settings | about)
+    first = result("04_distillation", tmp_path / "first", upstream=folders, part="kd", **settings | about)
     taught = [row for row in first["compression"] if row["control"] == ""]
     assert {row["method"] for row in taught} == {"kd", "kd_hints"}
     assert all(row["train_seconds"] > larger["train_seconds"] for row in taught)
@@ -228,7 +252,7 @@ def test_every_way_to_teach(pictures, tmp_path):
     assert reference in (own["artifact_sha256"], dense["artifact_sha256"])
     about |= {"points": ["kd:width=0.0625,resnet50,cached"], "controls": [], "claim": False}
     folders.append(str(tmp_path / "first"))
-    again = execute("04_distillation", tmp_path / "again", upstream=folders, part="thin", **settings | about)
+    again = result("04_distillation", tmp_path / "again", upstream=folders, part="thin", **settings | about)
     assert not any(row["headline"] for row in again["compression"])
     assert not list((tmp_path / "again").glob("remembered*"))  # what it needs lies there already
     # another network teaches in the baseline's place, whose file is elsewhere
@@ -238,7 +262,7 @@ def test_every_way_to_teach(pictures, tmp_path):
         "teaches": "kd_width0.125_T4_alpha0.9",
     }
     about |= {"controls": ["student_alone:width=0.0625"], "upstream": [upstream[0], str(tmp_path / "taught")]}
-    other = execute("04_distillation", tmp_path / "other", part="other", **settings | about)
+    other = result("04_distillation", tmp_path / "other", part="other", **settings | about)
     taught = {row["method"]: row for row in other["compression"]}
     teacher = rows["kd", "", False]
     assert taught["kd"]["point"] == "width=0.0625,T=4,alpha=0.9,cached,compressed"
@@ -248,10 +272,10 @@ def test_every_way_to_teach(pictures, tmp_path):
     sizes = {row["artifact_bytes"] * row["size_ratio"] / teacher["artifact_bytes"] for row in taught.values()}
     assert max(sizes) == pytest.approx(teacher["size_ratio"], rel=1e-3) == min(sizes)
     about |= {"points": ["ensemble:width=0.0625,cached"]}
-    with pytest.raises(papermill.PapermillExecutionError, match="kd_width0.125_T4_alpha0.9 of other seeds"):
+    with pytest.raises(ValueError, match="kd_width0.125_T4_alpha0.9 of other seeds"):
         execute("04_distillation", tmp_path / "one", **settings | about)
     about |= {"teaches": "kd", "points": []}
-    with pytest.raises(papermill.PapermillExecutionError, match="no upstream run has an artifact 'kd'"):
+    with pytest.raises(ValueError, match="no upstream run has an artifact 'kd'"):
         execute("04_distillation", tmp_path / "none", **settings | about)
 
 
@@ -278,7 +302,7 @@ def test_every_pipeline(baseline, tmp_path):
     controls += ["torch_pruning:macs=3x", "torch_pruning:macs=9999x"]  # the last: no row, no reason to stop
     about = {"prune_epochs": 0.4, "quantize_epochs": 0.4, "distill_epochs": 0.8, "scoring_images": 48}
     about |= {"multiple": 1, "batch_size": 16}
-    made = execute(
+    made = result(
         "06_pipeline", tmp_path / "all", upstream=[str(baseline)], points=points, controls=controls, **about
     )
     rows = {
@@ -316,7 +340,7 @@ def test_every_pipeline(baseline, tmp_path):
     assert stages == ["after_prune", "after_distill"]
     rest = {"upstream": [str(baseline), str(tmp_path / "all")], "part": "peers", "points": [], "controls": []}
     others = ["xz:macs=3x,rate=1e-4", "zstd:macs=8x,bits=4", "nncodec_pruned:macs=3x,qp=-24"]
-    made = execute("06_pipeline", tmp_path / "peers", **rest, **about, peers=others)
+    made = result("06_pipeline", tmp_path / "peers", **rest, **about, peers=others)
     row, *coded = made["compression"]
     assert (row["method"], row["train_seconds"]) == ("xz", dear["train_seconds"])
     assert row["correct"] == dear["correct"]
@@ -328,16 +352,9 @@ def test_every_pipeline(baseline, tmp_path):
 
 
 def until_trained(folder, baseline, **given):
-    """What 06 knows before its first training: its cells up to there, with these parameters."""
-    path = NOTEBOOKS / "06_pipeline.ipynb"
-    namespace = {name: found.default for name, found in parameters.declared(path).items()}
-    namespace |= {"upstream": [str(baseline)], "run_dir": str(folder), "multiple": 1, "scoring_images": 48}
-    namespace |= given
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
-            exec(cell.source, namespace)
-            if "# before any training" in cell.source:
-                return namespace
+    """What 06 knows before its first training."""
+    about = {"upstream": [str(baseline)], "multiple": 1, "scoring_images": 48}
+    return execute("06_pipeline", folder, until="# before any training", **about | given)
 
 
 @pytest.fixture(scope="module")
@@ -510,10 +527,10 @@ def test_every_way_to_search(baseline, tmp_path):
     made, upstream = {}, [str(baseline)]
     for part, values in parts.items():
         about = {"upstream": upstream, "part": part, **common, **values}
-        made[part] = execute("05_architecture_search", tmp_path / part, **about)
+        made[part] = result("05_architecture_search", tmp_path / part, **about)
         upstream = [*upstream, str(tmp_path / part)]
     about |= {"arms": ["random_alone taught"], "part": "other", "macs": 50.0}
-    with pytest.raises(papermill.PapermillExecutionError, match="the search was within macs=100x,latency_ms"):
+    with pytest.raises(ValueError, match="the search was within macs=100x,latency_ms"):
         execute("05_architecture_search", tmp_path / "other", **about)
     timed, search = made["blocks"]["extra"]["latency"], made["search"]["extra"]["search"]
     assert (len(timed["blocks"]), len(timed["networks"])) == (6, 3)
@@ -576,5 +593,5 @@ def test_searches_that_make_no_sense_are_refused(values, message):
 
 def test_a_value_out_of_range_stops_before_any_work(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="epochs"):
-        execute("01_baseline", tmp_path / "refused", epochs=0)
+        by_papermill("01_baseline", tmp_path / "refused", epochs=0)
     assert not (tmp_path / "refused" / "result.json").exists()
