@@ -29,6 +29,11 @@ class _NotebooksInOrder(LoadFileScheduling):
         return "notebooks" if nodeid.startswith("notebooks/") else super()._split_scope(nodeid)
 
 
+def pytest_collection_modifyitems(items):
+    """00 comes last: it builds on 01, which would otherwise run twice."""
+    items.sort(key=lambda item: item.nodeid.startswith("notebooks/00"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return _NotebooksInOrder(config, log)

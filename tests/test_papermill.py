@@ -13,6 +13,8 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+import torch
+import torchvision
 from IPython.display import display
 from PIL import Image
 
@@ -477,33 +479,31 @@ def test_the_commands_of_the_readme_on_your_own_pictures(pictures, clone):
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_imagenet_weights(pictures, clone, monkeypatch, by_name):
+def test_imagenet_weights(pictures, tmp_path, monkeypatch, by_name):
     """The README's options, with a file in torchvision's format: where a download leaves it, or any."""
-    import torch
-    import torchvision
-
     torch.manual_seed(0)
     weights = torchvision.models.resnet18(weights=None).state_dict()
     file = Path(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url).name if by_name else "resnet18.pth"
-    folder = clone / "hub/checkpoints"
+    folder = tmp_path / "hub/checkpoints"
     folder.mkdir(parents=True)
     torch.save(weights, folder / file)
-    monkeypatch.setenv("TORCH_HOME", str(clone))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     from_imagenet, from_a_file, _ = re.findall("`(-p [^`]+)`", OWN_DATA.split("```")[2])
-    options = (
-        from_imagenet if by_name else f"{from_imagenet} {from_a_file}"
-    )  # of two values the second counts
-    about = {"/PATH": pictures} | ({} if by_name else {"/FILE.pth": folder / file})
-    small = "-p size 32 -p epochs 0.1 -p learning_rate 1e-6 -p batch_size 8"
-    done = as_in_the_readme("01_baseline", clone, f"{options} {small}", **about)
-    assert done.returncode == 0, done.stderr
-    trained = artifact.load(clone / "mine/1/artifacts/fp32.safetensors")
+    words = shlex.split(from_imagenet if by_name else f"{from_imagenet} {from_a_file}")
+    assert set(words[::3]) == {"-p"}
+    given = dict(zip(words[1::3], words[2::3], strict=True))  # of two values the second counts
+    assert by_name or given.pop("weights") == "/FILE.pth"
+    about = {"weights": str(folder / file)} if not by_name else {}
+    about |= {"dataset": f"imagefolder:{pictures}", "size": 32, "epochs": 0.1}
+    about |= given | {"learning_rate": 1e-6, "batch_size": 8}
+    execute("01_baseline", tmp_path / "tuned", **about)
+    trained = artifact.load(tmp_path / "tuned/artifacts/fp32.safetensors")
     assert trained.spec.stem == "imagenet"
     given = weights["layer3.0.conv1.weight"]
     assert float((trained.layer3[0].conv1.weight.detach() - given).abs().max()) < 1e-3
     if not by_name:
-        done = as_in_the_readme("01_baseline", clone, f"{options} {small} -p depth 34", **about)
-        assert done.returncode and "of another network" in done.stderr
+        with pytest.raises(ValueError, match="of another network"):
+            execute("01_baseline", tmp_path / "deeper", **about | {"depth": 34})
 
 
 def test_every_way_to_search(baseline, tmp_path):
