@@ -30,10 +30,10 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
     """Paired differences between methods on the test images, from the stored predictions.
 
     `RIVALS` at equal settings, `OURS`, fixed before, against Torch-Pruning, random scores and networks that
-    were never pruned at equal MACs, each taught student against the same one without a teacher, each
-    search's winner against the network by hand of no fewer MACs and the same training, `PIPELINE` against
-    the other orders at equal budgets, and its largest file that is no larger against each rival (its
-    smallest, where all are larger). Seeds are taken together.
+    were never pruned at equal MACs, each taught student against the same one without a teacher (and with a
+    teacher that looked before against one beside), each search's winner against the network by hand of no
+    fewer MACs and the same training, `PIPELINE` against the other orders at equal budgets, and its largest
+    file that is no larger against each rival (its smallest, where all are larger). Seeds are taken together.
 
     Parameters
     ----------
@@ -132,7 +132,10 @@ def _between(
 
 
 def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """Each taught student and each without a teacher, of the same width, seed and number of pictures."""
+    """Each taught student and each without a teacher, of the same width, seed and number of pictures.
+
+    And each whose teacher had looked before, with the same one that had its teacher beside it.
+    """
     students = compression[compression["technique"] == "distillation"]
     if students.empty:
         return []
@@ -145,6 +148,10 @@ def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series
         without = rows["control"].isin(ALONE)
         for _, alone in rows[without].iterrows():
             pairs += [(mine, alone) for _, mine in rows[~without].iterrows()]
+        beside = {(row["method"], row["point"]): row for _, row in rows.iterrows()}
+        for _, mine in rows[rows["point"].str.contains(",cached")].iterrows():
+            same = mine["method"], mine["point"].replace(",cached", "")
+            pairs += [(mine, beside[same])] if same in beside else []
     return pairs
 
 

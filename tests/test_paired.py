@@ -148,6 +148,7 @@ def test_taught_students_meet_those_alone_over_all_seeds(tmp_path):
         row("student_alone", "width=0.25", 60, seed=seed, control="student_alone")
         row("student_longer", "width=0.25,times=2", 50, seed=seed, control="student_longer", images=200)
         row("kd", "width=0.25,T=4,alpha=0.9", 50 if seed == 1 else 30, seed=seed)
+        row("kd", "width=0.25,T=4,alpha=0.9,cached", 60 if seed == 1 else 30, seed=seed)
         row("kd", "width=0.25,T=4,alpha=0.9,shuffled", 90, seed=seed, control="shuffled_teacher")
         row("self", "width=0.25,T=4,alpha=0.9", 40, seed=seed, images=200)
         row("kd", "width=0.5,T=4,alpha=0.9", 10, seed=seed)  # nobody of its width is alone
@@ -158,6 +159,8 @@ def test_taught_students_meet_those_alone_over_all_seeds(tmp_path):
     assert sorted(found[["ours", "theirs", "seeds", "verdict"]].values.tolist()) == [
         ["dkd width=0.125,T=4,alpha=0.5,others=8", "student_alone width=0.125", 2, "beats"],
         ["kd width=0.25,T=4,alpha=0.9", "student_alone width=0.25", 2, "beats"],
+        ["kd width=0.25,T=4,alpha=0.9,cached", "kd width=0.25,T=4,alpha=0.9", 2, "below"],
+        ["kd width=0.25,T=4,alpha=0.9,cached", "student_alone width=0.25", 2, "beats"],
         ["kd width=0.25,T=4,alpha=0.9,shuffled", "student_alone width=0.25", 2, "below"],
         ["self width=0.25,T=4,alpha=0.9", "student_longer width=0.25,times=2", 2, "beats"],
     ]
@@ -169,6 +172,7 @@ def test_taught_students_meet_those_alone_over_all_seeds(tmp_path):
     assert by_name["bytes"]["kd width=0.25,T=4,alpha=0.9"] == 102  # (101 + 102) / 2, rounded to even
     closed = results.gaps(compression, tmp_path, dataset="digits").set_index("student")["closed"].to_dict()
     assert closed == {
+        "kd width=0.25,T=4,alpha=0.9,cached": "38 %",  # 1.5 points of 4
         "kd width=0.25,T=4,alpha=0.9": "50 %",  # 2 points of 4; the shuffled teacher is not asked
         "dkd width=0.125,T=4,alpha=0.5,others=8": "no gap",
     }
