@@ -15,8 +15,8 @@ from nnc_utils.tables import POINT, committed_runs
 
 CHOICE = """Validation pictures chose what is claimed: in each division of a run the smallest file that is \
 likely without loss on the test set, of networks that lost channels the one with the fewest MACs; of \
-students of one width, and of searched networks, the best of the first seed. Whether it holds, the test \
-set says."""
+students of one width, and of searched networks, taught or not, the best of the first seed. Whether it \
+holds, the test set says."""
 TOGETHER = f"""Where {SEEDS_OF_A_CLAIM} seeds looked at the same points, they chose together, one point in \
 each technique and division, networks that lost channels apart: the first whose lower end, over the seeds, \
 is {NO_LOSS} or more (of equal files the first by name); where there is none, the nearest that they do not \
