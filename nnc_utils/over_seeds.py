@@ -36,6 +36,12 @@ def claimed_once(runs: list[Run]) -> list[CompressionRow]:
     for row in rows:
         if _race(row, macs) in decided:
             chosen[point_of(row)] = int(point_of(row) in together and together[point_of(row)].chosen)
+    seeds = {point: len({row.seed for row in rows if point_of(row) == point}) for point in chosen}
+    ripe = {point for point, wanted in chosen.items() if wanted and seeds[point] >= SEEDS_OF_A_CLAIM}
+    settled = {(row.technique, row.division) for row in rows if point_of(row) in ripe}
+    for row in rows:
+        if (row.technique, row.division) in settled and point_of(row) not in ripe:
+            chosen[point_of(row)] = 0
     return [row.model_copy(update={"headline": chosen[point_of(row)]}) for row in rows]
 
 

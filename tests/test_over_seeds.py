@@ -73,6 +73,15 @@ def test_three_seeds_choose_over_all_their_validation_pictures(example, small, l
     assert chosen_of([run(seed) for seed in (1, 2)]) == {"c"}  # two seeds: as the first one's notebook has it
 
 
+def test_one_seed_claims_nothing_beside_three(example):
+    """Of students no notebook says what validation thinks of a difference: the first seed's choice counts."""
+    for seeds, chosen in (((1, 2, 3), {"c"}), ((1, 2), {"c", "d"})):
+        runs = [looked_at(example, s, [("c", 10, 50, None)], technique="distillation") for s in seeds]
+        rows = runs[0].compression
+        more = rows[-1].model_copy(update={"point": "d", "artifact_sha256": "d" * 64})
+        assert chosen_of([runs[0].with_rows(compression=[*rows, more]), *runs[1:]]) == chosen
+
+
 def test_seeds_choose_cut_channels_by_macs_and_masks_by_bytes(example):
     points = [("a", 250, 200, 0.0), ("b", 500, 100, 0.0), ("c", 1000, 50, -0.9), ("d", 1000, 60, 0.0)]
     cut = [looked_at(example, seed, points, technique="pruning") for seed in (1, 2, 3)]
