@@ -60,6 +60,7 @@ def comparisons(compression: pd.DataFrame, predictions: Path, *, dataset: str) -
                 found = found[found["point"].map(_setting) == other["point"]]
             pairs += [(mine, other) for _, mine in found.iterrows()]
     pairs += _against_equal_macs(compression) + _against_alone(compression) + _against_thin(compression)
+    pairs += _looked_before(compression)
     for mine, other in pairs + _against_pipeline(compression):
         names = tuple(f"{row['method']} {row['point']}" for row in (mine, other))
         together.setdefault(names, []).append((mine, other))
@@ -132,10 +133,7 @@ def _between(
 
 
 def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """Each taught student and each without a teacher, of the same width, seed and number of pictures.
-
-    And each whose teacher had looked before, with the same one that had its teacher beside it.
-    """
+    """Each taught student and each without a teacher, of the same width, seed and number of pictures."""
     students = compression[compression["technique"] == "distillation"]
     if students.empty:
         return []
@@ -148,11 +146,19 @@ def _against_alone(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series
         without = rows["control"].isin(ALONE)
         for _, alone in rows[without].iterrows():
             pairs += [(mine, alone) for _, mine in rows[~without].iterrows()]
-        beside = {(row["method"], row["point"]): row for _, row in rows.iterrows()}
-        for _, mine in rows[rows["point"].str.contains(",cached")].iterrows():
-            same = mine["method"], mine["point"].replace(",cached", "")
-            pairs += [(mine, beside[same])] if same in beside else []
     return pairs
+
+
+def _looked_before(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
+    """Each student whose teacher had looked before, and the same one that had its teacher beside it."""
+    students = compression[compression["technique"] == "distillation"]
+    same = ["seed", "method", "point", "train_images"]
+    beside = {tuple(row[same]): row for _, row in students.iterrows()}
+    cached = students[students["point"].str.contains(",cached", na=False)]
+    uncached = cached.assign(point=cached["point"].str.replace(",cached", ""))
+    keys = [tuple(row[same]) for _, row in uncached.iterrows()]
+    rows = (row for _, row in cached.iterrows())
+    return [(mine, beside[key]) for mine, key in zip(rows, keys, strict=True) if key in beside]
 
 
 def _against_equal_macs(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
