@@ -64,6 +64,7 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     os.replace(partial, path)
 
 
+@functools.lru_cache(maxsize=4096)
 def meaning(source: str) -> str:
     """Python source without comments, docstrings and blank lines, so that rewording changes no hash."""
     lines = source.splitlines()

@@ -210,6 +210,7 @@ def restore(profile: str) -> list[Run]:
         folder = root() / "results/runs" / run.run
         if not is_restored(folder) and any((folder / name).is_file() for name in (BEGUN, "result.json")):
             continue  # made here, or being made
+        folder.mkdir(parents=True, exist_ok=True)  # a run that only timed has no other file
         for name, _ in _needed([run]):
             _place(folder / "predictions" / name, _committed(tables / "predictions" / name))
         for entry in run.record.artifacts:
