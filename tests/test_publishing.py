@@ -96,6 +96,9 @@ def test_a_committed_search_without_rows_stays(published):
     results.publish(folders, "quick", keep=True)
     record = json.loads(path.read_text())
     assert record["quick/05_architecture_search/seed=1,search"] == searched
+    shutil.rmtree(published.parent / "runs")
+    restored = {run.run: run.record.extra for run in publishing.restore("quick")}
+    assert restored["quick/05_architecture_search/seed=1,search"] == {"search": found}
     assert "quick/05_architecture_search/seed=1,nothing" not in record
 
 
