@@ -139,7 +139,8 @@ def macs_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
 def parameters_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
     """Does a teacher help a small network? Means over seeds; grey: without a teacher's help.
 
-    Bars are the deviation between seeds; of a single seed, its interval.
+    Bars are the deviation between seeds; of a single seed, its interval. What lies far below, a shuffled
+    teacher's students for one, is counted and left out of the legend.
     """
     axes = axes or plt.subplots(figsize=(8, 4.2))[1]
     arm = compression["control"].where(compression["control"] != "", compression["method"])
@@ -158,10 +159,13 @@ def parameters_against_accuracy(compression: pd.DataFrame, axes: Axes | None = N
         axes.errorbar(places, mean, half, label=name(arm), **style)
     axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)")
     axes.set_title("Does a teacher help a small network?")
-    counts = sorted(set(rows[~dense]["params"]))
+    shown = rows[~dense & (rows["accuracy"] >= _lowest(rows["accuracy"]))]
+    counts = sorted(set(shown["params"]))
     axes.set_xticks(counts, [f"{count / 1e6:.2g} M" for count in counts])
     axes.minorticks_off()
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="grey: without its help")
+    bars = [drawn for drawn in axes.containers if drawn.get_label() in set(shown["arm"].map(name))]
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(handles=bars, fontsize=8, title="grey: without its help", **place)
     _cut(axes, compression["accuracy"])
     return axes.figure
 
@@ -258,9 +262,14 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes, *
     axes.legend(fontsize=8, title=hollow, title_fontsize=8, **place)
 
 
+def _lowest(accuracies: pd.Series) -> float:
+    """Where a figure of accuracies ends: `SHOWN` points below the best."""
+    return accuracies.max() - SHOWN
+
+
 def _cut(axes: Axes, accuracies: pd.Series) -> None:
     """Show the `SHOWN` points below the best, where networks differ, and say how many are further down."""
-    lowest = accuracies.max() - SHOWN
+    lowest = _lowest(accuracies)
     below = int((accuracies < lowest).sum())
     if below:
         axes.set_ylim(lowest, accuracies.max() + 0.05 * SHOWN)

@@ -164,6 +164,8 @@ def test_parameters_against_accuracy_holds_the_means_and_spreads_of_all_arms():
     greys = [bars.lines[0].get_color() == "grey" for bars in drawn.values()]
     assert greys == [True, False, True]
     assert "↓ 1 more down to 60.0 %" in {text.get_text() for text in axes.texts}
+    # what lies below the axis is not in the legend
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["student alone", "soft labels"]
 
 
 def test_latency_bars_are_the_medians_at_batch_one_without_the_identity():

@@ -84,7 +84,7 @@ def test_another_machine_goes_on_where_the_tables_end(published):
         publishing.restore("medium")
 
 
-def test_a_committed_search_without_rows_stays(published):
+def test_a_committed_search_without_rows_stays_and_comes_back(published):
     folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
     path = published / "provenance.json"
     record = json.loads(path.read_text())
