@@ -203,7 +203,7 @@ def _against_thin(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]
 def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
     """The pipeline and each other order of the same budgets, as far as that has them; and each rival.
 
-    Only of an equal number of training pictures.
+    Only of an equal number of training pictures, and other orders with a teacher only of the same one.
 
     A rival is held against the pipeline's largest file that is no larger on average, or else its smallest.
     """
@@ -216,6 +216,7 @@ def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Ser
         for _, row in joined[joined["method"] != PIPELINE].iterrows()
         for point in sizes.index
         if set(row["point"].split(",")) <= set(point.split(","))
+        and ("distill" not in row["method"] or ("ensemble" in row["point"]) == ("ensemble" in point))
     ]
     if ours.empty:
         return []

@@ -208,6 +208,14 @@ def test_the_pipeline_is_held_against_orders_and_every_rival():
     ours = [row(tables.PIPELINE, "macs=6x,bits=4", 100)]  # an order that has one of its budgets
     [(mine, other)] = paired._against_pipeline(pd.DataFrame(ours + [row("prune_only", "macs=6x", 400)]))
     assert (mine["point"], other["point"]) == ("macs=6x,bits=4", "macs=6x")
+    ours += [row(tables.PIPELINE, "macs=6x,bits=4,ensemble", 90)]  # of another teacher, so not to be compared
+    others = [row("quantize_prune_distill", "macs=6x,bits=4", 95), row("prune_only", "macs=6x", 400)]
+    pairs = paired._against_pipeline(pd.DataFrame(ours + others))
+    assert [(mine["point"], other["method"]) for mine, other in pairs] == [
+        ("macs=6x,bits=4", "quantize_prune_distill"),
+        ("macs=6x,bits=4,ensemble", "prune_only"),
+        ("macs=6x,bits=4", "prune_only"),
+    ]
     assert paired._against_pipeline(pd.DataFrame(rivals)) == []
 
 

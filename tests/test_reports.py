@@ -10,7 +10,7 @@ import pytest
 import torch
 from result_files import timed_twice
 
-from nnc_utils import artifact, data, encoding, results, rows
+from nnc_utils import artifact, data, encoding, results, rows, tables
 from nnc_utils.reports import committed
 
 
@@ -199,3 +199,19 @@ def test_the_report_says_what_holds(published):
     assert "no loss is **not shown**" in text.split("\n\n")[5]
     assert "of what validation chose: none" in text.split("\n\n")[2]
     assert f"| quantization | closed | none | – | uniform_per_channel bits=8, {ratio:.2f}× |" in text
+
+
+def test_the_report_says_whether_the_order_matters(published, monkeypatch):
+    assert "Does the order matter?" not in results.report_text(published)
+    ours = {"ours": f"{tables.PIPELINE} macs=8x", "bytes": "1000", "seeds": "1"}
+    pairs = [
+        {"theirs": "distill_prune_quantize macs=8x", "verdict": "below", "points": "-1.00 [-1.20, -0.80]"},
+        {"theirs": "quantize_prune_distill macs=8x", "verdict": "beats", "points": "+1.00 [+0.80, +1.20]"},
+        {"theirs": "prune_distill macs=8x", "verdict": "below", "points": "-2.00 [-2.20, -1.80]"},
+    ]
+    pairs = [ours | pair | {"their bytes": "2000"} for pair in pairs]
+    monkeypatch.setattr(committed.Tables, "pairs", pairs)
+    section = results.report_text(published).split("## Does the order matter?")[1].split("##")[0]
+    below, above = (f"`{pair['theirs']}` (2,000 bytes, {pair['points']})" for pair in pairs[:2])
+    assert f"`{tables.PIPELINE} macs=8x` (1,000 bytes): It is below {below}. It is above {above}." in section
+    assert "-2.00" not in section  # not an order of all stages

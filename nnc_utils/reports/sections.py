@@ -11,8 +11,17 @@ from nnc_utils.reports.claimed import claims_text
 from nnc_utils.reports.committed import PROFILES, Tables, baselines
 from nnc_utils.reports.headline import table, verdict
 from nnc_utils.reports.times import latency_text, twice_text
-from nnc_utils.reports.words import delta_over_seeds, factor, markdown, network_name, no_loss, number, yes
-from nnc_utils.tables import POINT
+from nnc_utils.reports.words import (
+    delta_over_seeds,
+    factor,
+    markdown,
+    network_name,
+    no_loss,
+    number,
+    verdicts,
+    yes,
+)
+from nnc_utils.tables import PIPELINE, POINT
 
 SMALLEST = PROFILES[-1]  # whose network is trained least: what it says may change
 DELTAS = ("delta_mean", "delta_ci_low", "delta_ci_high")  # over the seeds, of summary.csv
@@ -173,6 +182,20 @@ def _accuracy(tables: Tables) -> str:
     return f"{tables.compression[baselines(tables.compression)]['accuracy'].mean():.1f}"
 
 
+def _orders(tables: Tables) -> list[str]:
+    """A section on the pipeline's stages in another order, at the same budgets, where there are such rows."""
+    stages, lines, said = sorted(PIPELINE.split("_")), [], {}
+    for pair in tables.pairs:
+        if sorted(pair["theirs"].partition(" ")[0].split("_")) == stages:
+            lines.append(pair)
+            about = f"`{pair['theirs']}` ({int(pair['their bytes']):,} bytes, {pair['points']})"
+            ours = f"`{pair['ours']}` ({int(pair['bytes']):,} bytes)"
+            said.setdefault(ours, []).append((pair["verdict"], about))
+    about = "The same stages, budgets and number of training pictures. “Undecided”: the interval holds 0.\n\n"
+    about += "\n\n".join(f"{ours}:{verdicts(told)}" for ours, told in said.items())
+    return ["## Does the order matter?", f"{about}\n\n{markdown(lines)}"] if lines else []
+
+
 def _side_by_side(tables: Tables) -> str:
     text = (
         "“not below” is undecided. A student whose point ends in "
@@ -210,6 +233,7 @@ def report_text(profile_dir: Path) -> str:
             + _stops_paying(tables),
             "## Side by side: paired differences",
             drawn["waterfall"] + _side_by_side(tables),
+            *_orders(tables),
             *_reversed(tables),
             *_zeros(tables),
             "## Time",
