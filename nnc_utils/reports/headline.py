@@ -221,6 +221,11 @@ def _pipeline(tables: Tables) -> str:
     if point is None:
         return ""
     text = f"**The pipeline**{'' if point['headline'] else ' (no claim)'}, {_told(tables, point)}"
+    return text + verdicts(rivals_of(tables, point))
+
+
+def rivals_of(tables: Tables, point: pd.Series) -> list[tuple[str, str]]:
+    """How a pipeline stands against each thin rival and other tool of its training: verdict, and of whom."""
     rows = tables.compression[tables.compression["dataset"] == point["dataset"]]
     mine = rows[(rows[POINT] == point[POINT]).all(axis=1)]
     others = rows[
@@ -238,4 +243,4 @@ def _pipeline(tables: Tables) -> str:
         fewer = f", {found['seeds']} of {count_seeds(point)}" * bool(found["seeds"] != point["seeds"])
         about = f"`{method} {setting}` ({found['their bytes']:,} bytes, {found['points']}{fewer})"
         told.append((found["verdict"], about))
-    return text + verdicts(told)
+    return told

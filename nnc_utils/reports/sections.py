@@ -9,6 +9,7 @@ import pandas as pd
 from nnc_utils.paired import thin_rivals
 from nnc_utils.reports.claimed import claims_text
 from nnc_utils.reports.committed import PROFILES, Tables, baselines
+from nnc_utils.reports.goals import goals_text
 from nnc_utils.reports.headline import table, verdict
 from nnc_utils.reports.times import latency_text, twice_text
 from nnc_utils.reports.words import (
@@ -220,6 +221,7 @@ def report_text(profile_dir: Path) -> str:
         [
             f"# Results of the {tables.compression.iloc[0]['profile']} profile",
             verdict(profile_dir),
+            *goals_text(tables),
             "## Chosen on validation",
             claims_text(tables),
             "## Headline",
