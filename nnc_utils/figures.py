@@ -61,6 +61,16 @@ NAMES = {
     "torch_pruning_taylor": "Torch-Pruning Taylor",
     "torch_pruning_bn_scale": "Torch-Pruning BN scale",
 }
+KINDS = {  # what a network is, by its technique; thin rivals have none of their own
+    "baseline": "uncompressed",
+    "quantization": "quantized",
+    "pruning": "pruned",
+    "distillation": "taught",
+    "search": "searched",
+    "pipeline": "pipeline",
+    "thin": "thin, trained as long",
+    "peer": "other tools",
+}
 
 
 def style() -> None:
@@ -115,6 +125,31 @@ def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
     axes.set(
         xlabel="times smaller than the fp32 file (numbers: bits)", title="How small, and how much worse?"
     )
+    return axes.figure
+
+
+def claims_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
+    """What is claimed of each technique, among all its points? Means over the seeds; controls left out.
+
+    Also left out are the pipeline's stages, and the same codes in general compressors.
+    """
+    axes = axes or plt.subplots(figsize=(8, 4.5))[1]
+    control = compression["control"].fillna("")
+    other = (control != "") & ~_is_thin(compression) & (control != "dense_finetuned")
+    shown = compression[~other & ~compression["method"].isin(peers.GENERAL)]
+    table, seeds = _pooled(shown, shown["size_ratio"], _kinds(shown))
+    _reference(axes, seeds)
+    for kind, colour in _colours().items():
+        rows = table[table["series"] == kind]
+        claimed = rows[rows["headline"] > 0]
+        axes.scatter([], [], color=colour, label=kind) if len(rows) else None
+        axes.scatter(rows["ratio"], rows["accuracy"], s=20, facecolors="white", edgecolors=colour, zorder=2)
+        ends = (claimed["below"], claimed["above"])
+        about = {"marker": "o", "markersize": 8, "linestyle": "none", "capsize": 3, "zorder": 3}
+        axes.errorbar(claimed["ratio"], claimed["accuracy"], ends, color=colour, **about)
+    _times(axes, table, seeds, "times smaller than the fp32 file")
+    axes.set_title("How small, and how much worse? (filled: claimed)")
+    axes.legend(fontsize=8, loc="lower left")
     return axes.figure
 
 
@@ -174,6 +209,22 @@ def _is_reference(compression: pd.DataFrame) -> pd.Series:
     return (compression["technique"] == "baseline") & (compression["control"].fillna("") == "")
 
 
+def _is_thin(table: pd.DataFrame) -> pd.Series:
+    """Whether each row is of a thin network that was trained as long: the pipeline's rival."""
+    return table["control"].fillna("").str.startswith("small_dense")
+
+
+def _kinds(table: pd.DataFrame) -> pd.Series:
+    """What each row's network is, of `KINDS`."""
+    return table["technique"].mask(_is_thin(table), "thin").map(KINDS)
+
+
+def _colours() -> dict[str, tuple[float, float, float]]:
+    """The colour of each of `KINDS`, in every figure the same."""
+    palette = sns.color_palette("colorblind")
+    return dict(zip(KINDS.values(), (palette[place] for place in (7, 1, 2, 4, 9, 0, 3, 5)), strict=True))
+
+
 def _series(compression: pd.DataFrame) -> pd.Series:
     """What a line of a figure joins: a method, if pruned with its flags; a control apart from its method.
 
@@ -220,18 +271,8 @@ def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes, *, apart: float = 1.0) -> None:
-    compression = compression[~compression["control"].fillna("").str.startswith(AFTER)]
-    ratio = ratio[compression.index]
-    seeds = compression[_is_reference(compression)]["accuracy"]
-    for value in [seeds.mean()] if len(seeds) else []:
-        axes.axhline(value, color="grey", linewidth=1)
-        axes.axhline(value + NO_LOSS, color="grey", linewidth=1, linestyle=":")
-        place = {"xytext": (2, -11), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(f"−{-NO_LOSS} points", (1, value + NO_LOSS), **place)
-    table = compression.assign(ratio=ratio, series=_series(compression))
-    table = _over_seeds(table.assign(control=table["control"].fillna("")))
-    if len(seeds) > 1:  # not every point has every seed; the difference is to its own seeds' networks
-        table["accuracy"] = seeds.mean() + table["accuracy_delta"]
+    table, seeds = _pooled(compression, ratio, _series(compression))
+    _reference(axes, seeds)
     middle = (table["series"].nunique() - 1) / 2
     for number, (label, rows) in enumerate(table.groupby("series", sort=True)):
         rows = rows.assign(ratio=rows["ratio"] * apart ** (number - middle))
@@ -248,18 +289,43 @@ def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes, *
             place = (row["ratio"], row["accuracy"])
             text = row["point"].removeprefix("bits=")
             axes.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=9)
-    ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * ratio.max()]
-    of = f", fp32: mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
-    axes.set(xscale="log", ylabel=f"test accuracy (%){of}")
-    axes.set_xticks(ticks, [f"{t}×" for t in ticks])
-    axes.minorticks_off()
-    _cut(axes, table["accuracy"])
+    _times(axes, table, seeds)
     many = len(axes.get_legend_handles_labels()[0]) > 7
     if many and len(axes.figure.axes) == 1:  # the legend stands beside it
         axes.figure.set_size_inches(10, 4.5)
     hollow = f"hollow: fewer than {table['seeds'].max()} seeds" if table["seeds"].nunique() > 1 else None
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
     axes.legend(fontsize=8, title=hollow, title_fontsize=8, **place)
+
+
+def _pooled(compression: pd.DataFrame, ratio: pd.Series, series: pd.Series) -> tuple[pd.DataFrame, pd.Series]:
+    """A row each point, without the pipeline's stages; and the accuracies of the uncompressed networks."""
+    table = compression.assign(ratio=ratio, series=series, control=compression["control"].fillna(""))
+    table = table[~table["control"].str.startswith(AFTER)]
+    seeds = table[_is_reference(table)]["accuracy"]
+    table = _over_seeds(table)
+    if len(seeds) > 1:  # not every point has every seed; the difference is to its own seeds' networks
+        table["accuracy"] = seeds.mean() + table["accuracy_delta"]
+    return table, seeds
+
+
+def _reference(axes: Axes, seeds: pd.Series) -> None:
+    """A line where the uncompressed networks are, and one as far below as counts as no loss."""
+    for value in [seeds.mean()] if len(seeds) else []:
+        axes.axhline(value, color="grey", linewidth=1)
+        axes.axhline(value + NO_LOSS, color="grey", linewidth=1, linestyle=":")
+        place = {"xytext": (2, -11), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"−{-NO_LOSS} points", (1, value + NO_LOSS), **place)
+
+
+def _times(axes: Axes, table: pd.DataFrame, seeds: pd.Series, label: str = "") -> None:
+    """Axes of accuracy against how many times less of something."""
+    ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * table["ratio"].max()]
+    of = f", fp32: mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
+    axes.set(xscale="log", xlabel=label, ylabel=f"test accuracy (%){of}")
+    axes.set_xticks(ticks, [f"{t}×" for t in ticks])
+    axes.minorticks_off()
+    _cut(axes, table["accuracy"])
 
 
 def _lowest(accuracies: pd.Series) -> float:
@@ -316,8 +382,8 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
     axes = axes or plt.subplots(figsize=(8, 4.5))[1]
     rows = _single(latency, threads).dropna(subset=["accuracy"]).sort_values("p50_ms", kind="stable")
     rows = rows[~rows["control"].str.startswith(AFTER)]
-    kinds = rows["technique"] + rows["control"].map(lambda control: f", {name(control)}" if control else "")
-    colours = dict(zip(kinds.unique(), sns.color_palette("colorblind", 10), strict=False))
+    kinds = _kinds(rows)
+    colours = {kind: colour for kind, colour in _colours().items() if kind in set(kinds)}
     markers = dict(zip(rows["runtime"].unique(), MARKERS, strict=False))
     for kind, (_, row) in zip(kinds, rows.iterrows(), strict=True):
         colour = colours[kind]
@@ -366,12 +432,7 @@ def headline(profile_dir: Path) -> Figure:
     figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 10, 4.5))
     left, *rest = np.atleast_1d(panels)
     compression = read_table(profile_dir / "compression.csv")
-    many = compression["technique"].isin(["pruning", "distillation"])  # of them, what is claimed
-    many |= compression["method"].str.startswith("torch_pruning")
-    many |= compression["method"].isin(peers.GENERAL)  # the same networks in other files
-    in_integers = latency[latency["precision"] == "int8"]["artifact_sha256"]
-    shown = (compression["headline"] == 1) | compression["artifact_sha256"].isin(in_integers)
-    size_against_accuracy(compression[~many | shown], left)
+    claims_against_accuracy(compression, left)
     for right in rest:
         frontier(latency, right, threads=int(latency["threads"].min()))
     figure.tight_layout()

@@ -142,6 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command != "report" and not options.profile:
         parser.error(f"{options.command} needs --profile")
+    if options.attempts and options.command != "publish":
+        parser.error(f"--attempts goes with publish, not with {options.command}")
     if options.command == "restore":
         try:
             written = restore(options.profile)

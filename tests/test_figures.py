@@ -103,6 +103,22 @@ def test_size_against_accuracy_shows_points_over_their_seeds_and_joins_only_what
     assert axes.get_legend().get_title().get_text() == "hollow: fewer than 2 seeds"
 
 
+def test_claims_against_accuracy_fills_what_is_claimed_and_leaves_controls_out():
+    more = COMPRESSION.tail(1).assign(accuracy=91.0, size_ratio=3.0)
+    thin = more.assign(method="small_dense", technique="baseline", control="small_dense", size_ratio=5.0)
+    left_out = [more.assign(control="random"), more.assign(control="after_prune"), more.assign(method="xz")]
+    axes = figures.claims_against_accuracy(pd.concat([COMPRESSION, thin, *left_out])).axes[0]
+    filled = {tuple(p) for bars in axes.containers for p in bars.lines[0].get_xydata().tolist()}
+    assert filled == {(4.6, 91.9)}
+    points = {tuple(point) for dots in axes.collections for point in getattr(dots, "get_offsets", list)()}
+    assert points >= {(1.0, 92.0), (4.6, 91.9), (9.1, 80.0), (5.0, 91.0)} and (3.0, 91.0) not in points
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "uncompressed",
+        "quantized",
+        "thin, trained as long",
+    ]
+
+
 def test_macs_against_accuracy_joins_equal_treatments_and_leaves_rounded_weights_out():
     rows = [
         ("baseline", "train", "", "", 800, 92.0),
