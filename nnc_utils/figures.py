@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from nnc_utils import peers
 from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS
-from nnc_utils.tables import POINT, of_the_pipelines_notebook
+from nnc_utils.tables import POINT, THIN, of_the_pipelines_notebook
 
 MARKERS = "osD^vP*X<>hdp8"
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows
@@ -129,24 +129,32 @@ def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -
 
 
 def claims_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
-    """What is claimed of each technique, among all its points? Means over the seeds; controls left out.
+    """What is claimed of each technique, among all its points? Means over the seeds, faint of few.
 
-    Also left out are the pipeline's stages, and the same codes in general compressors.
+    Left out are controls other than the pipeline's rivals, the pipeline's stages, and the same codes in
+    general compressors.
     """
     axes = axes or plt.subplots(figsize=(8, 4.5))[1]
     control = compression["control"].fillna("")
-    other = (control != "") & ~_is_thin(compression) & (control != "dense_finetuned")
+    other = ~control.isin(["", "dense_finetuned", *THIN])
     shown = compression[~other & ~compression["method"].isin(peers.GENERAL)]
     table, seeds = _pooled(shown, shown["size_ratio"], _kinds(shown))
     _reference(axes, seeds)
-    for kind, colour in _colours().items():
+    for (kind, colour), marker in zip(_colours().items(), MARKERS, strict=False):
         rows = table[table["series"] == kind]
+        if rows.empty:
+            continue
+        faint = (rows["seeds"] < table["seeds"].max()).map({True: 0.45, False: 1.0})
+        hollow = {"facecolors": "white", "edgecolors": colour, "marker": marker, "alpha": faint, "zorder": 2}
+        axes.scatter(rows["ratio"], rows["accuracy"], s=22, **hollow)
         claimed = rows[rows["headline"] > 0]
-        axes.scatter([], [], color=colour, label=kind) if len(rows) else None
-        axes.scatter(rows["ratio"], rows["accuracy"], s=20, facecolors="white", edgecolors=colour, zorder=2)
-        ends = (claimed["below"], claimed["above"])
-        about = {"marker": "o", "markersize": 8, "linestyle": "none", "capsize": 3, "zorder": 3}
-        axes.errorbar(claimed["ratio"], claimed["accuracy"], ends, color=colour, **about)
+        ends, style = (claimed["below"], claimed["above"]), {"linestyle": "none", "capsize": 3, "zorder": 3}
+        style |= {"color": colour, "marker": marker, "markersize": 8}
+        axes.errorbar(claimed["ratio"], claimed["accuracy"], ends, **style)
+        axes.plot([], [], linestyle="none", color=colour, marker=marker, label=kind)
+        for _, row in claimed[claimed["accuracy"] > _lowest(table["accuracy"])].iterrows():
+            place = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8, "color": colour}
+            axes.annotate(f"{row['ratio']:.0f}×", (row["ratio"], row["accuracy"]), **place)
     _times(axes, table, seeds, "times smaller than the fp32 file")
     axes.set_title("How small, and how much worse? (filled: claimed)")
     axes.legend(fontsize=8, loc="lower left")
@@ -209,14 +217,11 @@ def _is_reference(compression: pd.DataFrame) -> pd.Series:
     return (compression["technique"] == "baseline") & (compression["control"].fillna("") == "")
 
 
-def _is_thin(table: pd.DataFrame) -> pd.Series:
-    """Whether each row is of a thin network that was trained as long: the pipeline's rival."""
-    return table["control"].fillna("").str.startswith("small_dense")
-
-
 def _kinds(table: pd.DataFrame) -> pd.Series:
     """What each row's network is, of `KINDS`."""
-    return table["technique"].mask(_is_thin(table), "thin").map(KINDS)
+    control = table["control"].fillna("")
+    kinds = table["technique"].mask(control.isin(THIN), "thin")
+    return kinds.mask(control == "dense_finetuned", "baseline").map(KINDS)
 
 
 def _colours() -> dict[str, tuple[float, float, float]]:
@@ -393,7 +398,7 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
     best = _worth_having(rows)
     axes.step(best["p50_ms"], best["accuracy"], where="post", color="grey", linewidth=1, zorder=0)
     handles = [axes.scatter([], [], color=colour, label=kind) for kind, colour in colours.items()]
-    handles += [axes.scatter([], [], color="grey", marker=m, label=name(r)) for r, m in markers.items()]
+    handles += [axes.scatter([], [], color="black", marker=m, label=name(r)) for r, m in markers.items()]
     if handles:
         axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set_xscale("log")

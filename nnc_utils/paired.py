@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nnc_utils.peers import GENERAL
 from nnc_utils.rows import differences, evidence, labels_of, read_predictions
-from nnc_utils.tables import PIPELINE, labels_name, of_the_pipelines_notebook
+from nnc_utils.tables import PIPELINE, THIN, labels_name, of_the_pipelines_notebook
 
 # ours, theirs: compared at the same setting; with a codec, our largest file that is no larger
 RIVALS = (
@@ -21,7 +22,7 @@ RIVALS = (
     ("hessian_rounding", "hessian_rounding one_sided"),
 )
 OURS = "channels_fisher"  # what is held against other networks of equal MACs
-THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls of the pipeline
+TAUGHT = ("searched", "nncodec_pruned")  # by a teacher, though their names do not say it
 ALONE = ("student_alone", "label_smoothing", "student_longer")  # controls of distillation without a teacher
 LARGER = ", in a larger file"
 
@@ -203,7 +204,7 @@ def _against_thin(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]
 def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
     """The pipeline and each other order of the same budgets, as far as that has them; and each rival.
 
-    Only of an equal number of training pictures, and other orders with a teacher only of the same one.
+    Only of an equal number of training pictures and, where both have a teacher, of the same one.
 
     A rival is held against the pipeline's largest file that is no larger on average, or else its smallest.
     """
@@ -215,19 +216,29 @@ def _against_pipeline(compression: pd.DataFrame) -> list[tuple[pd.Series, pd.Ser
         (point, row)
         for _, row in joined[joined["method"] != PIPELINE].iterrows()
         for point in sizes.index
-        if set(row["point"].split(",")) <= set(point.split(","))
-        and ("distill" not in row["method"] or ("ensemble" in row["point"]) == ("ensemble" in point))
+        if set(row["point"].split(",")) <= set(point.split(",")) and not another_teacher(point, row)
     ]
     if ours.empty:
         return []
     peers = of_the_pipelines_notebook(compression) & (compression["technique"] == "peer")
     for _, rows in compression[thin_rivals(compression) | peers].groupby(["method", "point"], sort=False):
-        able = sizes[sizes <= rows["artifact_bytes"].mean()]
-        point = able.index[-1] if len(able) else sizes.index[0]
+        same = sizes[[not another_teacher(point, rows.iloc[0]) for point in sizes.index]]
+        if rows.iloc[0]["method"] in GENERAL:  # of whose codes it is
+            same = sizes[sizes.index == rows.iloc[0]["point"]]
+        if same.empty:
+            continue
+        able = same[same <= rows["artifact_bytes"].mean()]
+        point = able.index[-1] if len(able) else same.index[0]
         pairs += [(point, row) for _, row in rows.iterrows()]
     found = {(row["point"], row["seed"]): row for _, row in ours.iterrows()}
     pairs = [(found[p, row["seed"]], row) for p, row in pairs if (p, row["seed"]) in found]
     return [(mine, other) for mine, other in pairs if mine["train_images"] == other["train_images"]]
+
+
+def another_teacher(point: str, other: pd.Series) -> bool:
+    """Whether a rival had a teacher, and not that of the pipeline's point: all seeds' networks, or one."""
+    taught = "distill" in other["method"] or other["method"] in TAUGHT
+    return taught and ("ensemble" in point.split(",")) != ("ensemble" in other["point"].split(","))
 
 
 def _setting(point: str) -> str:

@@ -34,6 +34,7 @@ from nnc_utils.rows import (
 )
 
 PIPELINE = "prune_distill_quantize"  # held against the other orders, and against every rival
+THIN = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls: its rivals
 POINT = ["dataset", "technique", "method", "point", "control"]
 
 

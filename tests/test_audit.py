@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nnc_utils import audit, paired, provenance, results
+from nnc_utils import audit, provenance, results
 from nnc_utils.results import ALL_PROFILES
-from nnc_utils.tables import PIPELINE
+from nnc_utils.tables import PIPELINE, THIN
 
 RESULTS = provenance.PACKAGE.parent / "results"
 COMMITTED = [RESULTS / name for name in ALL_PROFILES if (RESULTS / name / "compression.csv").is_file()]
@@ -30,7 +30,7 @@ def test_the_verdict_names_every_rival_of_the_pipeline(profile):
         assert "pipeline" not in results.verdict(profile)
         return
     told = results.verdict(profile).split("**The pipeline**")[1]
-    rivals = joined[joined["control"].isin(paired.THIN)]
+    rivals = joined[joined["control"].isin(THIN)]
     assert len(rivals)
     for _, row in rivals.iterrows():
         assert f"`{row['method']} {row['point']}`" in told

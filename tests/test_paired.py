@@ -216,6 +216,13 @@ def test_the_pipeline_is_held_against_orders_and_every_rival():
         ("macs=6x,bits=4,ensemble", "prune_only"),
         ("macs=6x,bits=4", "prune_only"),
     ]
+    others = [row("nncodec_pruned", "macs=6x,qp=-9", 95, technique="peer")]  # taught by one network
+    others += [row("gzip", "macs=6x,bits=4,ensemble", 120, technique="peer")]  # of those codes
+    pairs = paired._against_pipeline(pd.DataFrame(ours + others))
+    assert {(mine["point"], other["method"]) for mine, other in pairs} == {
+        ("macs=6x,bits=4", "nncodec_pruned"),
+        ("macs=6x,bits=4,ensemble", "gzip"),
+    }
     assert paired._against_pipeline(pd.DataFrame(rivals)) == []
 
 

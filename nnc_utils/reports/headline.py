@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from nnc_utils.over_seeds import SEEDS_OF_A_CLAIM
-from nnc_utils.paired import THIN, in_points, labels_for, thin_rivals, versus
+from nnc_utils.paired import another_teacher, in_points, labels_for, thin_rivals, versus
 from nnc_utils.peers import GENERAL
 from nnc_utils.reports.committed import RATIO, TIMING, Tables, baselines
 from nnc_utils.reports.words import (
@@ -26,7 +26,7 @@ from nnc_utils.reports.words import (
     verdicts,
 )
 from nnc_utils.rows import AFTER, NO_LOSS
-from nnc_utils.tables import POINT, named_pipeline, of_the_pipelines_notebook
+from nnc_utils.tables import POINT, THIN, named_pipeline, of_the_pipelines_notebook
 
 WORDS = {  # what stands in the column "network"; the number is the notebook's that teaches it
     "train": "the fp32 network (01)",
@@ -241,6 +241,7 @@ def rivals_of(tables: Tables, point: pd.Series) -> list[tuple[str, str]]:
             continue
         found = versus(*pairs, evidence_of, labels)
         fewer = f", {found['seeds']} of {count_seeds(point)}" * bool(found["seeds"] != point["seeds"])
-        about = f"`{method} {setting}` ({found['their bytes']:,} bytes, {found['points']}{fewer})"
+        teacher = ", another teacher" * another_teacher(point["point"], theirs.iloc[0])
+        about = f"`{method} {setting}` ({found['their bytes']:,} bytes, {found['points']}{fewer}{teacher})"
         told.append((found["verdict"], about))
     return told

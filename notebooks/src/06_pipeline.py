@@ -664,7 +664,11 @@ for method, values, kinds, _ in wanted:
 # %%
 of_dense = next((c["path"] for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
 settled = {r.reference_sha256 for p in parts for r in p.compression if r.method != "dense_finetuned"}
-if trained_before and reference.artifact_sha256 not in settled:  # validation preferred it, or has to be asked
+if len(settled) > 1:
+    raise ValueError(f"the parts in upstream have other references: {', '.join(sorted(settled))}")
+if settled == {reference.artifact_sha256}:  # validation has preferred the baseline
+    of_dense = None
+elif trained_before:
     of_dense = trained_before[0].artifact("dense_finetuned")
 able = [c for c in candidates if c["row"]["method"] in ORDERS and not c["row"]["control"] and claim]
 orders = {("open", "bytes"): [c["path"] for c in sorted(able, key=lambda c: c["bytes"])]}
