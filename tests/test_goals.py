@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from nnc_utils import results
+from nnc_utils import models, results
 from nnc_utils.reports import goals
+from nnc_utils.search.space import around
 from nnc_utils.tables import PIPELINE
 
 SMALLER = goals._without_loss("size_ratio", 22.0, "technique == 'quantization'")
@@ -141,6 +143,39 @@ def test_a_baseline_that_gains_has_not_converged():
     assert goals._converged(tables(more(0.21)))[1] == goals.NO
     assert goals._converged(tables(more(0.19) | {"seeds": 2}))[1] == goals.UNCLAIMED
     assert goals._converged(tables()) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "reached"),
+    [
+        ({}, goals.YES),
+        ({"gradient": [88.0, 88.1]}, goals.NO),  # as random
+        ({"optuna_nsga2": [91.0]}, goals.NO),
+        ({"evolution": None}, goals.NO),
+    ],
+)
+def test_each_family_has_to_find_more_than_random_search(found, reached):
+    verified = {name: [88.5, 89.0] for name in goals.FAMILIES} | {
+        "random": [88.0, 88.1],
+        "optuna_nsga2": [88.6],
+    }
+    verified = {name: values for name, values in (verified | found).items() if values}
+    provenance = {"run": {"extra": {}}, "05": {"extra": {"search": {"verified": verified}}}}
+    measured, said = goals._searches(SimpleNamespace(provenance=provenance))
+    assert said == reached and "`random` 88.05 %" in measured
+    assert goals._searches(SimpleNamespace(provenance={"run": {"extra": {}}})) is None
+
+
+@pytest.mark.parametrize(("factor", "reached"), [(1.0, goals.YES), (1.2, goals.NO)])
+def test_the_predictor_is_asked_for_networks_never_seen(factor, reached):
+    space = around(channels=1, size=28, classes=10, stem="small_stride2")
+    random, times = np.random.default_rng(0), {}
+    for name, count in (("blocks", 30), ("networks", 10)):
+        specs = [space.spec(space.sample(random)) for _ in range(count)]
+        scale = factor if name == "networks" else 1.0
+        times[name] = [[spec.to_json(), scale * (0.01 + 1e-8 * models.macs(spec))] for spec in specs]
+    measured, said = goals._predictor(SimpleNamespace(provenance={"05": {"extra": {"latency": times}}}))
+    assert said == reached and "on 10 networks, fitted to 30 blocks" in measured
 
 
 def test_one_rival_that_is_not_beaten_is_enough(monkeypatch):

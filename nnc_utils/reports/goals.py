@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
+from nnc_utils.models import Spec
 from nnc_utils.over_seeds import SEEDS_OF_A_CLAIM
 from nnc_utils.paired import LARGER
 from nnc_utils.reports.committed import RATIO, Tables, baselines
 from nnc_utils.reports.headline import rivals_of
 from nnc_utils.reports.words import count_seeds, delta_over_seeds, factor, markdown
 from nnc_utils.rows import NO_LOSS
+from nnc_utils.search import latency
 from nnc_utils.tables import PIPELINE, POINT, named_pipeline
 
 Finding = tuple[str, str]  # what was measured, and whether the goal is reached
 YES, NO, UNCLAIMED = "yes", "no", "yes, but no claim"
 BASELINE, GAIN = 94.0, 0.3  # percent right; points that a converged network may still gain
+PREDICTED = 10.0  # percent: mean absolute error of milliseconds
+FAMILIES = ("evolution", "reinforce", "gradient")
 AGREEMENT = 99.0  # percent of the pictures on which a runtime's class is the artifact's
 EAGER = "speedup_eager_fp32"
 UNITS = {"size_ratio": "smaller", "fewer": "fewer MACs", RATIO: "the fastest fp32", EAGER: "fp32 in eager"}
@@ -159,6 +164,39 @@ def _converged(tables: Tables) -> Finding | None:
     return text, NO if not reached else YES if seeds else UNCLAIMED
 
 
+def _recorded(tables: Tables, name: str) -> dict | None:
+    """What a run of 05_architecture_search has left beside its rows."""
+    found = [record["extra"][name] for record in tables.provenance.values() if name in record["extra"]]
+    return found[0] if found else None
+
+
+def _searches(tables: Tables) -> Finding | None:
+    """The median of what each method's searches find, against random search and Optuna's."""
+    search = _recorded(tables, "search")
+    if search is None:
+        return None
+    medians = {name: float(np.median(values)) for name, values in search["verified"].items()}
+    text = ", ".join(f"`{name}` {median:.2f} %" for name, median in medians.items())
+    text += f": medians of {min(map(len, search['verified'].values()))} searches or more"
+    own = [medians[name] for name in FAMILIES if name in medians]
+    reached = len(own) == len(FAMILIES) and min(own) > medians["random"]
+    return text, YES if reached and max(own) > medians.get("optuna_nsga2", 100.0) else NO
+
+
+def _predictor(tables: Tables) -> Finding | None:
+    """The error of the model of latency on networks that it was not fitted to."""
+    timed = _recorded(tables, "latency")
+    if timed is None:
+        return None
+    known, unseen = (
+        [(Spec.from_json(text), milliseconds) for text, milliseconds in timed[kind]]
+        for kind in ("blocks", "networks")
+    )
+    error = latency.fit(known).error(unseen)
+    text = f"{error:.1f} % on {len(unseen)} networks, fitted to {len(known)} blocks"
+    return text, YES if error <= PREDICTED else NO
+
+
 def _no_rival(tables: Tables) -> Finding | None:
     """The pipeline against each rival and other tool at no more bytes."""
     point = named_pipeline(tables.summary)
@@ -222,6 +260,8 @@ GOALS: dict[str, Callable[[Tables], Finding | None]] = {
     "A taught student of ¼ width beats the student alone": _pairs(
         ".*", r"student_alone width=0\.25", "beats"
     ),
+    "Evolution, REINFORCE and gradients each find more than random search, one more than NSGA-II": _searches,
+    f"Milliseconds are predicted within {PREDICTED:g} % on networks never seen": _predictor,
     "A searched network beats the thin ResNet-18 of no fewer MACs": _pairs(
         ".*", "thin_resnet18 .*", "beats", at_least=1, bytes_count=False
     ),
