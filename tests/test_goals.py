@@ -64,7 +64,7 @@ def test_where_nothing_reaches_a_goal_the_nearest_stand_there():
     measured, reached = SMALLER(found)
     assert reached == goals.NO
     assert [part.split(":")[0] for part in measured.split("; ")] == [
-        "claimed",
+        "chosen",
         "nearest with so much",
         "most without loss",
     ]
@@ -215,6 +215,25 @@ def test_each_goal_asks_for_its_points(goal, enough):
     less = {"macs": 20.1} if goal == "Channels removed" else {"size_ratio": 0.99 * enough["size_ratio"]}
     if not goal.startswith("Trained"):
         assert find(tables(enough | less))[1] == goals.NO
+
+
+def test_what_a_profile_did_not_measure_a_smaller_one_did(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        goals, "GOALS", {"small": SMALLER, "fast": goals._without_loss("fewer", 9.0, "fewer < 0")}
+    )
+    here = tables(point("a", 30.0, -0.2, technique="pruning"))
+    for name, seeds in (("medium", 1), ("quick", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "compression.csv").touch()
+        other = tables(point("b", 30.0, -0.2, headline=1, seeds=seeds))
+        other.compression["profile"] = name
+        other.folder = tmp_path / name
+        monkeypatch.setattr(here, name, other, raising=False)
+    monkeypatch.setattr(goals, "Tables", lambda folder: getattr(here, folder.name))
+    here.folder = tmp_path / "standard"
+    _, text = goals.goals_text(here)
+    assert "| small | in medium: chosen: `b ` 30.0× smaller" in text and f"| {goals.UNCLAIMED} |" in text
+    assert "| fast | not measured | – |" in text
 
 
 def test_goals_are_asked_where_there_are_seeds_enough(published):

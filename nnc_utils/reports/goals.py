@@ -11,7 +11,7 @@ import pandas as pd
 from nnc_utils.models import Spec
 from nnc_utils.over_seeds import SEEDS_OF_A_CLAIM
 from nnc_utils.paired import LARGER
-from nnc_utils.reports.committed import RATIO, Tables, baselines
+from nnc_utils.reports.committed import ALL_PROFILES, RATIO, Tables, baselines
 from nnc_utils.reports.headline import rivals_of
 from nnc_utils.reports.words import count_seeds, delta_over_seeds, factor, markdown
 from nnc_utils.rows import NO_LOSS
@@ -26,20 +26,34 @@ FAMILIES = ("evolution", "reinforce", "gradient")
 AGREEMENT = 99.0  # percent of the pictures on which a runtime's class is the artifact's
 EAGER = "speedup_eager_fp32"
 UNITS = {"size_ratio": "smaller", "fewer": "fewer MACs", RATIO: "the fastest fp32", EAGER: "fp32 in eager"}
-ABOUT = f"""“{UNCLAIMED.capitalize()}”: reached by a point that validation did not choose, or of fewer \
+ABOUT = f"""“{UNCLAIMED.capitalize()}”: reached by a point that validation did not choose, or by fewer \
 than {SEEDS_OF_A_CLAIM} seeds. A speed is that of the first seed's network in int8, one picture, fewest \
-threads, in its fastest runtime, and without loss is what is so over the seeds and in that runtime."""
+threads, in its fastest runtime, and without loss is what is so over the seeds and in that runtime. What \
+this profile did not measure a smaller one did, where that is said."""
 
 
 def goals_text(tables: Tables) -> list[str]:
     """A section on the course's goals, where some point has the seeds that a claim needs."""
     if tables.summary["seeds"].max() < SEEDS_OF_A_CLAIM:
         return []
-    lines = []
+    lines, others = [], _smaller(tables)
     for goal, find in GOALS.items():
-        measured, reached = find(tables) or ("not measured in this profile", "–")
+        found = find(tables)
+        for other in others if found is None else ():
+            if (smaller := find(other)) is not None:
+                found = f"in {other.compression.iloc[0]['profile']}: {smaller[0]}", smaller[1]
+                break
+        measured, reached = found or ("not measured", "–")
         lines.append({"goal": goal, "measured": measured, "reached": reached})
     return ["## Which goals are reached?", f"{ABOUT}\n\n{markdown(lines)}"]
+
+
+def _smaller(tables: Tables) -> list[Tables]:
+    """The committed tables of the smaller profiles beside these, the best first."""
+    name = tables.folder.name
+    smaller = ALL_PROFILES[ALL_PROFILES.index(name) + 1 :] if name in ALL_PROFILES else ()
+    folders = [tables.folder.parent / profile for profile in smaller]
+    return [Tables(folder) for folder in folders if (folder / "compression.csv").is_file()]
 
 
 def _points(tables: Tables) -> pd.DataFrame:
@@ -90,7 +104,7 @@ def _without_loss(
         claimed = good[(good["headline"] == 1) & (good["seeds"] >= SEEDS_OF_A_CLAIM)]
         if len(claimed):
             return _told(claimed.iloc[-1], column), YES
-        told = {"claimed": points[points["headline"] == 1].tail(1), "no claim": good.tail(1)}
+        told = {"chosen": points[points["headline"] == 1].tail(1), "not chosen": good.tail(1)}
         if good.empty:
             told["nearest with so much"] = points[enough].sort_values("delta_ci_low").tail(1)
             told["most without loss"] = points[alike].tail(1)
