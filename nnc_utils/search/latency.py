@@ -21,12 +21,10 @@ FEATURES = (
     "stem MACs",
     "outputs",
     "gathered inputs",  # each output pixel reads the pixels under its kernel
-    "gathered pixels of few channels",
     "weights",
     "additions",
 )
 INPUTS, OUTPUTS = 4, 16  # integer kernels work on so many channels at once, or on zeros in their place
-FEW = 16  # channels; gathering a pixel of fewer was measured to take a time of its own, however few
 
 
 def features(layers: list[Layer], connection: str) -> np.ndarray:
@@ -47,8 +45,6 @@ def features(layers: list[Layer], connection: str) -> np.ndarray:
             kind = "stem" if connection == "stem" else f"{layer.kernel}x{layer.kernel}"
             found[f"{kind} MACs"] += padded * layer.kernel**2 * pixels
             found["gathered inputs"] += layer.in_channels * layer.kernel**2 * pixels
-            if connection != "stem" and layer.in_channels < FEW:
-                found["gathered pixels of few channels"] += layer.kernel**2 * pixels
         found["outputs"] += layer.out_channels * pixels
         found["weights"] += float(np.prod(layer.weight_shape))
     if connection in ("identity", "projection"):

@@ -186,8 +186,7 @@ figures.show(figure, "Histogram of the multiplications of random networks, with 
 # A ratio of multiplications is no speed-up. A search that is to meet a number of milliseconds cannot time every candidate
 # either: it would wait for the clock, and the clock would hear the search. So **blocks** are timed beforehand, in integers, alone on
 # the machine, and a sum over a network's parts is fitted: so much for a call, a convolution, a multiplication of each kernel
-# (channels filled up to what the integer kernels take at once), a byte moved, a pixel of fewer than 16 channels (narrow layers save
-# multiplications, but not the time to gather what is to be multiplied). *Predict*: which error will it have on whole
+# (channels filled up to what the integer kernels take at once), a byte moved. *Predict*: which error will it have on whole
 # networks that it has never seen?
 
 
