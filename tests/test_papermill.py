@@ -350,6 +350,14 @@ def test_every_pipeline(baseline, tmp_path):
     assert row["correct"] == dear["correct"]
     assert list(made["extra"]["missing"]) == others[1 : 3 - len(coded)]
     assert len(coded) == (not peers.available("nncodec"))
+    record = json.loads((tmp_path / "all/result.json").read_text())
+    for row in record["compression"]:
+        row["reference_sha256"] = "0" * 64
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/result.json").write_text(json.dumps(record | {"part": "other"}))
+    rest["upstream"].append(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="upstream has parts of several references"):
+        execute("06_pipeline", tmp_path / "both", until="# before any work", **rest, **about)
     for row in coded:  # the taught network, as it was before any rounding
         assert row["train_seconds"] == taught["train_seconds"] and row["macs"] == taught["macs"]
         assert row["artifact_bytes"] < taught["artifact_bytes"] / 2

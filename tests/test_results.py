@@ -49,6 +49,9 @@ def test_make_report_writes_figure_report_and_readme(published):
     assert (published / "compression.csv").read_bytes() == before
     done = subprocess.run(command[:-2], env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and "publish needs --profile" in done.stderr
+    command[-3:] = ["report", "--attempts", "quick/01_baseline/seed=1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2 and "--attempts goes with publish, not with report" in done.stderr
 
 
 def test_a_profile_is_chosen_by_what_its_table_holds(published):

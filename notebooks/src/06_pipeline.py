@@ -87,6 +87,9 @@ LENGTHS = ("prune_epochs", "quantize_epochs", "distill_epochs", "learning_rate",
 for earlier, name in itertools.product(parts, LENGTHS):
     if (given := earlier.record.parameters[name]) != globals()[name]:
         raise ValueError(f"{name} is {globals()[name]}, but {given} in {earlier.run}: parts share it")
+settled = {r.reference_sha256 for p in parts for r in p.compression if r.method != "dense_finetuned"}
+if len(settled) > 1:
+    raise ValueError(f"upstream has parts of several references: {', '.join(sorted(settled))}; give those of one")
 reference, recipe_of_01 = baseline.baseline, baseline.record.parameters
 dense = artifact.load(baseline.artifact("fp32"), trainable=True).eval()
 spec = dense.spec
@@ -663,9 +666,6 @@ for method, values, kinds, _ in wanted:
 
 # %%
 of_dense = next((c["path"] for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
-settled = {r.reference_sha256 for p in parts for r in p.compression if r.method != "dense_finetuned"}
-if len(settled) > 1:
-    raise ValueError(f"the parts in upstream have other references: {', '.join(sorted(settled))}")
 if settled == {reference.artifact_sha256}:  # validation has preferred the baseline
     of_dense = None
 elif trained_before:
