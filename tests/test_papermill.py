@@ -354,7 +354,7 @@ def test_every_pipeline(baseline, tmp_path):
     for row in record["compression"]:
         row["reference_sha256"] = "0" * 64
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/result.json").write_text(json.dumps(record | {"part": "other"}))
+    (tmp_path / "other/result.json").write_text(json.dumps(record))
     rest["upstream"].append(str(tmp_path / "other"))
     with pytest.raises(ValueError, match="upstream has parts of several references"):
         execute("06_pipeline", tmp_path / "both", until="# before any work", **rest, **about)
