@@ -89,7 +89,9 @@ for earlier, name in itertools.product(parts, LENGTHS):
         raise ValueError(f"{name} is {globals()[name]}, but {given} in {earlier.run}: parts share it")
 settled = {r.reference_sha256 for p in parts for r in p.compression if r.method != "dense_finetuned"}
 if len(settled) > 1:
-    raise ValueError(f"upstream has parts of several references: {', '.join(sorted(settled))}; give those of one")
+    raise ValueError(
+        f"upstream has parts of several references: {', '.join(sorted(settled))}; give those of one"
+    )
 reference, recipe_of_01 = baseline.baseline, baseline.record.parameters
 dense = artifact.load(baseline.artifact("fp32"), trainable=True).eval()
 spec = dense.spec
