@@ -15,7 +15,7 @@ MADE        := results/runs results/smoke .snakemake .pytest_cache .ruff_cache b
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: benchmark test lab report clean constraints help python profile
+.PHONY: benchmark test lab notebooks report clean constraints help python profile
 
 benchmark: python profile ## measure everything and print the table; a stopped run goes on where it was
 	@$(SETUP) --peers
@@ -23,7 +23,7 @@ ifneq ($(PROFILE),smoke)
 	@$(SETUP) --nncodec
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist
 endif
-	@set -f; $(VENV_PYTHON) -m nnc_utils.run benchmark --profile $(PROFILE) --cores $(CORES) \
+	@set -f; $(VENV_PYTHON) -m bench benchmark --profile $(PROFILE) --cores $(CORES) \
 		$(if $(RERUN),--rerun $(RERUN)) $(if $(ONLY),--only $(ONLY))
 
 test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables
@@ -39,9 +39,13 @@ lab: python ## JupyterLab with the notebooks
 	@$(SETUP)
 	@$(VENV_PYTHON) -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
+notebooks: python ## every notebook executed where it stands, in one pass
+	@$(SETUP)
+	@$(VENV_PYTHON) -m bench notebooks
+
 report: python ## tables, figures, report and README from the committed results
 	@$(SETUP)
-	@$(VENV_PYTHON) -m nnc_utils.results report
+	@$(VENV_PYTHON) -m bench report
 
 clean: ## remove caches, run folders and smoke results; .venv, data and the committed tables stay
 	@for path in $(MADE); do \

@@ -27,13 +27,8 @@ def allocate(cost: Table, harm: Table, *, budget: float) -> dict[str, float]:
 
     Returns
     -------
-    Layer -> setting, in the order of `cost`. Of two that harm the same the cheaper one is chosen.
-
-    Raises
-    ------
-    ValueError
-        When the budget is below the smallest possible number of bytes (the message says it), for tables
-        with different keys, and numbers that are not finite.
+    Layer -> setting, in the order of `cost`; of two that harm the same the cheaper one. A ValueError for a
+    budget below the smallest possible number of bytes, and tables that do not fit each other.
 
     Notes
     -----
@@ -60,12 +55,8 @@ def allocate(cost: Table, harm: Table, *, budget: float) -> dict[str, float]:
     # A setting with more excess than some allocation has in total is not in the best one. Without it the
     # objective spans less, so that the solver sees smaller differences.
     while total := sum(excess[layer][setting] for layer, setting in chosen.items()):
-        useful = [
-            (layer, setting)
-            for layer, settings in excess.items()
-            for setting in settings
-            if settings[setting] <= total
-        ]
+        pairs = [(layer, setting) for layer, settings in excess.items() for setting in settings]
+        useful = [(layer, setting) for layer, setting in pairs if excess[layer][setting] <= total]
         objective = [excess[layer][setting] / total * LARGEST for layer, setting in useful]
         chosen = _solve(useful, objective, [cost[layer][setting] for layer, setting in useful], budget)
         if sum(excess[layer][setting] for layer, setting in chosen.items()) > total / 2:
@@ -87,17 +78,15 @@ def _solve(
 ) -> dict[str, float]:
     layers = list(dict.fromkeys(layer for layer, _ in options))
     one_each = np.array([[layer == name for name, _ in options] for layer in layers], float)
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint([cost], ub=budget)]
+    whole, exact = np.ones(len(options)), {"mip_rel_gap": 0.0}
     with _silence():
-        found = milp(
-            objective,
-            integrality=np.ones(len(options)),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([cost], ub=budget)],
-            options={"mip_rel_gap": 0.0},
+        solved = milp(
+            objective, integrality=whole, bounds=Bounds(0, 1), constraints=constraints, options=exact
         )
-    if found.x is None:
-        raise RuntimeError(f"the solver found no allocation: {found.message}")
-    return {layer: setting for (layer, setting), taken in zip(options, found.x) if taken > 0.5}
+    if solved.x is None:
+        raise RuntimeError(f"the solver found no allocation: {solved.message}")
+    return {layer: setting for (layer, setting), taken in zip(options, solved.x) if taken > 0.5}
 
 
 @contextlib.contextmanager
@@ -118,13 +107,11 @@ def _check(cost: Table, harm: Table) -> None:
     if not cost or set(cost) != set(harm):
         odd = ", ".join(sorted(set(cost) ^ set(harm))) or "no layer at all"
         raise ValueError(f"cost and harm must name the same layers; only in one: {odd}")
-    for layer in cost:
-        if not cost[layer] or set(cost[layer]) != set(harm[layer]):
-            raise ValueError(
-                f"{layer}: cost has the settings {sorted(cost[layer])}, harm {sorted(harm[layer])}: "
-                "the same, and at least one, are needed"
-            )
-        for what, table in (("cost", cost), ("harm", harm)):
-            for setting, number in table[layer].items():
-                if not math.isfinite(number) or (what == "cost" and number < 0):
-                    raise ValueError(f"{layer}: the {what} of {setting} is {number}: a number is needed")
+    for layer, settings in cost.items():
+        if not settings or set(settings) != set(harm[layer]):
+            both = f"cost has the settings {sorted(settings)}, harm {sorted(harm[layer])}"
+            raise ValueError(f"{layer}: {both}: the same, and at least one, are needed")
+        for setting, price in settings.items():
+            if not 0 <= price < math.inf or not math.isfinite(harm[layer][setting]):
+                numbers = f"the cost of {setting} is {price}, its harm {harm[layer][setting]}"
+                raise ValueError(f"{layer}: {numbers}: finite numbers are needed, the cost at least 0")

@@ -1,4 +1,4 @@
-"""Batch-norm re-estimated after weights were rounded or removed: needs pictures, but no training."""
+"""Batch-norm re-estimated after weights were rounded or removed: needs images, but no training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from nnc_utils import models
+from nnc_utils import models, sample
 from nnc_utils.devices import exact_device
 
 
@@ -25,15 +25,10 @@ def reestimate(
     Parameters
     ----------
     changed : the network with rounded or missing weights; not changed.
-    images : normalized training images, (n, channels, size, size).
+    images : at least 2 normalized training images, (n, channels, size, size); else a ValueError.
     original : the network before, with channels as many; not changed. Without one the statistics become those
         of these images, which takes more of them.
-    batch_size : images a forward pass; a smaller last batch is left out unless it is the only one.
-
-    Raises
-    ------
-    ValueError
-        For fewer than 2 images, or images of another shape.
+    batch_size : images a pass; a smaller last batch is omitted unless it is the only one.
     """
     models.check_images(changed, images, least=2)
     corrected, measured = copy.deepcopy(changed), _measured(changed, images, batch_size)
@@ -56,19 +51,15 @@ def reestimate(
 def take_statistics(network: nn.Module, images: Tensor, *, batch_size: int = 256) -> nn.Module:
     """Give a network the batch-norm statistics of these images, in place; a plain average over the batches.
 
-    Parameters
-    ----------
-    network : then in eval mode; computes where it is, under the caller's autocast.
-    images, batch_size : as in `reestimate`.
+    The network, then in eval mode, computes where it is, under the caller's autocast.
     """
-    device = next(network.parameters()).device
     for norm in _batch_norms(network):
         norm.reset_running_stats()
         norm.momentum = None  # the plain average
     network.train()
     whole = len(images) // batch_size * batch_size or len(images)
-    for batch in images[:whole].split(batch_size):
-        network(batch.to(device).contiguous(memory_format=torch.channels_last))
+    for batch in sample.sent(images[:whole].split(batch_size), network):
+        network(batch)
     return network.eval()
 
 

@@ -11,15 +11,15 @@ Martens, 2016).
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnc_utils import models
+from nnc_utils import models, sample
 from nnc_utils.devices import exact_device
 from nnc_utils.models import Layer
 from nnc_utils.training import progress
@@ -29,8 +29,6 @@ from nnc_utils.training import progress
 class Curvature:
     """How the loss curves in one layer's weight, (out, n) with n = in * kernel * kernel.
 
-    Parameters
-    ----------
     inputs : (n, n), mean of ``x @ x.T`` over images and pixels, x what one output pixel sees.
     outputs : (out, out), mean over images of the sum over pixels of ``g @ g.T``, g the loss's gradient.
     """
@@ -64,10 +62,8 @@ def upper_factor(moment: Tensor, damping: float) -> Tensor:
     return lower.flip(0, 1)
 
 
-def _watched(model: nn.Module, images: Tensor, see, *, batch_size: int, seed: int, task: str) -> None:
-    """Call ``see(layer, inputs, gradient)`` for each layer and batch: what it gets, and the gradient there.
-
-    Both are on `exact_device`.
+def _pass(model: nn.Module, images: Tensor, see: Callable, *, batch_size: int, seed: int, task: str) -> None:
+    """Call ``see(layer, inputs, gradient at its outputs)`` for each layer and batch, on `exact_device`.
 
     The gradient is that of ``v @ logits`` with v, random signs times a root of ``diag(p) - p @ p.T``
     (curvature propagation; Martens, Sutskever and Swersky, 2012): the second moment that the loss's
@@ -75,25 +71,20 @@ def _watched(model: nn.Module, images: Tensor, see, *, batch_size: int, seed: in
     network's would hang on.
     """
     models.check_images(model, images)
-    device = exact_device()
-    network = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    for layer in models.layers(model.spec):
+    network, layers = sample.frozen_copy(model), {layer.name: layer for layer in models.layers(model.spec)}
 
-        def hook(module: nn.Module, given: tuple[Tensor], output: Tensor, layer: Layer = layer) -> None:
-            inputs = given[0].detach()
-            output.register_hook(lambda gradient: see(layer, inputs, gradient))
+    def watch(name: str, inputs: Tensor, outputs: Tensor) -> None:
+        outputs.register_hook(lambda gradient: see(layers[name], inputs.detach(), gradient))
 
-        network.get_submodule(layer.name).register_forward_hook(hook)
     generator = torch.Generator().manual_seed(seed)
-    for batch in progress(images.split(batch_size), task):
-        batch = batch.to(device).contiguous(memory_format=torch.channels_last)
-        logits = network(batch.requires_grad_())
-        if not logits.isfinite().all():
-            raise ValueError("logits are not finite: the network or the images hold NaN or inf")
-        p = logits.detach().softmax(1)
-        signs = torch.randint(2, p.shape, generator=generator) * 2 - 1
-        drawn = p.sqrt() * signs.to(device)
-        logits.backward(drawn - p * drawn.sum(1, keepdim=True))
+    with sample.watched(network, layers, watch):
+        for batch in sample.sent(progress(images.split(batch_size), task), network):
+            logits = network(batch.requires_grad_())
+            sample.check_finite(logits)
+            p = logits.detach().softmax(1)
+            signs = torch.randint(2, p.shape, generator=generator) * 2 - 1
+            drawn = p.sqrt() * signs.to(p.device)
+            logits.backward(drawn - p * drawn.sum(1, keepdim=True))
 
 
 def curvatures(
@@ -112,42 +103,30 @@ def curvatures(
 
     Returns
     -------
-    Layer -> `Curvature`.
-
-    Raises
-    ------
-    ValueError
-        For no images, images of another shape, activations that are not finite.
+    Layer -> `Curvature`. A ValueError for images of another shape, and activations that are not finite.
     """
     layers = models.layers(model.spec)
-    seen = dict.fromkeys((layer.name for layer in layers), 0)
     home, device = next(model.parameters()).device, exact_device()
-    sizes = {x.name: (x.in_channels * x.kernel**2, x.out_channels) for x in layers}
-    inputs, outputs = (
-        {name: torch.zeros(size[side], size[side], device=device) for name, size in sizes.items()}
-        for side in (0, 1)
-    )
+    seen = dict.fromkeys((x.name for x in layers), 0)
+    lengths = {x.name: math.prod(x.weight_shape[1:]) for x in layers}
+    inputs = {x.name: torch.zeros(lengths[x.name], lengths[x.name], device=device) for x in layers}
+    outputs = {x.name: torch.zeros(x.out_channels, x.out_channels, device=device) for x in layers}
 
-    def see(layer: Layer, given: Tensor, gradient: Tensor) -> None:
-        taken = given[: max(0, math.ceil(rows / layer.size_out**2) - seen[layer.name])]
-        if len(taken):
+    def see(layer: Layer, patches: Tensor, gradient: Tensor) -> None:
+        patches = patches[: max(0, math.ceil(rows / layer.size_out**2) - seen[layer.name])]
+        seen[layer.name] += len(patches)
+        if len(patches):
             if layer.kind == "conv":
-                taken = functional.unfold(taken, layer.kernel, 1, layer.kernel // 2, layer.stride)
-                patches = taken.transpose(1, 2).flatten(0, 1)
-            else:
-                patches = taken
+                patches = functional.unfold(patches, layer.kernel, 1, layer.kernel // 2, layer.stride)
+                patches = patches.transpose(1, 2).flatten(0, 1)
             inputs[layer.name].addmm_(patches.T, patches)
-            seen[layer.name] += len(taken)
         if gradient.ndim == 4:
             gradient = gradient.permute(0, 2, 3, 1).flatten(0, 2)
         outputs[layer.name].addmm_(gradient.T, gradient)
 
-    _watched(model, images, see, batch_size=batch_size, seed=seed, task="curvature")
-    found = {
-        x.name: Curvature(inputs[x.name] / (seen[x.name] * x.size_out**2), outputs[x.name] / len(images))
-        for x in layers
-    }
-    return {name: curvature.to(home) for name, curvature in found.items()}
+    _pass(model, images, see, batch_size=batch_size, seed=seed, task="curvature")
+    means = ((x.name, seen[x.name] * x.size_out**2) for x in layers)
+    return {n: Curvature(inputs[n] / count, outputs[n] / len(images)).to(home) for n, count in means}
 
 
 def loss_of_errors(
@@ -157,27 +136,15 @@ def loss_of_errors(
 
     Half the mean square of the loss's directional derivative, ``d @ F @ d / 2`` with the Fisher information
     F itself: outputs and pixels whose errors move together add up, which Kronecker factors leave out.
-
-    Parameters
-    ----------
-    model : a network of `models.build`; not changed.
-    errors : layer -> rounded - weight, in the weight's shape; of some layers or of all.
-    images : normalized training images, (n, channels, size, size).
-    batch_size : images a pass.
-    seed : of the signs that the gradients are drawn with.
+    `errors` are layer -> rounded - weight, in the weight's shape; the other parameters as for `curvatures`.
     """
     squares = dict.fromkeys(errors, 0.0)
     errors = {name: error.to(exact_device()) for name, error in errors.items()}
 
-    def see(layer: Layer, given: Tensor, gradient: Tensor) -> None:
-        if layer.name not in errors:
-            return
-        error = errors[layer.name]
-        if layer.kind == "conv":
-            change = functional.conv2d(given, error, None, layer.stride, layer.kernel // 2)
-        else:
-            change = given @ error.T
-        squares[layer.name] += float((gradient * change).flatten(1).sum(1).square().sum())
+    def see(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
+        if layer.name in errors:
+            change = sample.outputs(layer, errors[layer.name], inputs)
+            squares[layer.name] += float((gradient * change).flatten(1).sum(1).square().sum())
 
-    _watched(model, images, see, batch_size=batch_size, seed=seed, task="loss of errors")
+    _pass(model, images, see, batch_size=batch_size, seed=seed, task="loss of errors")
     return {name: 0.5 * total / len(images) for name, total in squares.items()}

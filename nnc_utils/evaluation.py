@@ -34,19 +34,10 @@ def logits(
     batch_size: int = 500,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The logits of every image of a split, in fp32.
+    """The logits of every image of a split: float32 (n, classes) on the CPU.
 
-    Parameters
-    ----------
-    model : its mode (train or eval) is the same afterwards.
-    split : images uint8 (n, channels, height, width).
-    normalize : uint8 images -> float32 images, such as `Data.normalize`.
-    batch_size : images at once; a matter of memory only.
-    device : where to compute, by a copy of the network; where the network is, unless given.
-
-    Returns
-    -------
-    float32 tensor (n, classes) on the CPU.
+    `normalize` makes float32 images of uint8 ones, as `Data.normalize` does; `batch_size` is a matter of
+    memory only. The network's mode stays, and so does its place: on another `device` a copy computes.
     """
     if len(split.images) == 0:
         raise ValueError("the split has no images: nothing can be predicted")
@@ -70,13 +61,9 @@ def predict(
     batch_size: int = 500,
     device: torch.device | None = None,
 ) -> np.ndarray:
-    """The class of every image of a split: uint8 (n,); parameters as in `logits`.
+    """The class of every image of a split: uint8 (n,), so 256 classes at most; parameters as in `logits`.
 
-    Raises
-    ------
-    ValueError
-        When the network has more than 256 classes, or gives logits that are not finite (whose
-        largest means nothing).
+    Logits that are not finite are a ValueError: their largest means nothing.
     """
     scores = logits(model, split, normalize=normalize, batch_size=batch_size, device=device)
     if scores.shape[1] > 256:
@@ -130,23 +117,17 @@ class Interval:
 def paired_interval(*, compressed_correct: np.ndarray, reference_correct: np.ndarray) -> Interval:
     """Compressed minus reference accuracy on the same images, with its 95 % interval.
 
-    For image i, d_i is the mean over the seeds of (compressed correct - reference correct); the
-    interval is mean(d) +- 1.96 sd(d) / sqrt(n), in percentage points. It speaks of other images,
-    not of other seeds: their standard deviation is to stand beside it.
-
-    Parameters
-    ----------
-    compressed_correct, reference_correct : whether each prediction is right, bool (or 0 and 1) of
-        shape (n,) for one seed or (seeds, n).
+    For image i, d_i is the mean over the seeds of (compressed correct - reference correct); the interval is
+    mean(d) +- 1.96 sd(d) / sqrt(n), in percentage points. It speaks of other images, not other seeds: their
+    deviation is to stand beside it. Both arrays are bool (or 0 and 1) of shape (n,) or (seeds, n).
 
     Examples
     --------
     >>> paired_interval(compressed_correct=np.array([1, 1, 0, 1]), reference_correct=np.array([1, 0, 0, 1]))
     Interval(mean=25.0, low=-24.0, high=74.0)
     """
-    given = {"compressed_correct": compressed_correct, "reference_correct": reference_correct}
-    given = {name: np.asarray(array) for name, array in given.items()}
-    compressed, reference = given.values()
+    arrays = {"compressed_correct": compressed_correct, "reference_correct": reference_correct}
+    compressed, reference = arrays.values()
     if compressed.shape != reference.shape:
         raise ValueError(
             f"compressed_correct has shape {compressed.shape}, reference_correct {reference.shape}: "
@@ -154,11 +135,9 @@ def paired_interval(*, compressed_correct: np.ndarray, reference_correct: np.nda
         )
     if compressed.ndim not in (1, 2) or compressed.shape[-1] < 2 or compressed.shape[0] == 0:
         raise ValueError(f"shape {compressed.shape}: (n,) or (seeds, n) with at least 2 images is needed")
-    for name, array in given.items():
-        if array.dtype != bool and not np.isin(array, (0, 1)).all():
-            raise ValueError(
-                f"{name} holds other values than 0 and 1: give predictions == labels, not predictions"
-            )
+    for name, array in arrays.items():
+        if not np.isin(array, (0, 1)).all():
+            raise ValueError(f"{name} holds more than 0 and 1: give predictions == labels, not predictions")
     difference = np.atleast_2d(100.0 * compressed - 100.0 * reference).mean(0)
     mean = float(difference.mean())
     half = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5

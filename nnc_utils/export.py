@@ -17,15 +17,15 @@ from pathlib import Path
 from nnc_utils import artifact as artifacts
 from nnc_utils import runtimes
 from nnc_utils.artifact import ArtifactError
-from nnc_utils.encoding import Encoding, Uniform
+from nnc_utils.encoding import Uniform
 from nnc_utils.runtimes import qdq
 
-TARGETS = {
-    "onnx": ("onnxruntime", ".onnx"),
-    "openvino": ("openvino", ".xml"),
-    "executorch": ("executorch", ".pte"),
-}
+TARGETS = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}
 PRECISIONS = ("fp32", "int8")
+SATURATES = (
+    "8-bit codes: on x86 without VNNI the usual kernels saturate; there use codes of 7 bits, or in "
+    "ONNX Runtime the session option session.x64quantprecision=1"
+)
 
 
 class ExportError(ValueError):
@@ -33,20 +33,15 @@ class ExportError(ValueError):
 
 
 def export(path: str | Path, *, to: str, out: str | Path, precision: str = "") -> list[Path]:
-    """Write an artifact for a runtime.
+    """Write an artifact for a runtime; the files written: what the runtime loads, and the .json.
 
     Parameters
     ----------
-    path : of an artifact.
     to : one of `TARGETS`.
     out : the file to write, with the suffix of the target: .onnx, .xml (its weights go into a .bin
         beside it) or .pte.
     precision : "fp32", or "int8" for an artifact with activation ranges; unless given int8 where that
         is possible. The int8 network is loaded once, to see that it runs in integers.
-
-    Returns
-    -------
-    The files written: what the runtime loads, and the .json.
 
     Raises
     ------
@@ -54,61 +49,55 @@ def export(path: str | Path, *, to: str, out: str | Path, precision: str = "") -
         Before anything is written; also for a network that the runtime would not run in integers.
     """
     out = Path(out)
-    if to not in TARGETS:
-        raise ExportError(f"unknown target {to!r}: one of {', '.join(TARGETS)}")
-    runtime, suffix = TARGETS[to]
-    if precision not in ("", *PRECISIONS):
-        raise ExportError(f"unknown precision {precision!r}: one of {', '.join(PRECISIONS)}")
-    if out.suffix != suffix:
-        raise ExportError(f"{out} for {to}: the name has to end with {suffix}")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():
-        raise ExportError(f"{out} cannot be written: it has to be a file in a folder that may be written to")
+    for what, value, allowed in (("target", to, TARGETS), ("precision", precision or "fp32", PRECISIONS)):
+        if value not in allowed:
+            raise ExportError(f"unknown {what} {value!r}: one of {', '.join(allowed)}")
+    runtime = TARGETS[to]
     if why := runtimes.available(runtime, precision):
         raise ExportError(
             f"{to} needs {runtime}: {why} (workflow/setup_env.py --peers installs what is missing)"
         )
+    module = runtimes.adapter(runtime)
+    if out.suffix != module.SUFFIX:
+        raise ExportError(f"{out} for {to}: the name has to end with {module.SUFFIX}")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():
+        raise ExportError(f"{out} cannot be written: it has to be a file in a folder that may be written to")
     network = artifacts.read(path)
     precision = precision or ("int8" if network.ranges else "fp32")
     if precision == "int8" and not network.ranges:
         raise ExportError(f"{path} has no activation ranges: calibrate and save it again, or export fp32")
-    spec, module = network.spec, runtimes.adapter(runtime)
-    about = {
-        "input": "float32 (batch, channels, size, size) of the middle square of the picture, "
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        try:
+            file = runtimes.convert(runtime, Path(path), precision, Path(scratch))
+            if precision == "int8":
+                counts = module.load(file, precision, 1).integer_operators
+                qdq.check_integer(network.spec, counts, module.INTEGER)
+        except (qdq.LoweringError, RuntimeError, ImportError) as error:
+            raise ExportError(f"{path} as {precision} for {to}: {error}") from None
+        written = [out.with_suffix(part.suffix) for part in runtimes.files(runtime, file)]
+        for part, target in zip(runtimes.files(runtime, file), written):
+            shutil.move(part, target)
+    written.append(out.with_name(f"{out.name}.json"))
+    usage = _usage(network, precision) | ({"largest_batch": module.MOST} if to == "executorch" else {})
+    written[-1].write_text(json.dumps(usage, indent=1) + "\n", encoding="utf-8")
+    return written
+
+
+def _usage(network: artifacts.Artifact, precision: str) -> dict:
+    """What a program has to know."""
+    codes = [w.codes.abs().max() if isinstance(w, Uniform) else 127 for w in network.weights.values()]
+    return {
+        "input": "float32 (batch, channels, size, size) of the middle square of the image, "
         "each channel (pixel / 255 - mean) / std",
         "output": "float32 (batch, classes), the largest is the class",
-        "channels": spec.channels,
-        "size": spec.size,
+        "channels": network.spec.channels,
+        "size": network.spec.size,
         "mean": list(network.mean),
         "std": list(network.std),
         "classes": list(network.classes),
         "precision": precision,
         "artifact_sha256": network.sha256,
-    }
-    if to == "executorch":
-        about["largest_batch"] = module.MOST
-    if precision == "int8" and any(_wide(weight) for weight in network.weights.values()):
-        about["note"] = (
-            "8-bit codes: on x86 without VNNI the usual kernels saturate; there use codes of 7 bits, or in "
-            "ONNX Runtime the session option session.x64quantprecision=1"
-        )
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        try:
-            made = module.convert(Path(path), precision, Path(scratch))
-            if precision == "int8":
-                qdq.check_integer(spec, module.load(made, precision, 1).integer_operators, module.INTEGER)
-        except (qdq.LoweringError, RuntimeError, ImportError) as error:
-            raise ExportError(f"{path} as {precision} for {to}: {error}") from None
-        written = []
-        for part in runtimes.files(runtime, made):
-            written.append(out.with_suffix(part.suffix))
-            shutil.move(part, written[-1])
-    written.append(out.with_name(f"{out.name}.json"))
-    written[-1].write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    return written
-
-
-def _wide(weight: Encoding) -> bool:
-    return not isinstance(weight, Uniform) or int(weight.codes.abs().max()) > qdq.SIGNED_SHIFT // 2
+    } | ({"note": SATURATES} if precision == "int8" and max(codes) > qdq.SIGNED_SHIFT // 2 else {})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

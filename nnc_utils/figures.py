@@ -1,4 +1,4 @@
-"""Pictures of the tables, one question each; and how every figure of the course looks."""
+"""Figures of the tables, one question each; and how every figure of the course looks."""
 
 from __future__ import annotations
 
@@ -16,65 +16,43 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from nnc_utils import peers
-from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS
-from nnc_utils.tables import POINT, THIN, of_the_pipelines_notebook
+from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS, SETTING, with_settings
 
 MARKERS = "osD^vP*X<>hdp8"
+SERIES = 6  # named in a figure at most; what is beyond is grey
 SHOWN = 4  # percentage points of accuracy below the best that a figure shows
-UNTIMED = ("identity", AGAIN)  # controls of rows that are no network's first timing
+KEY = ["dataset", "technique", "method", "settings", "control"]
+NARROW = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls: narrow networks
+BUDGETS = (
+    *("bits", "levels", "budget_bits", "budget_levels", "lambda_", "sparsity", "macs", "latency_ms", "size"),
+    *("width", "qp", "removed", "smoothing", "epochs", "times"),
+)
+UNNAMED = (
+    *("granularity", "activations", "schedule", "train", "stages", "of"),
+    *("temperature", "alpha", "beta", "others"),
+)
 NAMES = {
-    "eager": "eager PyTorch",
-    "onnxruntime": "ONNX Runtime",
-    "inductor": "Inductor",
-    "openvino": "OpenVINO",
-    "executorch": "ExecuTorch",
-    "train": "ResNet, fp32",
-    "uniform_per_tensor": "per tensor",
-    "uniform_per_channel": "per channel",
-    "kmeans": "k-means",
-    "hessian_kmeans": "k-means, Hessian",
-    "hessian_rounding": "second order",
-    "qat_ste": "trained, STE",
-    "qat_lsq": "trained, LSQ",
-    "dense_finetuned": "dense, trained on",
-    "ort_static": "ONNX Runtime static",
-    "nncf_ptq": "NNCF",
-    "torchao_pt2e": "torchao PT2E",
-    "nncodec": "NNCodec",
-    "prune_distill_quantize": "prune → distill → quantize",
-    "prune_quantize_distill": "prune → quantize → distill",
-    "small_dense_qat4": "thin, 4 bits",
-    "thin_resnet18": "thin ResNet-18",
-    "reinforce": "REINFORCE",
-    "random_alone": "random, trained alone",
-    "kd": "soft labels",
-    "dkd": "soft labels, decoupled",
-    "kd_attention": "soft labels + attention",
-    "kd_hints": "soft labels + hints",
-    "self": "taught by itself",
-    "nm_2_4": "2:4",
-    "obd_fisher": "OBD, Fisher",
-    "obd_hessian": "OBD, Hessian",
-    "obs_block": "OBS",
-    "torch_pruning_magnitude": "Torch-Pruning magnitude",
-    "torch_pruning_taylor": "Torch-Pruning Taylor",
-    "torch_pruning_bn_scale": "Torch-Pruning BN scale",
-}
-KINDS = {  # what a network is, by its technique; thin rivals have none of their own
-    "baseline": "uncompressed",
-    "quantization": "quantized",
-    "pruning": "pruned",
-    "distillation": "taught",
-    "search": "searched",
-    "pipeline": "pipeline",
-    "thin": "thin, trained as long",
-    "peer": "other tools",
-}
+    "eager": "eager PyTorch", "onnxruntime": "ONNX Runtime", "inductor": "Inductor", "openvino": "OpenVINO",
+    "executorch": "ExecuTorch", "train": "uncompressed", "dense_finetuned": "uncompressed, trained on",
+    "small_dense": "narrow ResNet-18", "narrow_resnet18": "narrow ResNet-18", "kmeans": "k-means",
+    "hessian": "Hessian-weighted", "hessian_rounding": "second-order rounding", "weights": "single weights",
+    "qat": "quantization-aware training", "reestimate": "batch-norm re-estimated", "kd": "soft labels",
+    "compensate": "compensated", "finetune": "fine-tuned", "distill": "distilled", "nncodec": "NNCodec",
+    "dkd": "decoupled soft labels", "kd_attention": "soft labels + attention",
+
+    "kd_hints": "soft labels + hints", "reinforce": "REINFORCE", "torch_pruning": "Torch-Pruning",
+    "bn_scale": "batch-norm scale", "obs": "OBS", "lsq": "LSQ", "ste": "STE",
+}  # fmt: skip
+KINDS = {  # what a network is, by its technique, and its colour; narrow rivals have no technique of their own
+    "baseline": ("uncompressed", 7), "quantization": ("quantized", 1), "pruning": ("pruned", 2),
+    "distillation": ("distilled", 4), "search": ("searched", 9), "pipeline": ("pipeline", 0),
+    "narrow": ("narrow, equal training budget", 3), "peer": ("other tools", 5),
+}  # fmt: skip
 
 
 def style() -> None:
-    """Set the look of every figure: colour-blind-safe colours, markers, thin grid."""
+    """Set the look of every figure: colour-blind-safe colours, markers, thin grid; tables cut no name."""
+    pd.set_option("display.max_colwidth", None)
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
     plt.rcParams.update({"figure.figsize": (7, 4), "figure.dpi": 90, "savefig.dpi": 110})
     # seaborn 0.13 calls what pandas 3 deprecates; nothing a reader can act on
@@ -93,274 +71,204 @@ def show(figure: Figure, alt: str) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A committed CSV, with empty text as "" and empty numbers as NaN.
+    """A committed CSV with `rows.with_settings`; empty text is "", empty numbers are NaN.
 
-    compression.csv gets the interval over all seeds of a point, of summary.csv, beside each seed's own:
-    `seeds_delta`, `seeds_ci_low` and `seeds_ci_high`.
+    compression.csv gets the interval over all seeds of a configuration, of summary.csv, in place of each
+    seed's own.
     """
     frame = pd.read_csv(path)
-    text = [c for c in ("technique", "method", "point", "control", "runtime", "precision") if c in frame]
+    text = [c for c in ("technique", "method", "settings", "control", "runtime", "precision") if c in frame]
     frame = frame.assign(**{column: frame[column].astype(object).fillna("").astype(str) for column in text})
-    summary = path.with_name("summary.csv")
-    if path.name != "compression.csv" or not summary.is_file():
-        return frame
-    over = {"delta_mean": "seeds_delta", "delta_ci_low": "seeds_ci_low", "delta_ci_high": "seeds_ci_high"}
-    return frame.merge(
-        read_table(summary).rename(columns=over)[[*POINT, *over.values()]],
-        how="left",
-        on=POINT,
-        validate="many_to_one",
-    )
+    if path.name == "compression.csv" and path.with_name("summary.csv").is_file():
+        summary = read_table(path.with_name("summary.csv")).rename(columns={"delta_mean": "accuracy_delta"})
+        over_seeds = ["accuracy_delta", "delta_ci_low", "delta_ci_high"]
+        frame = frame.drop(columns=over_seeds).merge(summary[[*KEY, *over_seeds]], how="left", on=KEY)
+    return with_settings(frame)
 
 
 def name(value: str) -> str:
-    """How a method or runtime is written in a figure."""
+    """How a method, setting or runtime is written in a figure."""
     return NAMES.get(value, value.replace("_", " "))
 
 
 def size_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
     """How small does the file get, and what does it cost? Accuracy with its paired interval."""
-    axes = axes or plt.subplots()[1]
-    _accuracy_against(compression, compression["size_ratio"], axes)
-    axes.set(
-        xlabel="times smaller than the fp32 file (numbers: bits)", title="How small, and how much worse?"
-    )
-    return axes.figure
-
-
-def claims_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
-    """What is claimed of each technique, among all its points? Means over the seeds, faint of few.
-
-    Left out are controls other than the pipeline's rivals, the pipeline's stages, and the same codes in
-    general compressors.
-    """
-    axes = axes or plt.subplots(figsize=(8, 4.5))[1]
-    control = compression["control"].fillna("")
-    other = ~control.isin(["", "dense_finetuned", *THIN])
-    shown = compression[~other & ~compression["method"].isin(peers.GENERAL)]
-    table, seeds = _pooled(shown, shown["size_ratio"], _kinds(shown))
-    _reference(axes, seeds)
-    for (kind, colour), marker in zip(_colours().items(), MARKERS, strict=False):
-        rows = table[table["series"] == kind]
-        if rows.empty:
-            continue
-        faint = (rows["seeds"] < table["seeds"].max()).map({True: 0.45, False: 1.0})
-        hollow = {"facecolors": "white", "edgecolors": colour, "marker": marker, "alpha": faint, "zorder": 2}
-        axes.scatter(rows["ratio"], rows["accuracy"], s=22, **hollow)
-        claimed = rows[rows["headline"] > 0]
-        ends, style = (claimed["below"], claimed["above"]), {"linestyle": "none", "capsize": 3, "zorder": 3}
-        style |= {"color": colour, "marker": marker, "markersize": 8}
-        axes.errorbar(claimed["ratio"], claimed["accuracy"], ends, **style)
-        axes.plot([], [], linestyle="none", color=colour, marker=marker, label=kind)
-        for _, row in claimed[claimed["accuracy"] > _lowest(table["accuracy"])].iterrows():
-            place = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8, "color": colour}
-            axes.annotate(f"{row['ratio']:.0f}×", (row["ratio"], row["accuracy"]), **place)
-    _times(axes, table, seeds, "times smaller than the fp32 file")
-    axes.set_title("How small, and how much worse? (filled: claimed)")
-    axes.legend(fontsize=8, loc="lower left")
-    return axes.figure
+    ratio, label = compression["size_ratio"], "times smaller than the fp32 file (numbers: bits)"
+    return _against(compression, ratio, axes, label, "How small, and how much worse?")
 
 
 def macs_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
-    """How much arithmetic is left away, and what does it cost?
+    """How much arithmetic is omitted, and what does it cost? Masks omit none: they stand at 1×."""
+    ratio = compression[_is_reference(compression)]["macs"].max() / compression["macs"]
+    title = "How much less to compute, and how much worse?"
+    return _against(compression, ratio, axes, "times fewer multiplications (MACs)", title)
 
-    Masks leave it all: of those only the ones that were trained on. What was rounded is left out, and the
-    pipeline's rivals, which had another training. Where MACs are equal, series stand side by side.
-    """
+
+def _against(rows: pd.DataFrame, ratio: pd.Series, axes: Axes | None, label: str, title: str) -> Figure:
     axes = axes or plt.subplots()[1]
-    dense = compression[_is_reference(compression)]["macs"].max()
-    others = compression["point"].str.contains("int8|rate=") | of_the_pipelines_notebook(compression)
-    masks = (compression["technique"] == "pruning") & (compression["macs"] >= dense)
-    rows = compression[~others & ~(masks & (compression["division"] == "closed"))]
-    _accuracy_against(rows, dense / rows["macs"], axes, apart=1.008)
-    axes.set(
-        xlabel="times fewer multiplications (MACs)", title="How much less to compute, and how much worse?"
-    )
+    _lines(axes, _pooled(rows, ratio))
+    _times(axes, ratio, label)
+    axes.set_title(title)
     return axes.figure
 
 
 def parameters_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
-    """Does a teacher help a small network? Means over seeds; grey: without a teacher's help.
-
-    Bars are the deviation between seeds; of a single seed, its interval. What lies far below, a shuffled
-    teacher's students for one, is counted and left out of the legend.
-    """
+    """How good is a network of so many parameters? Controls, such as students without a teacher, are grey."""
     axes = axes or plt.subplots(figsize=(8, 4.2))[1]
-    arm = compression["control"].where(compression["control"] != "", compression["method"])
-    dense, rows = _is_reference(compression), compression.assign(arm=arm)
-    for value in rows[dense]["accuracy"]:
-        axes.axhline(value, color="grey", linewidth=1)
-    arms = rows[~dense].groupby("arm", sort=False)
-    for number, (arm, found) in enumerate(arms):
-        found = found.assign(half=(found["delta_ci_high"] - found["delta_ci_low"]) / 2)
-        points = found.groupby(["point", "params"], sort=False)
-        mean, half = points["accuracy"].mean(), points["accuracy"].std().fillna(points["half"].mean())
-        # side by side, since all students of a width have as many parameters
-        places = mean.index.get_level_values("params") * 1.07 ** (number - (len(arms) - 1) / 2)
-        style = {"marker": MARKERS[number % len(MARKERS)], "capsize": 3, "linestyle": "none"}
-        style |= {} if (found["control"] == "").all() else {"markerfacecolor": "none", "color": "grey"}
-        axes.errorbar(places, mean, half, label=name(arm), **style)
-    axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)")
-    axes.set_title("Does a teacher help a small network?")
-    shown = rows[~dense & (rows["accuracy"] >= _lowest(rows["accuracy"]))]
-    counts = sorted(set(shown["params"]))
+    _lines(axes, _pooled(compression, compression["params"]), grey_controls=True)
+    counts = sorted(set(compression[~_is_reference(compression)]["params"]))
+    axes.set(xscale="log", xlabel="parameters", title="How good is a small network?")
     axes.set_xticks(counts, [f"{count / 1e6:.2g} M" for count in counts])
     axes.minorticks_off()
-    bars = [drawn for drawn in axes.containers if drawn.get_label() in set(shown["arm"].map(name))]
-    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes.legend(handles=bars, fontsize=8, title="grey: without its help", **place)
-    _cut(axes, compression["accuracy"])
     return axes.figure
 
 
-def _is_reference(compression: pd.DataFrame) -> pd.Series:
-    return (compression["technique"] == "baseline") & (compression["control"].fillna("") == "")
+def claims_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None) -> Figure:
+    """What is claimed of each technique, among all its configurations? Means over the seeds, faint of few.
+
+    Controls other than the pipeline's rivals are omitted, and the same codes in general compressors.
+    """
+    axes = axes or plt.subplots(figsize=(8, 4.5))[1]
+    shown = compression["control"].isin(["", "dense_finetuned", *NARROW])
+    shown &= ~compression["method"].isin(["gzip", "xz", "zstd"])
+    table = _pooled(compression[shown], compression["size_ratio"][shown])
+    for (kind, rows), marker in zip(table.groupby(_kinds(table), sort=False), MARKERS, strict=False):
+        label, colour = _kind(kind)
+        faint = (rows["seeds"] < table["seeds"].max()).map({True: 0.45, False: 1.0})
+        hollow = {"facecolors": "white", "edgecolors": colour, "marker": marker, "alpha": faint, "zorder": 2}
+        axes.scatter(rows["x"], rows["accuracy"], s=22, **hollow)
+        claimed = rows[rows["headline"] > 0]
+        filled = {"linestyle": "none", "capsize": 3, "zorder": 3, "markersize": 8}
+        filled |= {"color": colour, "marker": marker}
+        axes.errorbar(claimed["x"], claimed["accuracy"], (claimed["below"], claimed["above"]), **filled)
+        axes.plot([], [], linestyle="none", color=colour, marker=marker, label=label)
+        for _, row in claimed[claimed["accuracy"] > table["accuracy"].max() - SHOWN].iterrows():
+            place = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8, "color": colour}
+            axes.annotate(f"{row['x']:.0f}×", (row["x"], row["accuracy"]), **place)
+    _reference(axes, table)
+    _times(axes, table["x"], "times smaller than the fp32 file")
+    _cut(axes, table["accuracy"])
+    axes.set_title("How small, and how much worse? (filled: claimed)")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
+    return axes.figure
+
+
+def _is_reference(table: pd.DataFrame) -> pd.Series:
+    return (table["technique"] == "baseline") & (table["control"] == "")
 
 
 def _kinds(table: pd.DataFrame) -> pd.Series:
     """What each row's network is, of `KINDS`."""
-    control = table["control"].fillna("")
-    kinds = table["technique"].mask(control.isin(THIN), "thin")
-    return kinds.mask(control == "dense_finetuned", "baseline").map(KINDS)
+    kinds = table["technique"].mask(table["control"].isin(NARROW), "narrow")
+    return kinds.mask(table["control"] == "dense_finetuned", "baseline")
 
 
-def _colours() -> dict[str, tuple[float, float, float]]:
-    """The colour of each of `KINDS`, in every figure the same."""
-    palette = sns.color_palette("colorblind")
-    return dict(zip(KINDS.values(), (palette[place] for place in (7, 1, 2, 4, 9, 0, 3, 5)), strict=True))
+def _kind(kind: str) -> tuple[str, tuple[float, float, float]]:
+    """Label and colour of one of `KINDS`, in every figure the same."""
+    label, place = KINDS[kind]
+    return label, sns.color_palette("colorblind")[place]
 
 
-def _series(compression: pd.DataFrame) -> pd.Series:
-    """What a line of a figure joins: a method, if pruned with its flags; a control apart from its method.
+def _pooled(compression: pd.DataFrame, x: pd.Series) -> pd.DataFrame:
+    """A row each configuration, without the pipeline's stages: means over seeds, interval, series.
 
-    Of points that have a rate it joins those that differ in nothing else.
+    Not every configuration has every seed, and the difference is to its own seeds' networks: the accuracy is
+    that of all seeds' uncompressed networks plus the difference.
     """
-    pruned = (compression["technique"] == "pruning") | compression["method"].str.startswith("torch_pruning")
-    flags = compression["point"].where(pruned, "").str.replace(r"\S+=\S+\s*", "", regex=True)
-    flags = flags.where(~compression["point"].str.contains(",rate="), compression["point"].map(_without_rate))
-    control = compression["control"].fillna("")
-    rivals = control.where(
-        control.isin(["small_dense", "from_scratch"]), ""
-    )  # open division: not on the line
-    searched = (compression["technique"] == "search") & (control == "")
-    kinds = pd.Series("searched", compression.index).where(searched, "")
-    labels = [
-        ", ".join(filter(None, (kind, name(method), flag, name(rival) if rival != method else "")))
-        for kind, method, flag, rival in zip(kinds, compression["method"], flags, rivals, strict=True)
-    ]
-    return pd.Series(labels, compression.index)
-
-
-def _without_rate(point: str) -> str:
-    parts = [part for part in point.split(",") if not part.startswith("rate=")]
-    return ", ".join(part.replace("macs=", "MACs ÷ ").removesuffix("x") for part in parts)
-
-
-def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row each point: its means over the seeds, and how far its interval reaches below and above.
-
-    The interval is that of summary.csv; without it (the rows of one run), the seed's own.
-    """
-    pooled = {
-        "seeds_delta": "accuracy_delta",
-        "seeds_ci_low": "delta_ci_low",
-        "seeds_ci_high": "delta_ci_high",
-    }
-    if set(pooled) <= set(rows):
-        rows = rows.drop(columns=list(pooled.values())).rename(columns=pooled)
-    points = rows.groupby(["series", "method", "point", "control"], sort=False)
-    means = points.mean(numeric_only=True).assign(seeds=points["seed"].nunique()).reset_index()
+    table = with_settings(compression).assign(x=x)
+    table = table[~table["control"].str.startswith(AFTER)]
+    table = table.assign(series=[_series(row) for row in table.to_dict("records")])
+    groups = table.groupby(["technique", "method", "settings", "control", "series"], sort=False)
+    means = groups.mean(numeric_only=True).assign(seeds=groups["seed"].nunique()).reset_index()
+    for bits in [SETTING + "bits"] if SETTING + "bits" in table else []:
+        means["bits"] = groups[bits].first().to_numpy()
+    if (references := table[_is_reference(table)]["accuracy"]).size > 1:
+        means["accuracy"] = references.mean() + means["accuracy_delta"]
     below = (means["accuracy_delta"] - means["delta_ci_low"]).fillna(0)
     above = (means["delta_ci_high"] - means["accuracy_delta"]).fillna(0)
-    return means.assign(below=below, above=above).sort_values("ratio", kind="stable")
+    return means.assign(below=below, above=above).sort_values("x", kind="stable")
 
 
-def _accuracy_against(compression: pd.DataFrame, ratio: pd.Series, axes: Axes, *, apart: float = 1.0) -> None:
-    table, seeds = _pooled(compression, ratio, _series(compression))
-    _reference(axes, seeds)
-    middle = (table["series"].nunique() - 1) / 2
-    for number, (label, rows) in enumerate(table.groupby("series", sort=True)):
-        rows = rows.assign(ratio=rows["ratio"] * apart ** (number - middle))
-        marker = MARKERS[number % len(MARKERS)]
-        style = {"marker": marker, "capsize": 3, "label": label}
-        thin = rows["control"].eq("small_dense") & rows["point"].str.contains(",rate=")
-        if (rows["control"].ne("") & ~thin).any():  # each of a kind of its own
-            style["linestyle"] = "none"
-        [line, *_] = axes.errorbar(rows["ratio"], rows["accuracy"], (rows["below"], rows["above"]), **style)
+def _series(row: dict) -> str:
+    """What a line joins: configurations of one method that differ in a budget; with a λ, in that alone."""
+    kept = ("macs",) if row.get(SETTING + "lambda_") else ()
+    settings = {key.removeprefix(SETTING): value for key, value in row.items() if key.startswith(SETTING)}
+    told = [row["control"] if row["control"] not in ("", row["method"], *NARROW) else ""]
+    for setting, value in settings.items():
+        if setting in ("train", "stages", "schedule") and value not in ("", "none", "one_shot"):
+            told.append(" → ".join(value.split(",")))
+        elif setting in kept and value:
+            told.append(f"MACs ÷ {value:g}")
+        elif setting not in (*BUDGETS, *UNNAMED) and value:
+            told.append(setting if value is True else str(value))
+    return ", ".join([name(row["method"]), *(name(word) for word in told if word)])
+
+
+def _lines(axes: Axes, table: pd.DataFrame, *, grey_controls: bool = False) -> None:
+    """A line and a marker for each of at most `SERIES` series, hollow where some seeds are missing."""
+    order = table.groupby("series").agg(claimed=("headline", "max"), count=("x", "size"))
+    order = list(order.sort_values(["claimed", "count"], ascending=False, kind="stable").index)
+    _reference(axes, table)
+    for number, series in enumerate(order[:SERIES]):
+        rows, marker = table[table["series"] == series], MARKERS[number]
+        grey = {"color": "grey"} if grey_controls and (rows["control"] != "").any() else {}
+        interval = {"yerr": (rows["below"], rows["above"]), "capsize": 3, "label": series, "marker": marker}
+        line = axes.errorbar(rows["x"], rows["accuracy"], **interval, **grey)[0]
         few = rows[rows["seeds"] < table["seeds"].max()]
         hollow = {"color": line.get_color(), "markerfacecolor": "white", "zorder": 3}
-        axes.plot(few["ratio"], few["accuracy"], marker=marker, linestyle="none", **hollow)
-        for _, row in rows[rows["point"].str.startswith("bits=")].iterrows():
-            place = (row["ratio"], row["accuracy"])
-            text = row["point"].removeprefix("bits=")
-            axes.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=9)
-    _times(axes, table, seeds)
-    many = len(axes.get_legend_handles_labels()[0]) > 7
-    if many and len(axes.figure.axes) == 1:  # the legend stands beside it
+        axes.plot(few["x"], few["accuracy"], marker=marker, linestyle="none", **hollow)
+        for _, row in rows[rows["bits"] != ""].iterrows() if "bits" in rows else ():
+            place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
+            axes.annotate(f"{row['bits']:g}", (row["x"], row["accuracy"]), **place)
+    if others := order[SERIES:]:
+        rows = table[table["series"].isin(others)]
+        label = f"{len(others)} others"
+        axes.plot(rows["x"], rows["accuracy"], ".", color="lightgrey", zorder=1, label=label)
+    if len(axes.figure.axes) == 1:  # the legend stands beside it
         axes.figure.set_size_inches(10, 4.5)
     hollow = f"hollow: fewer than {table['seeds'].max()} seeds" if table["seeds"].nunique() > 1 else None
-    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
-    axes.legend(fontsize=8, title=hollow, title_fontsize=8, **place)
-
-
-def _pooled(compression: pd.DataFrame, ratio: pd.Series, series: pd.Series) -> tuple[pd.DataFrame, pd.Series]:
-    """A row each point, without the pipeline's stages; and the accuracies of the uncompressed networks."""
-    table = compression.assign(ratio=ratio, series=series, control=compression["control"].fillna(""))
-    table = table[~table["control"].str.startswith(AFTER)]
-    seeds = table[_is_reference(table)]["accuracy"]
-    table = _over_seeds(table)
-    if len(seeds) > 1:  # not every point has every seed; the difference is to its own seeds' networks
-        table["accuracy"] = seeds.mean() + table["accuracy_delta"]
-    return table, seeds
-
-
-def _reference(axes: Axes, seeds: pd.Series) -> None:
-    """A line where the uncompressed networks are, and one as far below as counts as no loss."""
-    for value in [seeds.mean()] if len(seeds) else []:
-        axes.axhline(value, color="grey", linewidth=1)
-        axes.axhline(value + NO_LOSS, color="grey", linewidth=1, linestyle=":")
-        place = {"xytext": (2, -11), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(f"−{-NO_LOSS} points", (1, value + NO_LOSS), **place)
-
-
-def _times(axes: Axes, table: pd.DataFrame, seeds: pd.Series, label: str = "") -> None:
-    """Axes of accuracy against how many times less of something."""
-    ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * table["ratio"].max()]
-    of = f", fp32: mean of {len(seeds)} seeds" if len(seeds) > 1 else ""
-    axes.set(xscale="log", xlabel=label, ylabel=f"test accuracy (%){of}")
-    axes.set_xticks(ticks, [f"{t}×" for t in ticks])
-    axes.minorticks_off()
+    axes.legend(fontsize=8, title=hollow, title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_ylabel("test accuracy (%)")
     _cut(axes, table["accuracy"])
 
 
-def _lowest(accuracies: pd.Series) -> float:
-    """Where a figure of accuracies ends: `SHOWN` points below the best."""
-    return accuracies.max() - SHOWN
+def _reference(axes: Axes, table: pd.DataFrame) -> None:
+    """A line where the uncompressed network is, and one as far below as still counts as within."""
+    for value in table[_is_reference(table)]["accuracy"].head(1):
+        axes.axhline(value, color="grey", linewidth=1)
+        axes.axhline(value + NO_LOSS, color="grey", linewidth=1, linestyle=":")
+        place = {"xytext": (2, -11), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"−{-NO_LOSS} pp", (axes.get_xlim()[0], value + NO_LOSS), **place)
+
+
+def _times(axes: Axes, ratio: pd.Series, label: str) -> None:
+    """A logarithmic axis of how many times less of something."""
+    ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t <= 1.5 * ratio.max()]
+    axes.set(xscale="log", xlabel=label, ylabel="test accuracy (%)")
+    axes.set_xticks(ticks, [f"{t}×" for t in ticks])
+    axes.minorticks_off()
 
 
 def _cut(axes: Axes, accuracies: pd.Series) -> None:
     """Show the `SHOWN` points below the best, where networks differ, and say how many are further down."""
-    lowest = _lowest(accuracies)
-    below = int((accuracies < lowest).sum())
-    if below:
+    lowest = accuracies.max() - SHOWN
+    if below := int((accuracies < lowest).sum()):
         axes.set_ylim(lowest, accuracies.max() + 0.05 * SHOWN)
         text = f"↓ {below} more down to {accuracies.min():.1f} %"
         axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", fontsize=9)
 
 
 def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
-    """How long does one picture take, where? Medians at batch 1 with one number of threads."""
+    """How long does one image take, where? Medians at batch 1 with one number of threads."""
     rows = _single(latency, threads).sort_values("p50_ms", ascending=False)
     axes = axes or plt.subplots(figsize=(7.5, max(3.0, 0.26 * len(rows))))[1]
     colours = dict(zip(("fp32", "int8", "s8s8", "bf16"), sns.color_palette("colorblind"), strict=False))
-    labels = [f"{name(row['runtime'])} {row['precision']}, {_point(row)}" for _, row in rows.iterrows()]
-    places = range(len(rows))
-    axes.barh(places, rows["p50_ms"], color=[colours.get(p, "grey") for p in rows["precision"]])
-    axes.set_yticks(places, labels, fontsize=8)
-    for place, (_, row) in zip(places, rows.iterrows(), strict=True):
-        axes.text(row["p50_ms"], place, f" {row['p50_ms']:.2f} ms", va="center", fontsize=8)
-    axes.set(xlabel=f"median milliseconds a picture, {threads} thread{'s' if threads > 1 else ''}")
-    axes.set_title("How long does one picture take, where?")
+    labels = [f"{name(row['runtime'])} {row['precision']}, {row['title']}" for _, row in rows.iterrows()]
+    bars = axes.barh(range(len(rows)), rows["p50_ms"], color=rows["precision"].map(colours))
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.bar_label(bars, fmt=" {:.2f} ms", fontsize=8)
+    axes.set_xlabel(f"median milliseconds an image, {threads} thread{'s' if threads > 1 else ''}")
+    axes.set_title("How long does one image take, where?")
     shown = [p for p in colours if p in set(rows["precision"])]
     axes.legend(handles=[Patch(color=colours[p], label=p) for p in shown], loc="upper right")
     axes.margins(x=0.18)
@@ -369,17 +277,9 @@ def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: in
 
 
 def _single(latency: pd.DataFrame, threads: int) -> pd.DataFrame:
-    """What was timed for one picture, once each."""
+    """What was timed for one image, once each."""
     timed = (latency["batch"] == 1) & (latency["threads"] == threads) & latency["p50_ms"].notna()
-    return latency[timed & ~latency["control"].isin(UNTIMED)]
-
-
-def _point(row: pd.Series) -> str:
-    """A network in a few words."""
-    point = row["point"].replace("bits=", "") + (" bits" if "bits=" in row["point"] else "")
-    dense = row["technique"] == "baseline" and not row["control"]
-    stage = name(row["control"]) if row["control"].startswith(AFTER) else ""
-    return " ".join(filter(None, (row["model"] if dense else name(row["method"]), point, stage)))
+    return with_settings(latency)[timed & ~latency["control"].isin(("identity", AGAIN))]
 
 
 def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
@@ -387,26 +287,24 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
     axes = axes or plt.subplots(figsize=(8, 4.5))[1]
     rows = _single(latency, threads).dropna(subset=["accuracy"]).sort_values("p50_ms", kind="stable")
     rows = rows[~rows["control"].str.startswith(AFTER)]
-    kinds = _kinds(rows)
-    colours = {kind: colour for kind, colour in _colours().items() if kind in set(kinds)}
-    markers = dict(zip(rows["runtime"].unique(), MARKERS, strict=False))
+    kinds, markers = _kinds(rows), dict(zip(rows["runtime"].unique(), MARKERS, strict=False))
     for kind, (_, row) in zip(kinds, rows.iterrows(), strict=True):
-        colour = colours[kind]
-        integers = row["precision"] in ("int8", "s8s8")
-        style = {"edgecolors": colour, "facecolors": colour if integers else "none"}
-        axes.scatter(row["p50_ms"], row["accuracy"], marker=markers[row["runtime"]], s=70, **style)
+        colour = _kind(kind)[1]
+        face = colour if row["precision"] in ("int8", "s8s8") else "none"
+        style = {"facecolors": face, "edgecolors": colour, "marker": markers[row["runtime"]], "s": 70}
+        axes.scatter(row["p50_ms"], row["accuracy"], **style)
     best = _worth_having(rows)
     axes.step(best["p50_ms"], best["accuracy"], where="post", color="grey", linewidth=1, zorder=0)
-    handles = [axes.scatter([], [], color=colour, label=kind) for kind, colour in colours.items()]
+    handles = [axes.scatter([], [], color=_kind(k)[1], label=_kind(k)[0]) for k in KINDS if k in set(kinds)]
     handles += [axes.scatter([], [], color="black", marker=m, label=name(r)) for r, m in markers.items()]
     if handles:
         axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.set_xscale("log")
         ticks = [t * 10.0**power for power in range(-3, 4) for t in (1, 2, 5)]
         ticks = [t for t in ticks if 0.7 * rows["p50_ms"].min() < t < 1.4 * rows["p50_ms"].max()]
+        axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
-    axes.set(xlabel="median milliseconds a picture", ylabel="test accuracy (%)")
+    axes.set(xlabel="median milliseconds an image", ylabel="test accuracy (%)")
     axes.set_title("Which networks are worth having? (filled: in integers)")
     _cut(axes, rows["accuracy"])
     return axes.figure
@@ -431,12 +329,11 @@ def _worth_having(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(profile_dir: Path) -> Figure:
-    """Smaller, worse, faster? The tables of one profile in one picture."""
-    latency = read_table(profile_dir / "latency.csv")
+    """Smaller, worse, faster? The tables of one profile in one figure."""
+    compression, latency = (read_table(profile_dir / f"{kind}.csv") for kind in ("compression", "latency"))
     style()
     figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 10, 4.5))
     left, *rest = np.atleast_1d(panels)
-    compression = read_table(profile_dir / "compression.csv")
     claims_against_accuracy(compression, left)
     for right in rest:
         frontier(latency, right, threads=int(latency["threads"].min()))
@@ -450,21 +347,19 @@ def waterfall(compression: pd.DataFrame, latency: pd.DataFrame | None = None) ->
     Of the first pipeline that has rows between its stages; None where there is none.
     """
     between = compression[compression["control"].str.startswith(AFTER)]
-    if not len(between):
+    if between.empty:
         return None
-    first = between.iloc[0]
-    same = compression[
-        (compression[["run", "method", "point"]] == first[["run", "method", "point"]]).all(axis=1)
-    ]
+    first = with_settings(between).iloc[0]
+    same = ["run", "method", "settings"]
+    own = compression[(compression[same] == first[same]).all(axis=1)]
     dense = compression[_is_reference(compression) & (compression["seed"] == first["seed"])]
-    stages = pd.concat([dense.head(1), same[same["control"] != ""], same[same["control"] == ""]])
-    names = [control.removeprefix(AFTER) for control in stages["control"]]
-    names[0], names[-1] = "fp32", first["method"].rpartition("_")[2]
-    shown = {"bytes of the file": stages["artifact_bytes"], "million MACs": stages["macs"] / 1e6}
-    if latency is not None and (found := _stage_times(stages["artifact_sha256"], latency)):
-        shown = {"bytes of the file": stages["artifact_bytes"], found[0]: found[1]}
+    stages = pd.concat([dense.head(1), own[own["control"] != ""], own[own["control"] == ""]])
+    names = ["fp32", *first[SETTING + "stages"].split(",")]
+    panels_of = {"bytes of the file": stages["artifact_bytes"], "million MACs": stages["macs"] / 1e6}
+    if latency is not None and (timed := _stage_times(stages["artifact_sha256"], latency)):
+        panels_of = {"bytes of the file": stages["artifact_bytes"], timed[0]: timed[1]}
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
-    for axes, (label, heights) in zip(panels, shown.items(), strict=False):
+    for axes, (label, heights) in zip(panels, panels_of.items(), strict=False):
         bars = axes.bar(names, heights, color=["grey"] + ["C0"] * (len(names) - 1))
         axes.bar_label(bars, fmt="{:.4g}" if axes is not panels[0] else "{:,.0f}", fontsize=8)
         axes.set(title=f"{label} (log)", yscale="log", yticks=[])  # each bar says how much it is
@@ -473,10 +368,9 @@ def waterfall(compression: pd.DataFrame, latency: pd.DataFrame | None = None) ->
     half = (stages["delta_ci_high"] - stages["delta_ci_low"]).fillna(0) / 2
     panels[2].errorbar(names, stages["accuracy"], half, marker="o", capsize=3, linestyle="none")
     for place, accuracy in zip(names, stages["accuracy"], strict=True):
-        panels[2].annotate(
-            f"{accuracy:.2f}", (place, accuracy), xytext=(6, 0), textcoords="offset points", fontsize=8
-        )
-    panels[2].set(title="test accuracy (%)")
+        right = {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 8}
+        panels[2].annotate(f"{accuracy:.2f}", (place, accuracy), **right)
+    panels[2].set_title("test accuracy (%)")
     panels[2].margins(x=0.2)
     return figure
 
@@ -490,17 +384,14 @@ def _stage_times(networks: pd.Series, latency: pd.DataFrame) -> tuple[str, list[
     if not times.shape[1]:
         return None
     runtime = times.iloc[-1].idxmin()
-    precisions = rows[rows["runtime"] == runtime].set_index("artifact_sha256")["precision"]
-    integers = [precisions.loc[[sha256]].eq("int8").any() for sha256 in networks]
-    label = f"milliseconds in {name(runtime)}"
-    label += ", the last in int8" if integers == [False] * (len(integers) - 1) + [True] else ""
-    return label, list(times[runtime])
+    last = rows[(rows["runtime"] == runtime) & (rows["artifact_sha256"] == networks.iloc[-1])]
+    return f"milliseconds in {name(runtime)}, the last in {last['precision'].iloc[-1]}", list(times[runtime])
 
 
 def write(profile_dir: Path) -> None:
     """Draw the tables of a profile into its figures/."""
-    compression, latency = (read_table(profile_dir / f"{kind}.csv") for kind in ("compression", "latency"))
-    drawn = {"headline": headline(profile_dir), "waterfall": waterfall(compression, latency)}
+    tables = (read_table(profile_dir / f"{kind}.csv") for kind in ("compression", "latency"))
+    drawn = {"headline": headline(profile_dir), "waterfall": waterfall(*tables)}
     (profile_dir / "figures").mkdir(exist_ok=True)
     for key, figure in drawn.items():
         if figure is not None:

@@ -1,6 +1,6 @@
 """Networks as data: a `Spec` says what a residual network is, `build` makes the module.
 
-Parameters and multiplications are read off the Spec, so a pruned, searched or thin network is
+Parameters and multiplications are read off the Spec, so a pruned, searched or narrow network is
 described, counted and built in the same way as ResNet-18 itself.
 """
 
@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +31,10 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One residual block.
+    """One residual block: output channels and odd kernel size of each convolution, and its connection.
 
-    Parameters
-    ----------
-    widths : output channels of each convolution.
-    kernels : odd kernel size of each convolution.
-    stride : of the first convolution (basic) or the second (bottleneck).
-    connection : what is added to the block's output: its input ("identity"), a 1x1 convolution of
-        its input ("projection") or nothing ("none").
+    `stride` is that of the first convolution (basic) or the second (bottleneck). `connection` is what is
+    added to the output: the block's input ("identity"), a 1x1 convolution of it ("projection"), or "none".
     """
 
     widths: tuple[int, ...]
@@ -51,24 +45,11 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Spec:
-    """The architecture of a residual network.
+    """The architecture of a residual network for square images of `size` pixels.
 
-    Parameters
-    ----------
-    channels, size : input channels; input height and width in pixels.
-    classes : number of classes.
-    stem : one of `STEMS`.
-    stem_width : output channels of the first convolution.
-    block : "basic" or "bottleneck".
-    stages : the blocks of each stage.
+    `stem` is one of `STEMS`, `stem_width` its output channels, `block` "basic" or "bottleneck", `stages` the
+    blocks of each stage. Fields that describe no network are a `SpecError` that names the layers at fault.
 
-    Raises
-    ------
-    SpecError
-        When the fields describe no network; the message names the layers at fault.
-
-    Examples
-    --------
     >>> spec = resnet(18, channels=1, size=28, classes=10, stem="small_stride2")
     >>> parameters(spec)
     11172810
@@ -105,10 +86,7 @@ class Spec:
         try:
             fields = json.loads(text)
             stages = tuple(
-                tuple(
-                    BlockSpec(tuple(b["widths"]), tuple(b["kernels"]), b["stride"], b["connection"])
-                    for b in stage
-                )
+                tuple(BlockSpec(tuple(b.pop("widths")), tuple(b.pop("kernels")), **b) for b in stage)
                 for stage in fields.pop("stages")
             )
             return Spec(**fields, stages=stages)
@@ -124,7 +102,7 @@ def _positive(what: str, value: object) -> None:
 
 
 def _check_block(name: str, block: BlockSpec, convolutions: int, before: str, width: int) -> None:
-    if len(block.widths) != convolutions or len(block.kernels) != convolutions:
+    if {len(block.widths), len(block.kernels)} != {convolutions}:
         raise SpecError(
             f"{name} has {len(block.widths)} widths and {len(block.kernels)} kernels: "
             f"this kind of block has {convolutions} convolutions"
@@ -132,21 +110,15 @@ def _check_block(name: str, block: BlockSpec, convolutions: int, before: str, wi
     _positive(f"{name}: stride", block.stride)
     for i, (out, kernel) in enumerate(zip(block.widths, block.kernels, strict=True), 1):
         _positive(f"{name}.conv{i}: width", out)
-        _positive(f"{name}.conv{i}: kernel", kernel)
-        if kernel % 2 == 0:
-            raise SpecError(f"{name}.conv{i} has kernel {kernel}: only odd kernels keep the picture centred")
+        if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
+            raise SpecError(f"{name}.conv{i} has kernel {kernel!r}: an odd number keeps the image centred")
     if block.connection not in CONNECTIONS:
         raise SpecError(f"{name}: unknown connection {block.connection!r}: one of {', '.join(CONNECTIONS)}")
-    last = f"{name}.conv{convolutions}"
-    if block.connection == "identity" and block.widths[-1] != width:
+    if block.connection == "identity" and (block.widths[-1] != width or block.stride != 1):
         raise SpecError(
-            f"{last} has {block.widths[-1]} channels, but the identity connection adds the {width} channels "
-            f"of {before} to them: make the two equal, or use connection='projection'"
-        )
-    if block.connection == "identity" and block.stride != 1:
-        raise SpecError(
-            f"{name} has stride {block.stride}, so {last} is smaller than {before}, which the identity "
-            "connection adds to it: use stride 1 or connection='projection'"
+            f"{name}.conv{convolutions} has {block.widths[-1]} channels and stride {block.stride}, but its "
+            f"identity connection adds the {width} channels of {before}: make these equal and the stride 1, "
+            "or use connection='projection'"
         )
 
 
@@ -157,16 +129,9 @@ def resnet(
     size: int = 224,
     classes: int = 1000,
     stem: str = "imagenet",
-    width: float = 1.0,
+    width: float = 1,
 ) -> Spec:
-    """The Spec of ResNet-18, -34 or -50 (He et al., 2016; stride as in torchvision).
-
-    Parameters
-    ----------
-    depth : 18, 34 or 50.
-    channels, size, classes, stem : see `Spec`.
-    width : factor on every width, rounded to whole channels.
-    """
+    """ResNet-18, -34 or -50 (He et al., 2016); `width` is a factor on every number of channels, rounded."""
     if depth not in RESNETS:
         raise SpecError(f"unknown depth {depth!r}: one of {', '.join(map(str, RESNETS))}")
     if not 0 < width <= 16:
@@ -187,28 +152,17 @@ def resnet(
 
 def with_widths(spec: Spec, widths: Mapping[str, int]) -> Spec:
     """The Spec with other output channels; `widths` names every convolution."""
-    numbers = iter(named_blocks(spec))
-    stages = []
-    for stage in spec.stages:
-        blocks = []
-        for block in stage:
-            name, _ = next(numbers)
-            new = tuple(widths[f"{name}.conv{i}"] for i in range(1, len(block.widths) + 1))
-            blocks.append(dataclasses.replace(block, widths=new))
-        stages.append(tuple(blocks))
-    return dataclasses.replace(spec, stem_width=widths["conv1"], stages=tuple(stages))
-
-
-# --- Reading a Spec -----------------------------------------------------------------------------
+    blocks = iter(
+        dataclasses.replace(b, widths=tuple(widths[f"{name}.conv{i + 1}"] for i in range(len(b.widths))))
+        for name, b in named_blocks(spec)
+    )
+    stages = tuple(tuple(next(blocks) for _ in stage) for stage in spec.stages)
+    return dataclasses.replace(spec, stem_width=widths["conv1"], stages=stages)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution or linear layer: what it is called, its shape, where it works.
-
-    `size_in` and `size_out` are heights (and widths) in pixels; `batch_norm` is the name of the
-    normalization behind it, None for the classifier.
-    """
+    """One convolution or linear layer: name, shape, height and width in pixels, name of its batch-norm."""
 
     name: str
     kind: str
@@ -233,44 +187,36 @@ class Layer:
 
     @property
     def macs(self) -> int:
-        """Multiplications for one picture."""
+        """Multiplications for one image."""
         return self.in_channels * self.out_channels * self.kernel**2 * self.size_out**2
 
 
 def named_blocks(spec: Spec) -> list[tuple[str, BlockSpec]]:
     """The blocks with torchvision's names, in order: ("layer1.0", BlockSpec(...)), ..."""
-    return [
-        (f"layer{s}.{b}", block) for s, stage in enumerate(spec.stages, 1) for b, block in enumerate(stage)
-    ]
+    return [(f"layer{s}.{b}", x) for s, stage in enumerate(spec.stages, 1) for b, x in enumerate(stage)]
 
 
-def _shrink(size: int, kernel: int, stride: int) -> int:
+def _size_after(size: int, kernel: int, stride: int) -> int:
     return (size + 2 * (kernel // 2) - kernel) // stride + 1
 
 
 def layers(spec: Spec) -> list[Layer]:
     """Every convolution and linear layer, in the order of the module's state_dict."""
     kernel, stride, pool = STEMS[spec.stem]
-    size = _shrink(spec.size, kernel, stride)
-    found = [Layer("conv1", "conv", spec.channels, spec.stem_width, kernel, stride, spec.size, size, "bn1")]
-    size = _shrink(size, 3, 2) if pool else size
-    width = spec.stem_width
+    size, width = _size_after(spec.size, kernel, stride), spec.stem_width
+    result = [Layer("conv1", "conv", spec.channels, width, kernel, stride, spec.size, size, "bn1")]
+    size = _size_after(size, 3, 2) if pool else size
     for name, block in named_blocks(spec):
-        before, inside, stage_in = width, width, size
+        before, size_before = width, size
         for i, (out, kernel) in enumerate(zip(block.widths, block.kernels, strict=True)):
-            stride = block.stride if i == BLOCKS[spec.block][1] else 1
-            after = _shrink(size, kernel, stride)
-            norm = f"{name}.bn{i + 1}"
-            found.append(Layer(f"{name}.conv{i + 1}", "conv", inside, out, kernel, stride, size, after, norm))
-            inside, size = out, after
+            stride, size_in = block.stride if i == BLOCKS[spec.block][1] else 1, size
+            size, conv, norm = _size_after(size, kernel, stride), f"{name}.conv{i + 1}", f"{name}.bn{i + 1}"
+            result.append(Layer(conv, "conv", width, out, kernel, stride, size_in, size, norm))
+            width = out
         if block.connection == "projection":
-            norm = f"{name}.downsample.1"
-            found.append(
-                Layer(f"{name}.downsample.0", "conv", before, inside, 1, block.stride, stage_in, size, norm)
-            )
-        width = inside
-    found.append(Layer("fc", "linear", width, spec.classes, 1, 1, 1, 1, None))
-    return found
+            layer, norm = f"{name}.downsample.0", f"{name}.downsample.1"
+            result.append(Layer(layer, "conv", before, width, 1, block.stride, size_before, size, norm))
+    return [*result, Layer("fc", "linear", width, spec.classes, 1, 1, 1, 1, None)]
 
 
 def parameters(spec: Spec) -> int:
@@ -279,25 +225,16 @@ def parameters(spec: Spec) -> int:
 
 
 def macs(spec: Spec) -> int:
-    """Multiplications of convolutions and linear layers for one picture, before quantizing."""
+    """Multiplications of convolutions and linear layers for one image, before quantizing."""
     return sum(layer.macs for layer in layers(spec))
 
 
 def fold_batch_norm(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Batch-norm in evaluation as a factor and a summand of each channel, float64.
-
-    Parameters
-    ----------
-    tensors : holds its weight, bias, running_mean and running_var, as a state_dict does.
-    name : of the batch-norm, such as "bn1".
-    """
+    """Batch-norm `name` ("bn1") of a state_dict, in evaluation: factor and summand a channel, float64."""
     parts = ("weight", "bias", "running_mean", "running_var")
     gamma, beta, mean, variance = (tensors[f"{name}.{part}"].double() for part in parts)
     factor = gamma / (variance + BATCH_NORM_EPSILON).sqrt()
     return factor, beta - mean * factor
-
-
-# --- Building a module --------------------------------------------------------------------------
 
 
 class Activation(nn.Module):
@@ -307,18 +244,13 @@ class Activation(nn.Module):
     q in 0..255, with the straight-through gradient of `torch.fake_quantize_per_tensor_affine`.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale: float | None = None
-        self.zero_point: int = 0
+    scale: float | None = None
+    zero_point: int = 0
 
     def forward(self, tensor: Tensor) -> Tensor:
         if self.scale is None:
             return tensor
         return torch.fake_quantize_per_tensor_affine(tensor, self.scale, self.zero_point, 0, 255)
-
-    def extra_repr(self) -> str:
-        return "" if self.scale is None else f"scale={self.scale:.4g}, zero_point={self.zero_point}"
 
 
 def activations(model: nn.Module) -> dict[str, Activation]:
@@ -327,36 +259,31 @@ def activations(model: nn.Module) -> dict[str, Activation]:
 
 
 def check_images(model: nn.Module, images: Tensor, *, least: int = 1) -> None:
-    """Raise a ValueError unless these are normalized images, `least` of them or more, for this network."""
+    """Raise a ValueError unless these are normalized images for this network, `least` or more."""
     wanted = (model.spec.channels, model.spec.size, model.spec.size)
-    if len(images) < least or tuple(images.shape[1:]) != wanted:
+    if len(images) < least or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
         raise ValueError(
-            f"images have shape {tuple(images.shape)}: at least {least} of shape {wanted} is needed"
+            f"images of shape {tuple(images.shape)} are {images.dtype}: normalized floats, "
+            f"at least {least} of shape {wanted}, are needed"
         )
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}: normalized floats are needed, as by Data.normalize")
 
 
 def check_labels(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Raise a ValueError unless these are the classes of the images, int64, of this network."""
-    if labels.shape != images.shape[:1]:
+    fits = labels.shape == images.shape[:1] and labels.dtype == torch.int64
+    if not fits or labels.min() < 0 or labels.max() >= model.spec.classes:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}: "
-            "one label for each image is needed"
-        )
-    classes = model.spec.classes
-    if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"labels are {labels.dtype} from {int(labels.min())} to {int(labels.max())}: "
-            f"int64 from 0 to {classes - 1} is needed"
+            f"labels have shape {tuple(labels.shape)} and are {labels.dtype} from {int(labels.min())} to "
+            f"{int(labels.max())}: int64 from 0 to {model.spec.classes - 1}, one an image, is needed"
         )
 
 
 class PickingConv2d(nn.Conv2d):
-    """A 1x1 convolution with a stride that picks its pixels first; the numbers are the same.
+    """A 1x1 convolution with a stride that picks its pixels first, then convolves with stride 1.
 
-    In channels-last order with fewer input channels than a vector register holds, oneDNN's own
-    stride corrupts memory or gives a wrong gradient of the weight (oneDNN issue 6035).
+    The numbers are those of `nn.Conv2d`. It is there because oneDNN's own backward pass of such a
+    convolution gives wrong gradients of the weight when the tensors are in channels-last order and
+    the input has fewer channels than a vector register holds (oneDNN issue 6035).
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -364,29 +291,28 @@ class PickingConv2d(nn.Conv2d):
 
 
 def _conv(layer: Layer) -> nn.Conv2d:
-    # From one pixel to one pixel any stride is the same; with 2 oneDNN's bf16 leaves those gradients of the
-    # weight that are 0 as it found the memory (torch 2.14.1).
+    # From one pixel to one pixel every stride gives the same. With a stride of 2 oneDNN's bf16 backward pass
+    # leaves the gradients of weights beside the middle unset instead of 0 (torch 2.14.1): stride 1 is built.
     stride = layer.stride if layer.size_in > 1 else 1
     kind = PickingConv2d if layer.kernel == 1 and stride > 1 and layer.in_channels < 16 else nn.Conv2d
-    padding = layer.kernel // 2
-    return kind(layer.in_channels, layer.out_channels, layer.kernel, stride, padding, bias=False)
+    return kind(layer.in_channels, layer.out_channels, layer.kernel, stride, layer.kernel // 2, bias=False)
 
 
 class Block(nn.Module):
     """A residual block: convolutions, each with batch-norm, and a connection around them."""
 
-    def __init__(self, block: BlockSpec, shapes: dict[str, Layer]) -> None:
+    def __init__(self, block: BlockSpec, prefix: str, shapes: dict[str, Layer]) -> None:
         super().__init__()
         self.connection = block.connection
         self.convolutions = len(block.widths)
-        for i in range(1, self.convolutions + 1):
-            self.add_module(f"conv{i}", _conv(shapes[f"conv{i}"]))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(shapes[f"conv{i}"].out_channels))
+        for i, width in enumerate(block.widths, 1):
+            self.add_module(f"conv{i}", _conv(shapes[f"{prefix}conv{i}"]))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(width))
             if i < self.convolutions or block.connection != "none":
                 self.add_module(f"quant{i}", Activation())
         if block.connection == "projection":
-            projection = shapes["downsample.0"]
-            self.downsample = nn.Sequential(_conv(projection), nn.BatchNorm2d(projection.out_channels))
+            projection = _conv(shapes[f"{prefix}downsample.0"])
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(block.widths[-1]))
             self.quant_downsample = Activation()
         self.relu = nn.ReLU(inplace=True)
         self.quant_out = Activation()
@@ -399,9 +325,8 @@ class Block(nn.Module):
                 out = self.get_submodule(f"quant{i}")(self.relu(out))
         if self.connection != "none":
             out = self.get_submodule(f"quant{self.convolutions}")(out)
-            out = out + (
-                inputs if self.connection == "identity" else self.quant_downsample(self.downsample(inputs))
-            )
+            identity = self.connection == "identity"
+            out = out + (inputs if identity else self.quant_downsample(self.downsample(inputs)))
         return self.quant_out(self.relu(out))
 
 
@@ -419,11 +344,7 @@ class ResNet(nn.Module):
         self.quant_stem = Activation()
         self.maxpool = nn.MaxPool2d(3, 2, 1) if STEMS[spec.stem][2] else nn.Identity()
         for s, stage in enumerate(spec.stages, 1):
-            blocks = []
-            for b, block in enumerate(stage):
-                prefix = f"layer{s}.{b}."
-                inside = {n.removeprefix(prefix): v for n, v in shapes.items() if n.startswith(prefix)}
-                blocks.append(Block(block, inside))
+            blocks = [Block(block, f"layer{s}.{b}.", shapes) for b, block in enumerate(stage)]
             self.add_module(f"layer{s}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.quant_pool = Activation()
@@ -439,85 +360,9 @@ class ResNet(nn.Module):
 
 
 def build(spec: Spec) -> ResNet:
-    """The module of a Spec, freshly initialized (He et al., 2015, as torchvision does).
-
-    Examples
-    --------
-    >>> model = build(resnet(18, channels=1, size=28, classes=10, stem="small"))
-    >>> model(torch.zeros(2, 1, 28, 28)).shape
-    torch.Size([2, 10])
-    """
+    """The module of a Spec, freshly initialized (He et al., 2015, as torchvision does)."""
     model = ResNet(spec)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
-
-
-# --- Weights from elsewhere ---------------------------------------------------------------------
-
-
-def load_pretrained(model: ResNet, weights: str | Path) -> list[str]:
-    """Copy ImageNet weights into a network, as far as its shapes allow.
-
-    Parameters
-    ----------
-    model : changed in place. For a one-channel input the first convolution takes the sum of the
-        weights over the colours, which is what it does to a grey picture.
-    weights : "imagenet" (torchvision's own for this depth, downloaded), or a local file in
-        torchvision's format (.pt or .pth without pickled code, or .safetensors).
-
-    Returns
-    -------
-    Names of the layers that keep their fresh initialization because the file has none of their
-    shape: the classifier where the classes differ, the stem where its kernel does.
-
-    Raises
-    ------
-    ValueError
-        When the weights are of another network, or the depth has none by name.
-    FileNotFoundError
-    """
-    ours, theirs = (
-        {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-        for state in (model.state_dict(), _read_weights(weights, model.spec))
-    )
-    another = "these are the weights of another network"
-    if more := sorted(theirs.keys() - ours.keys()):
-        raise ValueError(f"{weights}: the network has no {more[0]} ({len(more)} such names): {another}")
-    colours = theirs.get("conv1.weight")
-    if colours is not None and colours.shape[1] == 3 and model.spec.channels == 1:
-        theirs["conv1.weight"] = colours.sum(1, keepdim=True)
-    fresh = [
-        name for name, tensor in ours.items() if name not in theirs or theirs[name].shape != tensor.shape
-    ]
-    for name in fresh:
-        if name.rpartition(".")[0] not in ("conv1", "fc"):
-            given = f"of shape {tuple(theirs[name].shape)}" if name in theirs else "missing"
-            needed = f"the network's is of shape {tuple(ours[name].shape)}"
-            raise ValueError(f"{weights}: {name} is {given}, {needed}: {another}")
-    for name in ours.keys() - fresh:
-        ours[name].copy_(theirs[name])
-    return sorted({name.rpartition(".")[0] for name in fresh})
-
-
-def _read_weights(weights: str | Path, spec: Spec) -> dict[str, Tensor]:
-    if str(weights) == "imagenet":
-        import torchvision
-
-        depth = next((d for d, (b, n) in RESNETS.items() if (b, n) == _shape(spec)), None)
-        if depth is None:
-            raise ValueError("ImageNet weights by name exist for ResNet-18, -34 and -50: give a file instead")
-        return torchvision.models.get_model_weights(f"resnet{depth}").DEFAULT.get_state_dict(check_hash=True)
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: give 'imagenet' or a file in torchvision's format")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _shape(spec: Spec) -> tuple[str, tuple[int, ...]]:
-    return spec.block, tuple(len(stage) for stage in spec.stages)

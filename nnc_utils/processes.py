@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -25,15 +27,10 @@ class LockedError(RuntimeError):
 
 def end_tree(*, also_self: bool = False) -> None:
     """Kill every descendant of this process; then, if wanted, the process itself, without clean-up."""
-    try:
-        family = psutil.Process().children(recursive=True)
-    except psutil.Error:
-        family = []
-    for process in family:
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
     if also_self:
         for folder in _temporary:
             shutil.rmtree(folder, ignore_errors=True)
@@ -48,20 +45,14 @@ def remove_at_end(folder: Path) -> None:
 def die_with_parent(*, gently: bool = False) -> None:
     """End this process, and all below it, when its parent ends; also on SIGTERM and SIGINT.
 
-    Linux tells at once (PR_SET_PDEATHSIG); a thread that looks every half second does it everywhere.
-
-    Parameters
-    ----------
-    gently : leave the handlers of SIGTERM and SIGINT to someone else (a kernel, Snakemake), so that
-        the parent's end is a SIGKILL.
+    Linux tells at once (PR_SET_PDEATHSIG), a thread that looks every half second everywhere. `gently` leaves
+    the two signals to someone else (a kernel, Snakemake), so that the parent's end is a SIGKILL.
     """
     parent = psutil.Process(os.getppid()) if os.getppid() > 1 else None
     if not gently:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, end_on_signal)
     if sys.platform == "linux":
-        import ctypes
-
         set_parent_death_signal = 1
         chosen = signal.SIGKILL if gently else signal.SIGTERM
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(chosen), 0, 0, 0)
@@ -84,34 +75,30 @@ def _follow(parent: psutil.Process) -> None:
 def lock(path: Path, *, wait: float, what: str) -> None:
     """Hold a lock file until this process ends (or `unlock`), so that one process writes at a time.
 
-    The operating system owns the lock: when the holder dies in whatever way, it is free again.
-
-    Parameters
-    ----------
-    path : the lock file; it stays behind, which means nothing.
-    wait : seconds to wait for another holder.
-    what : what the lock is for, in the error.
-
-    Raises
-    ------
-    LockedError
-        When another process still holds it after the wait; the message names it.
+    The operating system owns the lock: when the holder dies in whatever way, it is free again. The file stays
+    behind, which means nothing. LockedError names who still holds it (`what` it is for) after the wait (s).
     """
     path = Path(path).absolute()
     if path in _held:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path, thread_local=False)
+    held, owner = (
+        FileLock(path, thread_local=False),
+        path.with_suffix(".owner"),
+    )  # Windows reads no locked file
     try:
         held.acquire(timeout=wait)
     except Timeout:
+        holder = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            said = json.loads(owner.read_text())
+            holder = f"process {said['pid']} on {said['host']} since {said['since']}"
         raise LockedError(
-            f"{what} is in use by {_holder(path)}: wait for it to end, or end it; nothing was changed"
+            f"{what} is in use by {holder}: wait for it to end, or end it; nothing was changed"
         ) from None
     _held[path] = held
-    # beside the lock, since Windows lets nobody read a locked file
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    path.with_suffix(".owner").write_text(json.dumps(owner))
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
 
 
 def unlock(path: Path) -> None:
@@ -119,11 +106,3 @@ def unlock(path: Path) -> None:
     held = _held.pop(Path(path).absolute(), None)
     if held is not None:
         held.release()
-
-
-def _holder(path: Path) -> str:
-    try:
-        owner = json.loads(path.with_suffix(".owner").read_text())
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (OSError, ValueError, KeyError):
-        return "another process"

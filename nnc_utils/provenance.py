@@ -1,4 +1,4 @@
-"""Where a number comes from: hashes of code, notebook and parameters, commit, versions, the machine."""
+"""Where a number comes from: notebook, parameters, loaded modules, commit, versions, machine."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ from typing import Any
 import psutil
 
 PACKAGE = Path(__file__).resolve().parent
-# They turn finished rows into tables and start notebooks; no measured number depends on them.
+BEGUN = ".begun"  # in a run folder: which run its files are of, so that only that one goes on with them
+# No measured number depends on them: they lock, hash, draw, and turn finished rows into tables.
 WITHOUT_INFLUENCE = {
-    *("processes", "parameters", "provenance", "rows", "tables", "over_seeds", "publishing", "paired"),
-    *("reports", "results", "audit", "figures", "run", "notebook", "benchmark", "inspect", "export"),
-    "__init__",
+    *("__init__", "processes", "provenance", "rows", "figures", "inspect", "export"),
 }
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
-FLAGS = (  # of a processor, those that matter to a time
+PEERS = ("torchao", "openvino", "nncf", "executorch", "torch-pruning", "optuna")
+FLAGS = {  # of a processor, those that matter to a time
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
     *("asimddp", "i8mm", "bf16", "sve"),
-)
-BEGUN = ".begun"  # in a run folder: which run its files are of, so that only that one goes on with them
-PEERS = ("torchao", "openvino", "nncf", "executorch", "torch-pruning", "optuna")
+}
 
 
 def root() -> Path:
@@ -64,101 +62,105 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     os.replace(partial, path)
 
 
+# --- What code means -----------------------------------------------------------------------------
+
+
 @functools.lru_cache(maxsize=4096)
 def meaning(source: str) -> str:
     """Python source without comments, docstrings and blank lines, so that rewording changes no hash."""
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            line, column = token.start
-            lines[line - 1] = lines[line - 1][:column]
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
     for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            if body[0].lineno == getattr(node, "lineno", 0):
-                continue
-            for line in range(body[0].lineno, body[0].end_lineno + 1):
-                lines[line - 1] = ""
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            if text and first.lineno != getattr(node, "lineno", 0):
+                lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def code_cells(notebook: Path) -> list[tuple[str, list[str]]]:
     """Source and tags of each code cell. (`nbformat` would do it, too, but takes a second to import.)"""
     try:
-        content = json.loads(Path(notebook).read_text(encoding="utf-8"))
-        found = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
-        return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in found]
+        cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in code]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{notebook} is no notebook of format 4: {error!r}") from None
 
 
-def cells(notebook: Path) -> list[str]:
-    """The code cells of a notebook as Python: without magics and what papermill injected."""
-    found = []
-    for source, tags in code_cells(notebook):
-        if "injected-parameters" not in tags:
-            lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
-            found.append("\n".join(lines))
-    return found
-
-
 def notebook_sha256(notebook: Path) -> str:
-    """Hash of what a notebook's code means; its prose and outputs do not count."""
+    """Hash of what a notebook's code means; prose, outputs, magics and injected parameters do not count."""
+    cells = [source for source, tags in code_cells(notebook) if "injected-parameters" not in tags]
+    plain = [[line for line in cell.splitlines() if line.lstrip()[:1] not in ("%", "!")] for cell in cells]
     try:
-        return json_sha256([meaning(cell) for cell in cells(notebook)])
+        return json_sha256([meaning("\n".join(lines)) for lines in plain])
     except (SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"{notebook}: a code cell is no Python: {error}") from None
 
 
-def code_sha256(notebook: Path) -> str:
-    """Hash of the package's modules that a notebook uses, directly or through others.
+# --- Which modules were loaded -------------------------------------------------------------------
 
-    Of a folder (a technique, the runtimes) everything counts, since adapters are imported by name.
+
+def watch(log: Path) -> None:
+    """Append to a file every module of the package that this process, or one that it starts, loads.
+
+    Processes inherit the file's name as NNC_MODULES, and `nnc_utils` follows it. A module is written down
+    before it runs, with a hash of its code, so that the list is also right where a process is killed.
     """
-    return _files_sha256(tuple(code_files(notebook)))
+    os.environ["NNC_MODULES"] = str(log)
+    if _Watch not in sys.meta_path:
+        sys.meta_path.insert(0, _Watch)
+    for name in [name for name in sys.modules if name.startswith(f"{PACKAGE.name}.")]:
+        _Watch.find_spec(name)
 
 
-def code_files(notebook: Path) -> list[Path]:
-    """The files behind `code_sha256`, sorted."""
-    reached: set[Path] = set()
-    waiting = [file for cell in cells(notebook) for file in _imported(cell)]
-    while waiting:
-        file = waiting.pop()
-        if file not in reached:
-            reached.add(file)
-            waiting += _imported(file.read_text(encoding="utf-8"))
-    return sorted(reached)
+class _Watch:
+    """Stands before Python's finders, and finds nothing itself."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        package, _, rest = name.partition(".")
+        log = os.environ.get("NNC_MODULES")
+        if not log or package != PACKAGE.name or rest.partition(".")[0] in WITHOUT_INFLUENCE | {""}:
+            return
+        place = PACKAGE / rest.replace(".", "/")
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        with contextlib.suppress(OSError):  # no such module, or the run folder has gone
+            known = Path(log).read_text().splitlines() if Path(log).is_file() else []
+            for own in (file, *file.parent.glob(f"{file.stem}_child.py")):  # run by another interpreter
+                entry = f"{own.relative_to(PACKAGE).as_posix()} {own.stat().st_mtime_ns}"
+                if not any(line.startswith(f"{entry} ") for line in known):
+                    with open(log, "a") as stream:
+                        stream.write(f"{entry} {_code_hash(own)}\n")
 
 
-@functools.lru_cache(maxsize=64)
-def _files_sha256(files: tuple[Path, ...]) -> str:
-    sources = {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in files}
-    return json_sha256({name: meaning(source) for name, source in sources.items()})
+def loaded(log: Path) -> dict[str, str]:
+    """The modules that a file of `watch` lists, and their hashes; "edited" where one had two of them."""
+    code: dict[str, str] = {}
+    for line in sorted(Path(log).read_text().splitlines()) if Path(log).is_file() else []:
+        file, _, sha256 = line.split(" ")
+        code[file] = sha256 if code.get(file, sha256) == sha256 else "edited"
+    return code
 
 
-@functools.lru_cache(maxsize=256)
-def _imported(source: str) -> tuple[Path, ...]:
-    modules = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
-    parts = {m.split(".")[1] for m in modules if m.startswith(f"{PACKAGE.name}.")} - WITHOUT_INFLUENCE
-    files: list[Path] = []
-    for part in sorted(parts):
-        folder, file = PACKAGE / part, PACKAGE / f"{part}.py"
-        files += sorted(folder.rglob("*.py")) if folder.is_dir() else [file] if file.is_file() else []
-    return tuple(files)
+def changed(code: dict[str, str]) -> list[str]:
+    """Which of these modules are not what they were, or are gone; comments and docstrings do not count."""
+    return [file for file, sha256 in code.items() if _code_hash(PACKAGE / file) != sha256]
+
+
+def _code_hash(file: Path) -> str:
+    return json_sha256(meaning(file.read_text(encoding="utf-8")))[:16] if file.is_file() else ""
+
+
+# --- Where it was measured -----------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
 def commit() -> str:
-    """The commit of the clone, with "-dirty" where its code differs from it.
-
-    Of a copy without git the variable NNC_COMMIT, or "unknown".
-    """
+    """The clone's commit, with "-dirty" where its code differs; of a copy NNC_COMMIT, or "unknown"."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(PACKAGE.parent), *arguments]
@@ -172,51 +174,36 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the libraries that a number may depend on; those not installed are left out."""
-    found = {"python": platform.python_version()}
+    """Python and the libraries that a number may depend on, as far as they are installed."""
+    known = {"python": platform.python_version()}
     for library in (*LIBRARIES, *PEERS):
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            known[library] = metadata.version(library)
+    return known
 
 
 def hardware() -> dict[str, Any]:
-    """The machine that measures: processor, its flags that matter, cores, memory, system, load.
-
-    Where torch is loaded also what that uses: threads, GPU.
-    """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    model, flags = _processor()
-    return {
+    """The machine that measures, and where torch is loaded what that uses: threads, GPU."""
+    processor: dict[str, str] = {}
+    with contextlib.suppress(OSError):  # Linux only
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            processor.setdefault(key.strip().lower(), value.strip())
+    flags = (processor.get("flags") or processor.get("features") or "").split()
+    model = processor.get("model name") or platform.processor() or platform.machine()
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        model = subprocess.run(command, capture_output=True, text=True).stdout.strip() or model
+    machine = {
         "cpu": model,
-        "flags": [flag for flag in FLAGS if flag in flags],
+        "flags": sorted(FLAGS.intersection(flags)),
         "cores": os.cpu_count(),
-        "usable_cores": usable,
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": platform.platform(),
         "machine": platform.machine(),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],
-    } | _torch()
-
-
-def _torch() -> dict[str, Any]:
-    if (torch := sys.modules.get("torch")) is None:
-        return {}
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"threads": torch.get_num_threads()} | gpu
-
-
-def _processor() -> tuple[str, set[str]]:
-    """Model and flags; flags are known on Linux only."""
-    if sys.platform == "darwin":
-        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-        return name.stdout.strip() or platform.processor(), set()
-    info: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            info.setdefault(key.strip().lower(), value.strip())
-    model = info.get("model name") or platform.processor() or platform.machine()
-    return model, set((info.get("flags") or info.get("features") or "").split())
+    }
+    torch = sys.modules.get("torch")
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
+    return machine | ({"threads": torch.get_num_threads()} | gpu if torch else {})

@@ -1,7 +1,7 @@
 """One measurement is one row: its columns, what they may hold, and how they are computed.
 
-The columns and their order are those of the measurement protocol. Notebooks build rows with
-`compression_row` and `latency_rows`; differences, intervals and ratios are computed here only.
+The columns and their order are those of the measurement protocol. `compression_row` and `latency_rows` build
+rows; differences, intervals and ratios are computed here only.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nnc_utils.provenance import commit
 
-NO_LOSS = -0.3  # percentage points: "no loss" means that the interval's lower end is not below
-APART = 10  # percent: times that are no further apart are taken for equal
+if TYPE_CHECKING:
+    import pandas as pd
+
+NO_LOSS = -0.3  # percentage points: "within 0.3" means that the interval's lower end is not below
+APART = 10  # percent: times that are no further apart count as equal
 AGAIN = "again"  # control of what was timed a second time
 AFTER = "after_"  # begins the control of a network between two stages, as "after_prune"
-BASELINE = "01_baseline"
-JOINED = "06_pipeline"  # the notebook whose peers are held against the pipeline
+ATTEMPT = "attempt"  # control of a configuration that fell short and was replaced
 OWN_CLASSES = ("int8", "bf16")  # precisions that round where eager does not: no row without agreement
-ROUNDING = 5e-5  # accuracies are stored with four decimals
+SETTING = "setting."  # begins the columns that `with_settings` adds
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Flag = Annotated[int, Field(ge=0, le=1)]
@@ -53,8 +55,8 @@ class Row(BaseModel):
         return cls(**{k: None if v == "" and k in may_be_none else v for k, v in record.items()})
 
 
-class CompressionRow(Row):
-    """One artifact on the test set."""
+class _Named(Row):
+    """What was measured, and in which run."""
 
     profile: Name
     run: Name
@@ -62,8 +64,13 @@ class CompressionRow(Row):
     model: Name
     technique: Technique
     method: Name
-    point: str
+    settings: str  # JSON of the settings that are not their defaults; "" for none
     seed: Count
+
+
+class CompressionRow(_Named):
+    """One artifact on the test set."""
+
     division: Division
     control: str
     headline: Flag
@@ -86,38 +93,14 @@ class CompressionRow(Row):
     artifact_sha256: Sha256
     commit: Name
 
-    @model_validator(mode="after")
-    def _agrees(self) -> CompressionRow:
-        if self.correct > self.total:
-            raise ValueError(f"{self.correct} correct of {self.total} images")
-        if abs(self.accuracy - 100 * self.correct / self.total) > ROUNDING + 1e-9:
-            raise ValueError(f"accuracy {self.accuracy} is not {self.correct} of {self.total} images")
-        if not self.delta_ci_low <= self.accuracy_delta <= self.delta_ci_high:
-            raise ValueError(
-                f"the difference {self.accuracy_delta} is outside its interval "
-                f"[{self.delta_ci_low}, {self.delta_ci_high}]"
-            )
-        if self.nonzeros > self.params:
-            raise ValueError(f"{self.nonzeros} non-zeros among {self.params} parameters")
-        return self
 
-
-class LatencyRow(Row):
+class LatencyRow(_Named):
     """One artifact in one runtime. Measurements are empty where the runtime is not installed.
 
-    `rounds_p50_ms` holds the median of each round, with spaces between: the speed-ups are of rounds.
-
-    Without `agreement` the accuracy is the artifact's in eager: the runtime was seen to compute the same.
+    `rounds_p50_ms` holds the median of each round, with spaces between: the speed-ups are of rounds. Without
+    `agreement` the accuracy is the artifact's in eager: the runtime was seen to compute the same.
     """
 
-    profile: Name
-    run: Name
-    dataset: Name
-    model: Name
-    technique: Technique
-    method: Name
-    point: str
-    seed: Count
     control: str
     headline: Flag
     runtime: Name
@@ -148,27 +131,22 @@ class LatencyRow(Row):
 
     @model_validator(mode="after")
     def _agrees(self) -> LatencyRow:
-        times = (self.p50_ms, self.p90_ms, self.iqr_ms)
-        if any(t is None for t in times) != all(t is None for t in times):
+        if (self.p50_ms, self.p90_ms, self.iqr_ms).count(None) not in (0, 3):
             raise ValueError("p50_ms, p90_ms and iqr_ms are either all measured or all empty")
-        if self.p50_ms is not None and self.p90_ms < self.p50_ms:
-            raise ValueError(f"p90 {self.p90_ms} ms is below p50 {self.p50_ms} ms")
         if self.p50_ms is not None and len(self.medians) != self.rounds:
             raise ValueError(f"{self.rounds} rounds, but {len(self.medians)} medians of rounds")
-        if not all(0 < median < float("inf") for median in self.medians):
-            raise ValueError(f"rounds_p50_ms is {self.rounds_p50_ms!r}: milliseconds above 0 are needed")
         if not self.artifact_sha256 and self.control != "identity":
             raise ValueError("only the identity network has no artifact")
         return self
 
 
 class SummaryRow(Row):
-    """One operating point over its seeds."""
+    """One configuration over its seeds."""
 
     dataset: Name
     technique: Technique
     method: Name
-    point: str
+    settings: str
     control: str
     seeds: Annotated[int, Field(ge=1)]
     headline: Flag
@@ -185,25 +163,62 @@ class SummaryRow(Row):
     macs: Positive
 
 
-# --- Names of runs ------------------------------------------------------------------------------
+def to_frame(rows: Iterable[Row], kind: type[Row]) -> pd.DataFrame:
+    """Rows as a data frame with the protocol's columns."""
+    import pandas as pd  # takes a second, which no run's start need wait for
+
+    return pd.DataFrame([row.model_dump() for row in rows], columns=kind.columns())
 
 
-def run_name(profile: str, notebook: str, seed: int, part: str = "") -> str:
+def with_settings(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table with `title`, what its configuration is called, and a column for each setting.
+
+    The columns are named ``setting.NAME``; defaults are filled in, and what a configuration has not, or has
+    as False, is "". Lists are joined by commas.
+    """
+    import pandas as pd
+
+    from nnc_utils.configurations import of_row, registry  # imports torch
+
+    if "title" in frame:
+        return frame
+    keys = list(zip(frame["method"], frame["settings"], strict=True))
+    known = {key: of_row(*key) for key in dict.fromkeys(keys) if key[0] in registry()}
+    values = {
+        key: {SETTING + name: _flat(value) for name, value in one.model_dump(exclude={"method"}).items()}
+        for key, one in known.items()
+    }
+    columns = pd.DataFrame([values.get(key, {}) for key in keys], index=frame.index, dtype=object).fillna("")
+    titles = [known[key].title if key in known else key[0] for key in keys]
+    return pd.concat([frame, columns], axis=1).assign(title=titles)
+
+
+def _flat(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "" if value is None or value is False else str(value) if isinstance(value, dict) else value
+
+
+def run_name(profile: str, notebook: str, seed: int, shard: str = "") -> str:
     """How rows name a run: "quick/03_pruning/seed=1,channels"."""
-    return f"{profile}/{notebook}/seed={seed}" + (f",{part}" if part else "")
+    return f"{profile}/{notebook}/seed={seed}" + (f",{shard}" if shard else "")
 
 
-def label(row: CompressionRow) -> str:
-    """How other notebooks name an artifact: method, point, and the stage that it was saved behind."""
-    return f"{row.method}:{row.point}" + (f" {row.control}" if row.control.startswith(AFTER) else "")
+def interval_text(row: Any) -> str:
+    """A difference and its interval in percentage points, as text."""
+    return f"{row['accuracy_delta']:+.2f} [{row['delta_ci_low']:+.2f}, {row['delta_ci_high']:+.2f}]"
+
+
+def within(row: Any) -> str:
+    """Whether a network is within 0.3 percentage points of its reference: yes, no or cannot tell."""
+    if row["delta_ci_low"] >= NO_LOSS:
+        return "yes"
+    return "no" if row["delta_ci_high"] < NO_LOSS else "cannot tell"
 
 
 def notebook_of(run: str) -> str:
     """The notebook of a run by the name that `run_name` gave it."""
     return run.split("/")[1]
-
-
-# --- Evidence: the predictions behind a row -----------------------------------------------------
 
 
 def evidence(sha256: str, runtime: str = "", precision: str = "") -> str:
@@ -225,17 +240,21 @@ def read_predictions(path: Path) -> np.ndarray:
     return predictions
 
 
+@functools.lru_cache(maxsize=8)
+def labels_of(dataset: str) -> np.ndarray:
+    """The true classes of a data set's test images, uint8."""
+    from nnc_utils import data
+
+    return data.load(dataset).test.labels.numpy().astype(np.uint8)
+
+
 def differences(*, compressed: Iterable, reference: Iterable, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy lost or won against a reference, with its paired 95 % interval.
+    """Accuracy lost or won against a reference, with its paired 95 % interval, in percentage points.
 
     Parameters
     ----------
     compressed, reference : predictions of each seed, (images,) each and in the same order.
     labels : the true classes, (images,).
-
-    Returns
-    -------
-    accuracy_delta, delta_ci_low, delta_ci_high in percentage points.
     """
     from nnc_utils import evaluation
 
@@ -247,35 +266,17 @@ def differences(*, compressed: Iterable, reference: Iterable, labels: np.ndarray
     return {"accuracy_delta": mean, "delta_ci_low": low, "delta_ci_high": high}
 
 
-# --- Building rows ------------------------------------------------------------------------------
-
-
 def compression_row(
-    score: Mapping[str, Any],
-    *,
-    run: Any,
-    dataset: str,
-    model: str,
-    technique: str,
-    method: str,
-    reference: Any = None,
-    point: str = "",
-    division: str = "closed",
-    control: str = "",
-    headline: int = 0,
-    train_images: int = 0,
-    train_seconds: float = 0.0,
+    score: Mapping[str, Any], *, run: Any, reference: Any = None, **named: Any
 ) -> CompressionRow:
     """A row of compression.csv from what `scoring.score` measured on the test set.
 
     Parameters
     ----------
-    score : of this artifact: path, sha256, params, nonzeros, macs, artifact_bytes, bits_per_weight,
-        simulated, correct, total, predictions (file).
-    run : what `start` returned.
-    reference : what it is compared with: the finished run of the baseline, or a score of another
-        artifact. None for a baseline, which is its own reference.
-    headline : 1 if this point was chosen on validation before the test set was scored.
+    run : the run that is being written.
+    reference : the baseline's finished run, or a score of another artifact; None for a baseline itself.
+    named : the columns dataset, model, technique, method; where not empty settings, division, control,
+        headline, train_images, train_seconds.
 
     Raises
     ------
@@ -286,48 +287,31 @@ def compression_row(
         reference = score
     elif hasattr(reference, "compression"):
         reference = reference.score(reference.baseline.artifact_sha256)
-    labels, predictions = labels_of(dataset), read_predictions(score["predictions"])
+    labels, predictions = labels_of(named["dataset"]), read_predictions(score["predictions"])
     correct = int((predictions == labels).sum()) if predictions.shape == labels.shape else -1
     if (correct, len(labels)) != (score["correct"], score["total"]):
         raise ValueError(
             f"{score['path']}: {score['correct']} of {score['total']} right is not what its predictions say "
-            f"about the {len(labels)} test images of {dataset}: was another data set or split scored?"
+            f"of the {len(labels)} test images of {named['dataset']}: was another data set or split scored?"
         )
     before = read_predictions(reference["predictions"])
-    sizes = {key: int(score[key]) for key in ("params", "nonzeros", "macs", "artifact_bytes", "simulated")}
+    counts = ("params", "nonzeros", "macs", "artifact_bytes", "simulated", "correct", "total")
+    named = {"settings": "", "division": "closed", "control": "", "headline": 0, "train_images": 0} | named
+    named["train_seconds"] = round(float(named.get("train_seconds", 0)), 2)
     return CompressionRow(
         profile=run.profile,
         run=run.name,
-        dataset=dataset,
-        model=model,
-        technique=technique,
-        method=method,
-        point=point,
         seed=run.seed,
-        division=division,
-        control=control,
-        headline=int(headline),
-        **sizes,
-        size_ratio=round(_fp32_bytes(Path(reference["path"]), run) / sizes["artifact_bytes"], 4),
+        **named,
+        **{key: int(score[key]) for key in counts},
+        size_ratio=round(_fp32_bytes(Path(reference["path"]), run) / score["artifact_bytes"], 4),
         bits_per_weight=round(float(score["bits_per_weight"]), 4),
-        correct=correct,
-        total=len(labels),
         accuracy=round(100 * correct / len(labels), 4),
         **differences(compressed=[predictions], reference=[before], labels=labels),
         reference_sha256=reference["sha256"],
-        train_images=int(train_images),
-        train_seconds=round(float(train_seconds), 2),
         artifact_sha256=score["sha256"],
         commit=commit(),
     )
-
-
-@functools.lru_cache(maxsize=8)
-def labels_of(dataset: str) -> np.ndarray:
-    """The true classes of a data set's test images, uint8."""
-    from nnc_utils import data
-
-    return data.load(dataset).test.labels.numpy().astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=8)
@@ -337,24 +321,20 @@ def _fp32_bytes_of(path: Path) -> int:
     return artifact.fp32_bytes(artifact.read(path).spec)
 
 
-@functools.lru_cache(maxsize=8)
-def _fp32_bytes_as_made(dataset: str, size: int, depth: int, width: float, stem: str) -> int:
+def _fp32_bytes(path: Path, run: Any) -> int:
+    """Bytes of the reference in fp32; without its file, of what the baseline's parameters describe."""
     from nnc_utils import artifact, data, models
 
-    pictures = data.load(dataset, size=size or None)
-    about = {"channels": pictures.channels, "size": pictures.size, "classes": len(pictures.classes)}
-    return artifact.fp32_bytes(models.resnet(depth, width=width, stem=stem, **about))
-
-
-def _fp32_bytes(path: Path, run: Any) -> int:
-    """Bytes of the reference in fp32; where its file was left elsewhere, of what 01's parameters describe."""
     if path.is_file():
         return _fp32_bytes_of(path)
-    for made in (r.record for r in run.upstream if r.record.notebook == BASELINE):
-        if made.seed == run.seed:
-            about = {key: made.parameters[key] for key in ("size", "depth", "width", "stem")}
-            return _fp32_bytes_as_made(made.dataset, **about)
-    raise ValueError(f"{path} is missing, and no run of {BASELINE} with seed {run.seed} tells its size")
+    for record in (upstream.record for upstream in run.upstream):
+        if (record.notebook, record.seed) == ("01_baseline", run.seed):
+            asked = record.parameters
+            images = data.load(record.dataset, size=asked["size"] or None)
+            shape = {"channels": images.channels, "size": images.size, "classes": len(images.classes)}
+            spec = models.resnet(asked["depth"], width=asked["width"], stem=asked["stem"], **shape)
+            return artifact.fp32_bytes(spec)
+    raise ValueError(f"{path} is missing, and no run of 01_baseline with seed {run.seed} tells its size")
 
 
 def latency_rows(
@@ -364,25 +344,23 @@ def latency_rows(
 
     Parameters
     ----------
-    measured : the columns from `runtime` to `runtime_bytes`, and artifact_sha256 ("" or
-        control="identity" for a runtime's identity network).
-    networks : the compression rows of the artifacts; what they are called comes from there.
-    reference_sha256 : the uncompressed network. Both speed-ups are against it in fp32, at the same
-        batch and threads: in eager, and in the fastest runtime that was measured. Each is the median over
-        the rounds of the ratio within a round, because what disturbs the machine slows both. What was timed
-        "again" is against what was timed again.
+    measured : the columns from `runtime` to `runtime_bytes`, and artifact_sha256 ("": an identity network).
+    networks : the compression rows of the artifacts, which name them.
+    reference_sha256 : the uncompressed network. Both speed-ups are against it in fp32, at the same batch and
+        threads: in eager, and in its fastest runtime. Each is the median of the ratios within a round:
+        what disturbs the machine slows both. What was timed "again" is against what was timed again.
     """
     named = {row.artifact_sha256: row for row in networks}
     wanted = [c for c in LatencyRow.columns() if c not in ("profile", "run", "dataset", "commit")]
     rows = []
     for measurement in measured:
         sha256 = measurement.get("artifact_sha256", "")
-        row = {"model": "identity", "technique": "baseline", "method": "identity", "point": "", "headline": 0}
-        row |= {"control": "identity", "artifact_sha256": sha256}
+        row = {"model": "identity", "technique": "baseline", "method": "identity", "settings": ""}
+        row |= {"headline": 0, "control": "identity", "artifact_sha256": sha256}
         if measurement.get("control") != "identity" and sha256:
             if sha256 not in named:
                 raise ValueError(f"artifact {sha256[:16]} was timed but has no compression row")
-            columns = ("model", "technique", "method", "point", "control", "headline", "seed")
+            columns = ("model", "technique", "method", "settings", "control", "headline", "seed")
             row |= {column: getattr(named[sha256], column) for column in columns}
             if measurement.get("control") == AGAIN:
                 row |= {"control": AGAIN, "headline": 0}
@@ -393,7 +371,8 @@ def latency_rows(
 
 
 def _speedups(row: Mapping, rows: list[dict], reference_sha256: str) -> dict[str, float | None]:
-    same = [
+    """How many times as fast as the reference in fp32, in eager and in its fastest runtime."""
+    references = [
         other
         for other in rows
         if other["artifact_sha256"] == reference_sha256
@@ -402,17 +381,17 @@ def _speedups(row: Mapping, rows: list[dict], reference_sha256: str) -> dict[str
         and (other["control"] == AGAIN) == (row["control"] == AGAIN)
         and other.get("p50_ms")
     ]
-    eager = next((other for other in same if other["runtime"] == "eager"), None)
-    fastest = min(same, key=lambda other: other["p50_ms"], default=None)
-    known = row.get("p50_ms") and row["control"] != "identity"
+    eager = next((other for other in references if other["runtime"] == "eager"), None)
+    fastest = min(references, key=lambda other: other["p50_ms"], default=None)
+    timed = row.get("p50_ms") and row["control"] != "identity"
     against = {"speedup_eager_fp32": eager, "speedup_best_fp32": fastest}
     return {
-        name: round(_times_as_fast(row, other), 4) if known and other else None
-        for name, other in against.items()
+        column: round(_times_as_fast(row, other), 4) if timed and other else None
+        for column, other in against.items()
     }
 
 
 def _times_as_fast(row: Mapping, other: Mapping) -> float:
-    """How many times as fast as another row, by the medians of the same rounds."""
+    """The median over the rounds of the ratio within a round."""
     rounds = ([float(median) for median in r["rounds_p50_ms"].split()] for r in (row, other))
     return float(np.median([its / mine for mine, its in zip(*rounds, strict=True)]))

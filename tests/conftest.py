@@ -1,5 +1,6 @@
 """What several test files build on: a small profile with real artifacts, as notebooks leave it."""
 
+import os
 import shutil
 import types
 from pathlib import Path
@@ -12,7 +13,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 from small_networks import PLAIN, quantized
 from xdist.scheduler import LoadFileScheduling
 
-from nnc_utils import artifact, data, encoding, evaluation, models, notebook, publishing, rows
+from bench import folder as notebook
+from bench import marks, publish
+from nnc_utils import artifact, data, encoding, evaluation, models, provenance, rows
 
 PARAMETERS = """\
 seconds: float = 0.0  # [0, 100] how long it works
@@ -22,16 +25,46 @@ run_dir: str = ""  # folder
 """
 
 
+NOTEBOOKS = {  # what runs in one process, in this order; each builds on the runs of those before it
+    **dict.fromkeys(("01", "02", "03", "07"), "first"),
+    **dict.fromkeys(("04", "05", "06"), "between"),
+    **dict.fromkeys(("10", "00"), "last"),
+}
+
+
+def _group(nodeid: str) -> str:
+    """The group of a notebook's cells; empty for a test."""
+    return NOTEBOOKS[nodeid.removeprefix("notebooks/")[:2]] if nodeid.startswith("notebooks/") else ""
+
+
 class _NotebooksInOrder(LoadFileScheduling):
-    """A file's tests in one process, and all notebooks in one: each builds on the runs of those before it."""
+    """A file's tests in one process, and a group of notebooks in one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "notebooks" if nodeid.startswith("notebooks/") else super()._split_scope(nodeid)
+        return _group(nodeid) or super()._split_scope(nodeid)
 
 
 def pytest_collection_modifyitems(items):
-    """00 comes last: it builds on 01, which would otherwise run twice."""
-    items.sort(key=lambda item: item.nodeid.startswith("notebooks/00"))
+    """Notebooks 04 to 06 come amid the tests, when 01 is finished, and at the end what builds on all."""
+    files = list(dict.fromkeys(item.nodeid.split("::")[0] for item in items if not _group(item.nodeid)))
+    early = set(files[: len(files) // 2])
+
+    def place(item):
+        name, group = item.nodeid.split("::")[0], _group(item.nodeid)
+        if group:
+            number = name.removeprefix("notebooks/")[:2]
+            return {"first": 0, "between": 2, "last": 4}[group], list(NOTEBOOKS).index(number)
+        return 1 if name in early else 3, 0
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Notebooks show no progress bars, as in their stored outputs."""
+    os.environ.pop("TQDM_DISABLE", None)
+    if _group(item.nodeid):
+        os.environ["TQDM_DISABLE"] = "1"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -95,7 +128,9 @@ def _run(root: Path, name: str, seed: int, upstream: list) -> notebook.Current:
     values = {"dataset": "digits", "profile": "quick", "seed": seed}
     folder = root / "results" / "runs" / "quick" / name / f"seed={seed}"
     folder.mkdir(parents=True)
-    return notebook.Current(name, folder, values, upstream, notebook.hashes(path))
+    provenance.watch(folder / marks.MODULES)
+    del os.environ["NNC_MODULES"]
+    return notebook.Current(name, folder, values, upstream, provenance.notebook_sha256(path))
 
 
 def _timed(stored, run, file: Path, labels: np.ndarray, times: dict) -> list[dict]:
@@ -144,8 +179,8 @@ def example(tmp_path_factory):
                 reference=upstream[0] if upstream else None,
                 model="tiny",
                 technique="quantization" if upstream else "baseline",
-                method="uniform_per_channel" if upstream else "train",
-                point="bits=8" if upstream else "",
+                method="uniform" if upstream else "train",
+                settings='{"bits":8}' if upstream else "",
                 headline=1,
             )
             looked = {"validation_delta": {"network": [-0.2, 0.0, 0.2]}} if upstream else {}
@@ -164,7 +199,7 @@ def example(tmp_path_factory):
     reference = scores["01_baseline", 1]["sha256"]
     run.finish(latency=rows.latency_rows(measured, networks, reference_sha256=reference))
     folders.append(run.folder)
-    publishing.publish(folders, "quick")
+    publish.publish(folders, "quick")
     (root / "README.md").write_text("# T\n<!-- headline:begin -->\nold\n<!-- headline:end -->\nrest\n")
     patch.undo()
     return types.SimpleNamespace(root=root, folders=folders, labels=labels, scores=scores)

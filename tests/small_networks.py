@@ -34,7 +34,7 @@ def network(spec, *, seed=0):
 
 
 def images(spec, count, *, seed=1):
-    """Normalized pictures."""
+    """Normalized images."""
     return torch.randn(
         count, spec.channels, spec.size, spec.size, generator=torch.Generator().manual_seed(seed)
     )

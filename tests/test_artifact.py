@@ -1,8 +1,4 @@
-"""artifact.py: round trips into a fresh process, sizes, refusals, and files made to do harm.
-
-``python tests/test_artifact.py FILE`` mutates a copy of an artifact 1,000 times and reads each as JSON
-what came of it; the test below runs it in a process of its own and watches its memory.
-"""
+"""artifact.py: round trips into a fresh process, sizes, refusals, damaged and foreign files."""
 
 import hashlib
 import json
@@ -10,8 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +14,14 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from small_networks import affine, codebook
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from nnc_utils import artifact, encoding, models
 from nnc_utils.artifact import ArtifactError
-from nnc_utils.encoding import UniformWeight, ZeroMask
+from nnc_utils.parametrizations import UniformWeight, ZeroMask
 from nnc_utils.runtimes.worker import peak_rss
 
-MUTANTS = 1000
+NOTHING = torch.nn.Identity()
 PREPROCESSING = {"mean": [0.286], "std": [0.353], "classes": [f"class {i}" for i in range(10)]}
 
 
@@ -184,8 +178,7 @@ class TestRoundTrip:
 
     def test_reading_leaves_the_artifact_alone(self, tmp_path):
         found = save(make(), tmp_path / "file")
-        model = artifact.network(found)
-        for tensor in model.state_dict().values():
+        for tensor in artifact.network(found).state_dict().values():
             tensor.zero_()
         assert all(encoding.decode(weight).any() for weight in found.weights.values())
         assert found.tensors["bn1.running_var"].any()
@@ -247,21 +240,15 @@ class TestNumbers:
         assert found.nbytes - payload - rest < 2000
 
     @pytest.mark.parametrize(
-        ("options", "simulated"),
+        ("simulated", "options"),
         [
-            ({}, False),
-            ({"bits": 8, "ranges": True}, False),
-            ({"bits": 8, "per_channel": False, "ranges": True}, False),
-            ({"bits": 8}, True),
-            ({"bits": 4, "ranges": True}, True),
-            ({"bits": 12, "ranges": True}, True),
-            ({"bits": 8, "ranges": True, "keep": 0.5}, True),
-            ({"keep": 0.5}, True),
-            ({"ranges": True}, True),
-            ({"levels": 256, "ranges": True}, True),
-            ({"levels": 16}, True),
-            ({"bits": 8, "zero_points": True, "ranges": True}, True),
-            ({"bits": 8, "learn_scale": True, "ranges": True}, False),
+            *((False, o) for o in ({}, {"bits": 8, "ranges": True})),
+            (False, {"bits": 8, "per_channel": False, "ranges": True}),
+            (False, {"bits": 8, "learn_scale": True, "ranges": True}),
+            *((True, o) for o in ({"bits": 8}, {"keep": 0.5}, {"ranges": True}, {"levels": 16})),
+            *((True, {"bits": bits, "ranges": True}) for bits in (4, 12)),
+            *((True, {"bits": 8, "ranges": True} | more) for more in ({"keep": 0.5}, {"zero_points": True})),
+            (True, {"levels": 256, "ranges": True}),
         ],
     )
     def test_simulated(self, options, simulated, tmp_path):
@@ -293,73 +280,66 @@ class TestSaving:
         model = make(**options)
         for parameter in model.layer3[1].conv2.parameters():
             parameter.data[1, 2, 0, 0] = bad
-        words = "layer3.1.conv2: 1 of 9216 weights are not finite"
+        self.refuse(model, "layer3.1.conv2: 1 of 9216 weights are not finite", tmp_path / "file")
+
+    @pytest.mark.parametrize(
+        ("options", "field", "words"),
+        [
+            ({"bits": 8, "learn_scale": True}, "scale", "a scale is not positive, or .* learned"),
+            ({"levels": 4}, "codebook", "the codebook's levels are not finite"),
+        ],
+    )
+    def test_scales_and_codebooks_that_training_led_astray(self, options, field, words, tmp_path):
+        model = make(**options)
+        getattr(model.layer3[1].conv2.parametrizations.weight[0], field).data[3] = math.nan
+        self.refuse(model, f"layer3.1.conv2: {words}", tmp_path / "file")
+
+    @pytest.mark.parametrize(("part", "bad"), [("running_mean", math.nan), ("running_var", -0.1)])
+    def test_batch_norm(self, part, bad, tmp_path):
+        model = make()
+        getattr(model.layer1[0].bn2, part)[3] = bad
+        self.refuse(model, f"layer1.0.bn2.{part} holds NaN, infinity or a negative", tmp_path / "file")
+
+    @pytest.mark.parametrize(
+        ("words", "change"),
+        [
+            ("layer2.0.conv1: .*_WeightNorm", lambda m: parametrizations.weight_norm(m.layer2[0].conv1)),
+            ("fc.param.*bias", lambda m: parametrize.register_parametrization(m.fc, "bias", NOTHING)),
+            ("bn1.param.*weight", lambda m: parametrize.register_parametrization(m.bn1, "weight", NOTHING)),
+            ("layer2.0.conv1.weight_", lambda m: prune.l1_unstructured(m.layer2[0].conv1, "weight", 0.5)),
+            ("Missing.*layer1.0.bn1.weight", lambda m: setattr(m.layer1[0], "bn1", NOTHING)),
+            ("layer1.0.conv1: .*weight", lambda m: setattr(m.layer1[0], "conv1", NOTHING)),
+            ("size mismatch for fc.weight", lambda m: setattr(m, "fc", torch.nn.Linear(64, 11))),
+            ("Unexpected.*extra.weight", lambda m: setattr(m, "extra", torch.nn.Linear(2, 2))),
+            ("float64", lambda m: m.double()),
+            ("bn1.weight is torch.float64", lambda m: m.bn1.double()),
+        ],
+    )
+    def test_networks_other_than_their_spec(self, words, change, tmp_path):
+        model = make()
+        change(model)
         self.refuse(model, words, tmp_path / "file")
-
-    @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
-    def test_scales_and_codebooks_that_training_led_astray(self, bad, tmp_path):
-        model = make(bits=8, learn_scale=True)
-        model.layer3[1].conv2.parametrizations.weight[0].scale.data[3] = bad
-        self.refuse(model, "layer3.1.conv2: a scale is not positive, or .* learned", tmp_path / "file")
-        if not math.isfinite(bad):
-            model = make(levels=4)
-            model.layer3[1].conv2.parametrizations.weight[0].codebook.data[3] = bad
-            self.refuse(model, "layer3.1.conv2: the codebook's levels are not finite", tmp_path / "file")
-
-    def test_batch_norm(self, tmp_path):
-        model = make()
-        model.layer1[0].bn2.running_mean[3] = math.nan
-        self.refuse(model, "layer1.0.bn2.running_mean holds NaN", tmp_path / "file")
-        model = make()
-        model.layer1[0].bn2.running_var[3] = -0.1
-        self.refuse(model, "layer1.0.bn2.running_var holds negative", tmp_path / "file")
-
-    def test_parametrizations(self, tmp_path):
-        model = make()
-        torch.nn.utils.parametrizations.weight_norm(model.layer2[0].conv1)
-        self.refuse(model, "layer2.0.conv1: .*_WeightNorm", tmp_path / "file")
-        model = make()
-        parametrize.register_parametrization(model.fc, "bias", torch.nn.Identity())
-        self.refuse(model, "fc: bias has a parametrization", tmp_path / "file")
-        model = make()
-        parametrize.register_parametrization(model.bn1, "weight", torch.nn.Identity())
-        self.refuse(model, "bn1: weight has a parametrization", tmp_path / "file")
-        model = make()
-        prune.l1_unstructured(model.layer2[0].conv1, "weight", 0.5)
-        self.refuse(model, "layer2.0.conv1.weight_", tmp_path / "file")
+        self.refuse(torch.nn.Linear(2, 2), "Linear", tmp_path / "file")
 
     def test_ranges(self, tmp_path):
         model = make(ranges=True)
         model.layer2[0].quant_out.scale = None
-        self.refuse(model, "1 of 30 activation places have no range, layer2.0.quant_out", tmp_path / "file")
+        self.refuse(model, "layer2.0.quant_out has no range", tmp_path / "file")
         for scale, zero_point in ((0.0, 0), (-1.0, 0), (math.nan, 0), (math.inf, 0), (1.0, 256), (1.0, -1)):
             model.layer2[0].quant_out.scale = scale
             model.layer2[0].quant_out.zero_point = zero_point
             self.refuse(model, "layer2.0.quant_out has scale", tmp_path / "file")
 
-    def test_networks_other_than_their_spec(self, tmp_path):
-        model = make()
-        model.layer1[0].bn1 = torch.nn.Identity()
-        self.refuse(model, "layer1.0.bn1.weight is missing", tmp_path / "file")
-        model = make()
-        model.fc = torch.nn.Linear(64, 11)
-        self.refuse(model, "fc has shape", tmp_path / "file")
-        model = make()
-        model.extra = torch.nn.Linear(2, 2)
-        self.refuse(model, "extra.weight is not in", tmp_path / "file")
-        self.refuse(torch.nn.Linear(2, 2), "Linear", tmp_path / "file")
-        self.refuse(make().double(), "float64", tmp_path / "file")
-
-    def test_preprocessing(self, tmp_path):
-        for entry, bad in (
-            ("mean", [0.1, 0.2]),
-            ("mean", [math.nan]),
-            ("std", [0.0]),
-            ("std", [math.inf]),
-            ("classes", ["a"]),
-            ("classes", list(range(10))),
-        ):
-            self.refuse(make(), entry, tmp_path / "file", **{entry: bad})
+    @pytest.mark.parametrize(
+        ("entry", "bad"),
+        [
+            *(("mean", bad) for bad in ([0.1, 0.2], [math.nan])),
+            *(("std", bad) for bad in ([0.0], [math.inf])),
+            *(("classes", bad) for bad in (["a"], list(range(10)))),
+        ],
+    )
+    def test_preprocessing(self, entry, bad, tmp_path):
+        self.refuse(make(), entry, tmp_path / "file", **{entry: bad})
 
     def test_a_failing_disk_leaves_the_old_file(self, tmp_path, monkeypatch):
         def fail(*_):
@@ -373,7 +353,7 @@ class TestSaving:
         assert os.listdir(tmp_path) == ["file"]
 
 
-# --- Files made to do harm ----------------------------------------------------------------------
+# --- Damaged and foreign files -------------------------------------------------------------------
 
 
 def parts(path):
@@ -397,238 +377,60 @@ def forge(document, arrays):
     return safetensors.numpy.save(arrays, {"artifact": json.dumps(document)})
 
 
-def put(document, path, value):
-    """A copy of nested JSON with one place changed; a value None removes it."""
-    copy = json.loads(json.dumps(document))
-    place = copy
-    for step in path[:-1]:
-        place = place[step]
-    if value is None:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    return copy
-
-
-def overwrite(arrays, name, at, value):
-    array = arrays[name].copy()
-    array[at] = value
-    return arrays | {name: array}
-
-
-def change(arrays, name, function):
-    return arrays | {name: function(arrays[name])}
-
-
-def rename(arrays, old, new):
-    """Without the old tensor when there is no new name."""
-    kept = {name: array for name, array in arrays.items() if name != old}
-    return kept | ({new: arrays[old]} if new else {})
-
-
-BLOCK = ("spec", "stages", 1, 0)
-ODD = ("1", 1.5, True, [1], {}, -1, 0, 10**30, math.nan)
-
-
-def forgeries(document, arrays):
-    """Name -> (JSON, function that makes the tensors); none describes a network.
-
-    For an 8-bit file with ranges.
-    """
-    found = {}
-
-    def text(path, *values):
-        for value in values:
-            found[f"{path} = {value!r}"] = put(document, path, value), partial(dict, arrays)
-
-    def tensor(what, edit, name, *arguments):
-        found[f"{name}: {what}"] = document, partial(edit, arrays, name, *arguments)
-
-    text(("format",), None, "nnc_utils.artifact/2", 1)
-    text(("extra",), 1)
-    text(("spec",), None, 1, [], "resnet18", {})
-    for field in ("channels", "classes", "stem_width"):
-        text(("spec", field), None, *ODD, document["spec"][field] + 1)
-    text(("spec", "size"), None, *ODD)
-    text(("spec", "stem"), None, "imagenet", "none", 1, [])
-    text(("spec", "block"), None, "bottleneck", "none", 1, {})
-    text(("spec", "stages"), None, [], [[]], 1, "x", document["spec"]["stages"] * 2)
-    text(("spec", "stages", 0), [], document["spec"]["stages"][0] * 400, document["spec"]["stages"][0][:1])
-    text((*BLOCK, "widths"), None, [], [1, 1], [8, 8, 8], [2**40, 2**40], ["8", "8"], 8)
-    text((*BLOCK, "kernels"), None, [], [1, 3], [5, 5], [10001, 10001], [2, 2], [3, -3], [2**40 + 1, 3])
-    text((*BLOCK, "stride"), None, *ODD)
-    text((*BLOCK, "connection"), None, "none", "identity", "sum", 1, [])
-    text(("mean",), None, [], [1, 2], ["1"], [True], [math.nan], [math.inf], [10**400], 1, "0", {})
-    text(("std",), None, [], [1, 2], [0], [-1], [math.nan], [math.inf], [10**400], 1, [[1]])
-    text(("classes",), None, [], ["a"] * 11, [1] * 10, "abcdefghij", {})
-    text(("encodings",), None, [], {}, [1], [[]], document["encodings"] * 2 + [None])
-    for field, values in (
-        ("bits", (1, 7, 17, *ODD)),
-        ("axis", (1, "0", False, [])),
-        ("mask", (True, 0, "x")),
-        ("affine", (True, None, 0, "x")),
-    ):
-        text(("encodings", 0, field), *values)
-    text(("encodings", 0, "axis"), None)
-    text(("encodings", 0, "kind"), None, "dense", "codebook", [], 1)
-    text(("encodings", 0, "more"), 1)
-    text(("weights",), None, [], {}, document["weights"][:-1], document["weights"] * 2)
-    for at in range(0, len(document["weights"]), 5):
-        index, codes, scale = document["weights"][at]
-        text(
-            ("weights", at),
-            [],
-            [index],
-            [index, codes],
-            [index, codes, scale, 0],
-            [1, codes, scale],
-            [-1, codes, scale],
-        )
-        text(("weights", at), [index, codes - 1, scale], [index, codes + 4, scale], [index, codes, scale - 4])
-        text(
-            ("weights", at),
-            [index, -codes, scale],
-            [index, 2**60, scale],
-            [index, codes, float(scale)],
-            1,
-            "x",
-        )
-    middle = json.loads(json.dumps(document))
-    middle["weights"][3][1] += 4
-    middle["weights"][4][1] -= 4
-    found["four bytes moved from one layer to the next"] = middle, partial(dict, arrays)
-
-    for name in arrays:
-        tensor("left out", rename, name, None)
-        tensor("renamed", rename, name, f"{name}\n")
-        tensor("shorter", change, name, lambda array: array[:-1])
-        tensor("longer", change, name, lambda array: np.append(array, array[:1]))
-        tensor("empty", change, name, lambda array: array[:0])
-        tensor("in two dimensions", change, name, lambda array: array[None])
-        tensor("as int64", change, name, lambda array: array.astype(np.int64))
-        tensor("as float16", change, name, lambda array: array.astype(np.float16))
-    found["a tensor too many"] = document, partial(dict, arrays, more=np.zeros(3, np.uint8))
-    for bad in (math.nan, math.inf, -math.inf):
-        for at in (0, 777, -1):
-            tensor(f"{bad} at {at}", overwrite, "batch_norm_and_bias", at, bad)
-    width = document["spec"]["stem_width"]
-    tensor("negative variance", overwrite, "batch_norm_and_bias", 3 * width, -1)
-    for bad in (math.nan, math.inf, 0.0, -1.0, 3e38):
-        four = np.frombuffer(np.array([bad], "<f4").tobytes(), np.uint8)
-        tensor(f"{bad}", overwrite, "scale", slice(40, 44), four)
-        if bad != 3e38:
-            tensor(f"{bad}", overwrite, "activation_scale", 5, bad)
-
-    start = 0
-    for at, (_, codes, _) in enumerate(document["weights"]):
-        stream = arrays["codes"][start : start + codes]
-        low, first, more = (int(byte) for byte in stream[:3])
-        if at in (1, 9, 19) and more:
-            headers = (low + 1, 9, 255), (first + 1, 255), (more + 1, more - 1, 0, 255)
-            for byte, values in enumerate(headers):
-                for value in {value % 256 for value in values} - {int(stream[byte])}:
-                    tensor(f"layer {at}, byte {byte} = {value}", overwrite, "codes", start + byte, value)
-            words = 3 + 2 * (more + 1)
-            for place in (3, words - 2, words, words + 9):
-                flipped = stream[place] ^ 1
-                tensor(f"layer {at}, byte {place} flipped", overwrite, "codes", start + place, flipped)
-        start += codes
-    return found
-
-
 @pytest.fixture(scope="module")
-def forgeable(tmp_path_factory):
-    path = tmp_path_factory.mktemp("forge") / "file"
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("artifact") / "file"
     save(make(bits=8, ranges=True), path)
-    return parts(path)
+    return path
 
 
 class TestReading:
-    def test_an_unchanged_forgery_is_read(self, forgeable, tmp_path):
-        (tmp_path / "file").write_bytes(forge(*forgeable))
-        assert artifact.read(tmp_path / "file").sha256 == forgeable[0]["sha256"]
-
-    def test_forged_fields_with_the_right_checksum(self, forgeable, tmp_path):
-        path = tmp_path / "file"
-        all_of_them = forgeries(*forgeable)
-        assert len(all_of_them) > 250
-        for name, forged in all_of_them.items():
-            document, make_arrays = forged
-            path.write_bytes(forge(document, make_arrays()))
-            start = time.perf_counter()
-            with pytest.raises(ArtifactError) as caught:
-                artifact.read(path)
-                pytest.fail(f"was read: {name}")
-            assert time.perf_counter() - start < 5, name
-            assert "checksum" not in str(caught.value), name
-            assert len(str(caught.value)) < 1000, name
-
-    def test_forged_codebooks_and_zero_points(self, tmp_path):
-        path = tmp_path / "file"
-        save(make(levels=5), path)
-        document, arrays = parts(path)
-        book = np.frombuffer(arrays["codebook"][:20].tobytes(), "<f4")
-        forged = [put(document, ("encodings", 0, "levels"), levels) for levels in (*ODD, 4, 6, 257)]
-        forged = [(changed, arrays) for changed in forged]
-        for bad in (book[::-1], np.sort(book)[[0, 1, 1, 3, 4]], [*book[:4], np.nan], [-np.inf, *book[1:]]):
-            stream = np.frombuffer(np.array(bad, "<f4").tobytes(), np.uint8)
-            forged.append((document, overwrite(arrays, "codebook", slice(20), stream)))
-        forged.append((document, rename(arrays, "codebook", None)))
-        save(make(bits=4, zero_points=True), path)
-        document, arrays = parts(path)
-        forged.append((document, overwrite(arrays, "zero_point", 7, 16)))
-        forged.append((document, change(arrays, "zero_point", lambda array: array[:-1])))
-        for field, value in (("bits", 9), ("bits", 3), ("mask", True), ("affine", False)):
-            forged.append((put(document, ("encodings", 0, field), value), arrays))
-        for changed, tensors in forged:
+    def test_contents_that_do_not_fit_together(self, file, tmp_path):
+        """Written by another program, with the right checksum."""
+        document, arrays = parts(file)
+        path, weights = tmp_path / "file", document["weights"]
+        path.write_bytes(forge(document, arrays))
+        assert artifact.read(path).sha256 == document["sha256"]
+        others = [(document | {"format": "nnc_utils.artifact/2"}, arrays), (document | {"spec": {}}, arrays)]
+        others += [
+            (document | {"weights": changed}, arrays) for changed in (weights[:-1], [[0, 9**9, 4]] * 21)
+        ]
+        others += [(document | {"encodings": changed}, arrays) for changed in ([], [{"kind": "dense"}])]
+        for name, array in arrays.items():
+            others.append((document, arrays | {name: array[:-1]}))
+            if name != "activation_scale":  # without it activations are floats
+                others.append((document, {key: other for key, other in arrays.items() if key != name}))
+        for changed, tensors in others:
             path.write_bytes(forge(changed, tensors))
             with pytest.raises(ArtifactError) as caught:
                 artifact.read(path)
-            assert "checksum" not in str(caught.value)
+            assert str(caught.value).startswith(str(path)) and "checksum" not in str(caught.value)
 
-    def test_the_wrong_checksum(self, forgeable, tmp_path):
-        document, arrays = forgeable
-        for sha256 in ("", 1, None, [], "0" * 64, document["sha256"].upper()):
-            changed = {"artifact": json.dumps(document | {"sha256": sha256})}
-            (tmp_path / "file").write_bytes(safetensors.numpy.save(arrays, changed))
-            with pytest.raises(ArtifactError, match="checksum"):
-                artifact.read(tmp_path / "file")
+    @pytest.mark.parametrize("sha256", ["", None, "0" * 64])
+    def test_the_wrong_checksum(self, sha256, file, tmp_path):
+        document, arrays = parts(file)
+        changed = {"artifact": json.dumps(document | {"sha256": sha256})}
+        (tmp_path / "file").write_bytes(safetensors.numpy.save(arrays, changed))
+        with pytest.raises(ArtifactError, match="checksum"):
+            artifact.read(tmp_path / "file")
 
     @pytest.mark.parametrize(
         "data",
         [
-            b"",
-            b"1234567",
-            b"\0" * 8,
-            b"\0" * 4096,
-            b"\xff" * 4096,
-            b"PK\3\4" * 1000,
+            *(b"", b"1234567", b"\0" * 4096, b"\xff" * 4096, b"PK\3\4" * 1000),
             (10**9).to_bytes(8, "little") + b"{}",
-            (2).to_bytes(8, "little") + b"{}",
             (100_000).to_bytes(8, "little") + b"[" * 100_000,
             safetensors.numpy.save({"a": np.zeros(3)}),
-            safetensors.numpy.save({"a": np.zeros(3)}, {"artifact": "{"}),
-            safetensors.numpy.save({"a": np.zeros(3)}, {"artifact": "[" * 100_000}),
-            safetensors.numpy.save({"a": np.zeros(3)}, {"artifact": "1"}),
-            safetensors.numpy.save({"a": np.zeros(3)}, {"artifact": "1" * 10_000}),
-            safetensors.numpy.save({"a": np.zeros(3)}, {"other": "{}"}),
+            *(
+                safetensors.numpy.save({"a": np.zeros(3)}, {"artifact": text})
+                for text in ("{", "[" * 10**5, "1")
+            ),
         ],
     )
     def test_foreign_files(self, data, tmp_path):
         (tmp_path / "file").write_bytes(data)
-        with pytest.raises(ArtifactError, match="file: .*(truncated|no artifact)"):
+        with pytest.raises(ArtifactError, match="file: truncated or no artifact"):
             artifact.read(tmp_path / "file")
-
-    def test_deeply_nested_metadata(self, forgeable, tmp_path):
-        document, arrays = forgeable
-        for depth in (500, 900, 950, 980, 990, 1000, 5000):
-            nested = json.dumps(document).replace(
-                '"format"', f'"spec": {"[" * depth + "]" * depth}, "format"'
-            )
-            nested = nested.replace('"spec": {', '"old": {', 1)
-            (tmp_path / "file").write_bytes(safetensors.numpy.save(arrays, {"artifact": nested}))
-            with pytest.raises(ArtifactError):
-                artifact.read(tmp_path / "file")
 
     def test_a_missing_file_and_a_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError):
@@ -660,112 +462,41 @@ class TestReading:
         assert artifact.read(tmp_path / "file").nonzeros == 3 * 2 * 64 + 10
 
 
-def mutate(path, count, seed=0):
-    """Change a file `count` times, read each, put it back; returns what came of them.
+def mutant(random, kind, data, header):
+    """The bytes with some of them flipped, anywhere or in the header, cut off, appended, or moved."""
+    changed = bytearray(data)
+    if kind in ("anywhere", "header"):
+        for at in random.integers(
+            0, header if kind == "header" else len(data), random.choice([1, 1, 1, 2, 10])
+        ):
+            changed[at] ^= random.integers(1, 256)
+    elif kind == "cut":
+        del changed[random.integers(0, random.choice([len(data), header])) :]
+    elif kind == "appended":
+        changed += random.bytes(int(random.integers(1, 100)))
+    else:
+        size = int(random.integers(1, 1000))
+        source, target = random.integers(0, len(data) - size, 2)
+        changed[target : target + size] = data[source : source + size]
+    return bytes(changed)
 
-    Bytes flipped anywhere and in the header, cut, appended, blocks moved, and some of `forgeries`.
-    """
-    random = np.random.default_rng(seed)
-    original = Path(path).read_bytes()
-    reference = artifact.read(path)
-    header = 8 + int.from_bytes(original[:8], "little")
-    document, arrays = parts(path)
-    forged = list(forgeries(document, arrays).values())
-    outcome = {"refused": 0, "identical": 0, "wrong": [], "slowest": 0.0}
 
-    def check(kind):
-        start = time.perf_counter()
+def test_1000_mutants(file, tmp_path):
+    """Each is refused or the same network; none crashes, hangs, or takes memory."""
+    random, data, path = np.random.default_rng(0), file.read_bytes(), tmp_path / "mutant"
+    header, reference = 8 + int.from_bytes(data[:8], "little"), artifact.read(file)
+    refused, memory = 0, peak_rss()
+    for turn in range(1000):
+        kind = ("anywhere", "header", "cut", "header", "anywhere", "moved", "appended")[turn % 7]
+        path.write_bytes(mutant(random, kind, data, header))
         try:
             found = artifact.read(path)
         except ArtifactError:
-            outcome["refused"] += 1
-        else:
-            same = artifact._equal(found.spec, reference.spec) and found.ranges == reference.ranges
-            same &= found.classes == reference.classes and found.mean == reference.mean
-            for name in reference.weights:
-                same &= artifact._equal(found.weights[name], reference.weights[name])
-            for name in reference.tensors:
-                same &= torch.equal(found.tensors[name], reference.tensors[name])
-            if same:
-                outcome["identical"] += 1
-            else:
-                outcome["wrong"].append(kind)
-        outcome["slowest"] = max(outcome["slowest"], time.perf_counter() - start)
-
-    with open(path, "r+b", buffering=0) as file:
-
-        def write(at, data):
-            file.seek(at)
-            file.write(data)
-
-        for turn in range(count):
-            kind = ("anywhere", "header", "cut", "forged", "header", "anywhere", "moved", "appended")[
-                turn % 8
-            ]
-            if kind in ("anywhere", "header"):
-                end = header if kind == "header" else len(original)
-                places = random.integers(0, end, random.choice([1, 1, 1, 2, 10]))
-                for at in places:
-                    write(at, bytes([original[at] ^ random.integers(1, 256)]))
-                check(f"{kind} {places}")
-                for at in places:
-                    write(at, original[at : at + 1])
-            elif kind == "cut":
-                length = int(random.integers(0, len(original) if turn % 2 else header))
-                file.truncate(length)
-                check(f"cut to {length}")
-                write(length, original[length:])
-            elif kind == "appended":
-                write(len(original), random.bytes(int(random.integers(1, 100))))
-                check(kind)
-                file.truncate(len(original))
-            elif kind == "moved":
-                size = int(random.integers(1, 1000))
-                source, target = (int(at) for at in random.integers(0, len(original) - size, 2))
-                write(target, original[source : source + size])
-                check(f"{kind} {size} bytes from {source} to {target}")
-                write(target, original[target : target + size])
-            else:
-                changed, make_arrays = forged[random.integers(len(forged))]
-                data = forge(changed, make_arrays())
-                file.truncate(0)
-                write(0, data)
-                check(kind)
-                file.truncate(0)
-                write(0, original)
-    assert Path(path).read_bytes() == original
-    return outcome
-
-
-def test_a_resnet18_is_packed_and_read_in_under_two_seconds_of_one_core(tmp_path):
-    model, path = make(bits=8, ranges=True, width=1.0), tmp_path / "resnet18.safetensors"
-    begin = time.process_time()
-    save(model, path)
-    packed = time.process_time()
-    artifact.load(path)
-    assert packed - begin < 2
-    assert time.process_time() - packed < 2
-
-
-def test_1000_mutants_of_a_resnet18(tmp_path):
-    """Each is refused or the same network; none crashes, hangs, or takes over 1 GiB."""
-    path = tmp_path / "resnet18.safetensors"
-    assert save(make(bits=8, ranges=True, width=1.0), path).nbytes > 9_000_000
-    command = [sys.executable, __file__, str(path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr == ""
-    outcome = json.loads(done.stdout)
-    print(outcome)
-    assert outcome["wrong"] == []
-    assert outcome["refused"] + outcome["identical"] == MUTANTS
-    assert outcome["refused"] > 0.95 * MUTANTS
-    assert outcome["slowest"] < 10
-    assert outcome["peak_bytes"] < 2**30
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    result = mutate(sys.argv[1], MUTANTS)
-    print(json.dumps(result | {"peak_bytes": peak_rss()}))
+            refused += 1
+            continue
+        assert found.sha256 == reference.sha256, (turn, kind)
+        assert found.spec == reference.spec and found.ranges == reference.ranges
+        for name, weight in reference.weights.items():
+            assert torch.equal(encoding.decode(found.weights[name]), encoding.decode(weight)), (turn, kind)
+    assert refused > 950
+    assert peak_rss() - memory < 2**28

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from nnc_utils import batch_norm
+from nnc_utils import batch_norm, sample
 from nnc_utils.quantization import uniform
 from tests import small_networks
 
@@ -17,27 +17,19 @@ def model():
     return small_networks.network(small_networks.PLAIN)
 
 
-def outputs(network, name, images):
-    seen = []
-    handle = network.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.detach()))
-    with torch.no_grad():
-        network(images)
-    handle.remove()
-    return seen[0]
-
-
 def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
     model.train()
     for norm in (x for x in model.modules() if isinstance(x, torch.nn.BatchNorm2d)):
         norm.momentum = 1.0
-    model(IMAGES)  # now the float network's statistics are those of these pictures
+    model(IMAGES)  # now the float network's statistics are those of these images
     model.eval()
     rounded = uniform.quantize_network(model, bits=2, per_channel=True)
     before = copy.deepcopy(rounded.state_dict())
     fixed = batch_norm.reestimate(rounded, IMAGES, original=model, batch_size=64)
     with torch.no_grad():  # by hand, layer after layer in training mode
         by_hand = copy.deepcopy(rounded).train()
-        out = outputs(by_hand, "layer2.0.conv2", IMAGES)
+        _, kept = sample.with_outputs(by_hand, ["layer2.0.conv2"], IMAGES)
+    out = kept["layer2.0.conv2"]
     assert torch.allclose(fixed.layer2[0].bn2.running_mean, out.mean((0, 2, 3)), atol=1e-4)
     assert torch.allclose(fixed.layer2[0].bn2.running_var, out.var((0, 2, 3)), rtol=1e-3)
     assert all(torch.equal(a, before[name]) for name, a in rounded.state_dict().items())
@@ -58,39 +50,23 @@ def test_variances_that_grow_are_added_to_and_those_that_fall_shrink_in_proporti
     assert torch.allclose(fixed.bn1.running_var, wanted, rtol=1e-3)
 
 
-def test_few_pictures_move_nothing_that_rounding_did_not_move(model):
+def test_few_images_move_nothing_that_rounding_did_not_move(model):
     fixed = batch_norm.reestimate(copy.deepcopy(model), IMAGES[:8], original=model)
     for name, statistic in model.state_dict().items():
         assert torch.allclose(fixed.state_dict()[name], statistic, rtol=1e-5), name
 
 
-def test_two_batches_are_averaged(model):
-    rounded = uniform.quantize_network(model, bits=3, per_channel=True)
-    fixed = batch_norm.reestimate(rounded, IMAGES, original=model, batch_size=32)
-    halves = [
-        batch_norm.reestimate(rounded, half, original=model, batch_size=32) for half in IMAGES.split(32)
-    ]
-    mean = (halves[0].bn1.running_mean + halves[1].bn1.running_mean) / 2
-    assert torch.allclose(fixed.bn1.running_mean, mean, atol=1e-6)
-
-
-def test_without_an_original_the_statistics_are_those_of_the_pictures(model):
-    fixed = batch_norm.reestimate(model, IMAGES, batch_size=64)
-    with torch.no_grad():
-        out = outputs(model, "conv1", IMAGES)
-    assert torch.allclose(fixed.bn1.running_mean, out.mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(fixed.bn1.running_var, out.var((0, 2, 3)), rtol=1e-3)
-    assert fixed.bn1.momentum == model.bn1.momentum and not fixed.training
-
-
 def test_statistics_are_taken_in_place_or_by_a_copy(model):
     """Behind the first layer those of both batches by hand; all as those that a copy gets."""
+    momentum, before = model.bn1.momentum, copy.deepcopy(model)
     fixed = batch_norm.reestimate(model, IMAGES, batch_size=32)
+    assert fixed.bn1.momentum == momentum and not fixed.training
     with torch.no_grad():
-        halves = [model.conv1(half).var((0, 2, 3)) for half in IMAGES.split(32)]
-    before = copy.deepcopy(model)
+        halves = [model.conv1(half) for half in IMAGES.split(32)]
     assert batch_norm.take_statistics(model, IMAGES, batch_size=32) is model and not model.training
-    torch.testing.assert_close(model.bn1.running_var, (halves[0] + halves[1]) / 2)
+    for statistic, tensor in (("mean", model.bn1.running_mean), ("var", model.bn1.running_var)):
+        first, second = (getattr(half, statistic)((0, 2, 3)) for half in halves)
+        torch.testing.assert_close(tensor, (first + second) / 2, rtol=1e-4, atol=1e-5)
     for name, tensor in model.state_dict().items():
         if "running" in name:
             torch.testing.assert_close(tensor, fixed.state_dict()[name], msg=name)

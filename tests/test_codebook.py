@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from small_networks import PLAIN, images, network
 from torch.nn.utils import parametrize
 
-from nnc_utils import data, encoding, models, training
+from nnc_utils import encoding, models
 from nnc_utils.quantization import codebook
 
 
@@ -24,8 +24,8 @@ def draw(kind, count=5000, seed=0):
     }[kind]
 
 
-def error(values, found, importance=None):
-    centroids, codes = found
+def error(values, ours, importance=None):
+    centroids, codes = ours
     squares = (values.double() - centroids[codes.int()].double()).square()
     return float(squares.sum() if importance is None else (importance.double() * squares).sum())
 
@@ -50,39 +50,32 @@ KINDS = pytest.mark.parametrize("kind", ["normal", "uniform", "two peaks", "heav
 
 @WEIGHTED
 @KINDS
-@pytest.mark.parametrize("levels", [2, 8, 16])
-def test_from_the_same_start_scikit_learn_ends_with_the_same_error(kind, levels, weighted):
+@pytest.mark.parametrize("levels, start", [(2, "density"), (16, "density"), (8, "linear")])
+def test_from_the_same_start_scikit_learn_ends_with_the_same_error(kind, levels, start, weighted):
     values = draw(kind)
     importance = importances(len(values)) if weighted else None
-    counted = values[importance > 0] if weighted else values
-    first = np.quantile(counted.double().numpy(), (np.arange(levels) + 0.5) / levels)[:, None]
-    theirs = scikit_learn(values, levels, importance, init=first, n_init=1)
-    found = codebook.kmeans(values, levels, importance=importance, start="density")
-    assert error(values, found, importance) == pytest.approx(theirs.inertia_, rel=0.01)
+    counted = (values[importance > 0] if weighted else values).double().numpy()
+    firsts = {
+        "density": np.quantile(counted, (np.arange(levels) + 0.5) / levels),
+        "linear": np.linspace(counted.min(), counted.max(), levels),
+    }
+    theirs = scikit_learn(values, levels, importance, init=firsts[start][:, None], n_init=1)
+    ours = codebook.kmeans(values, levels, importance=importance, start=start)
+    assert error(values, ours, importance) == pytest.approx(theirs.inertia_, rel=0.01)
     # and it does not move from where we ended: the same notion of a cluster and its mean
-    ended = scikit_learn(values, levels, importance, init=found[0].double().numpy()[:, None], n_init=1)
-    assert np.allclose(np.sort(ended.cluster_centers_[:, 0]), found[0], atol=1e-5)
+    ended = scikit_learn(values, levels, importance, init=ours[0].double().numpy()[:, None], n_init=1)
+    assert np.allclose(np.sort(ended.cluster_centers_[:, 0]), ours[0], atol=1e-5)
 
 
 @WEIGHTED
 @KINDS
-@pytest.mark.parametrize("levels", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("levels", [2, 8, 32])
 def test_the_split_start_ends_near_the_best_that_scikit_learn_finds(kind, levels, weighted):
     values = draw(kind)
     importance = importances(len(values)) if weighted else None
     best = scikit_learn(values, levels, importance, n_init=5, random_state=0).inertia_
-    found = error(values, codebook.kmeans(values, levels, importance=importance, start="split"), importance)
-    assert found <= best * (1.2 if weighted else 1.05)
-
-
-@pytest.mark.parametrize("levels", [4, 16])
-def test_the_linear_start_ends_where_scikit_learn_does(levels):
-    values = draw("normal")
-    first = np.linspace(float(values.min()), float(values.max()), levels)[:, None]
-    theirs = KMeans(levels, init=first, n_init=1, tol=0, max_iter=3000).fit(values.double().numpy()[:, None])
-    centroids, codes = codebook.kmeans(values, levels, start="linear")
-    assert np.allclose(centroids, theirs.cluster_centers_[:, 0], atol=1e-6)
-    assert (codes.numpy() == theirs.labels_).all()
+    ours = error(values, codebook.kmeans(values, levels, importance=importance, start="split"), importance)
+    assert ours <= best * (1.2 if weighted else 1.05)
 
 
 def best_partition(values, importance, levels):
@@ -101,19 +94,19 @@ def best_partition(values, importance, levels):
     return min(errors)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_the_best_of_several_starts_is_the_best_partition(levels, seed):
     values = draw("heavy tails", 10, seed)
     importance = torch.ones(10) if seed % 2 else importances(10, seed)
-    starts = [("linear", 0), ("density", 0), ("split", 0)] + [("random", seed) for seed in range(40)]
+    starts = [("linear", 0), ("density", 0), ("split", 0)] + [("random", seed) for seed in range(20)]
     errors = [
         error(values, codebook.kmeans(values, levels, importance=importance, start=start, seed=s), importance)
         for start, s in starts
     ]
     best = best_partition(values, importance, levels)
     assert min(errors) == pytest.approx(best, rel=1e-5, abs=1e-12)
-    assert all(found >= best * (1 - 1e-5) for found in errors)
+    assert all(ours >= best * (1 - 1e-5) for ours in errors)
 
 
 @pytest.mark.parametrize("start", codebook.STARTS)
@@ -143,17 +136,10 @@ def test_few_different_values_are_exact():
         centroids, codes = codebook.kmeans(values, 16, start=start)
         assert centroids.tolist() == [-1.0, 0.0, 0.5, 3.0]
         assert torch.equal(centroids[codes.int()], values)
-    for constant in (0.0, -0.37):
-        centroids, codes = codebook.kmeans(torch.full((2, 5), constant), 4)
-        assert torch.equal(centroids, torch.tensor([constant])) and not codes.any()
+    centroids, codes = codebook.kmeans(torch.full((2, 5), -0.37), 4)
+    assert torch.equal(centroids, torch.tensor([-0.37])) and not codes.any()
     close = torch.tensor([1.0, 1.0 + 2**-23, 1.0 + 2**-22] * 5)
     assert torch.equal(codebook.kmeans(close, 256)[0], close[:3])
-
-
-def test_the_random_start_is_drawn_from_its_seed():
-    values = draw("heavy tails")
-    first, again, other = (codebook.kmeans(values, 64, start="random", seed=seed)[0] for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_importance_moves_the_centroids():
@@ -171,12 +157,11 @@ def test_importance_moves_the_centroids():
         assert torch.equal(ours, theirs)
     # the unit of the importance does not matter, nor do the smallest numbers break it
     for unit in (1e-38, 1e30):
-        assert torch.allclose(
-            codebook.kmeans(spread, 16, importance=torch.full((1001,), unit))[0], unweighted[0], atol=1e-6
-        )
+        ours, _ = codebook.kmeans(spread, 16, importance=torch.full((1001,), unit))
+        assert torch.allclose(ours, unweighted[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("small", [1e-10, 1e-14, 1e-15, 1e-16, 1e-20])
+@pytest.mark.parametrize("small", [1e-10, 1e-15, 1e-20])
 def test_importances_of_very_different_size_give_means_within_their_clusters(small):
     values = draw("normal", 20_000)
     importance = torch.where(values < 0, 1.0, small)  # what sums of 1 lose of it
@@ -187,28 +172,22 @@ def test_importances_of_very_different_size_give_means_within_their_clusters(sma
         assert inside.min() - 1e-6 <= centroid <= inside.max() + 1e-6
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1, 4.0, True, "4"])
-def test_bits_out_of_range_are_named(bits):
-    with pytest.raises(ValueError, match="from 1 to 8"):
-        codebook.quantize(torch.ones(2, 2), bits=bits)
-
-
 def test_what_k_means_refuses():
     values = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="holds nothing"):
-        codebook.kmeans(torch.ones(0, 3), 4)
-    with pytest.raises(ValueError, match="from 1 to 256"):
-        codebook.kmeans(values, 257)
-    with pytest.raises(ValueError, match="'best': one of linear, density, random, split"):
-        codebook.kmeans(values, 4, start="best")
-    for broken in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="1 weights are not finite"):
-            codebook.kmeans(torch.tensor([1.0, broken]), 2)
-    with pytest.raises(ValueError, match=r"\(3,\).*\(2, 3\)"):
-        codebook.kmeans(values, 4, importance=torch.ones(3))
-    for broken in (float("nan"), float("inf"), -1.0):
-        with pytest.raises(ValueError, match="6 importances are negative or not finite"):
-            codebook.kmeans(values, 4, importance=torch.full((2, 3), broken))
+    for options, why in (
+        ({"values": torch.ones(0, 3)}, "holds nothing"),
+        ({"levels": 257}, "from 1 to 256"),
+        ({"start": "best"}, "'best': one of linear, density, random, split"),
+        ({"values": torch.tensor([1.0, float("inf")])}, "1 weights are not finite"),
+        ({"importance": torch.ones(3)}, r"for each weight, \(2, 3\)"),
+        ({"importance": torch.full((2, 3), float("nan"))}, "a number of at least 0 for each weight"),
+        ({"importance": torch.full((2, 3), -1.0)}, "a number of at least 0 for each weight"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            codebook.kmeans(**{"values": values, "levels": 4} | options)
+    for bits in (0, 9, 4.0):
+        with pytest.raises(ValueError, match="from 1 to 8"):
+            codebook.quantize(values, bits=bits)
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -223,43 +202,30 @@ def model():
 
 def test_a_network_computes_with_its_codebooks_and_the_original_is_untouched(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    quantized = codebook.quantize_network(model, bits=3)
+    widths = dict.fromkeys(NAMES, 3) | {"layer4.1.conv2": 1}
+    importance = {name: model.get_submodule(name).weight.detach().square() for name in NAMES}
+    quantized = codebook.quantize_network(model, bits=widths, importance=importance)
     by_hand = network(PLAIN)
     for name in NAMES:
         weight = by_hand.get_submodule(name).weight.data
-        centroids, codes = codebook.kmeans(weight, 8)
+        centroids, codes = codebook.kmeans(weight, 2 ** widths[name], importance=importance[name])
         weight.copy_(centroids[codes.int()])
-        assert len(quantized.get_submodule(name).weight.unique()) == 8
+        assert len(quantized.get_submodule(name).weight.unique()) == 2 ** widths[name]
     with torch.no_grad():
         assert torch.equal(quantized(images(PLAIN, 4)), by_hand(images(PLAIN, 4)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(parametrize.is_parametrized(module) for module in model.modules())
-
-
-def test_bits_and_importance_for_each_layer(model):
-    widths = dict.fromkeys(NAMES, 4) | {"layer4.1.conv2": 1}
-    importance = {name: model.get_submodule(name).weight.detach().square() for name in NAMES}
-    quantized = codebook.quantize_network(model, bits=widths, importance=importance)
-    assert len(quantized.layer4[1].conv2.weight.unique()) == 2
-    wanted, _ = codebook.kmeans(model.fc.weight, 16, importance=importance["fc"])
-    assert torch.equal(quantized.fc.weight.unique(), wanted)
 
 
 def test_names_and_weights_that_do_not_fit_are_named(model):
     widths = dict.fromkeys(NAMES, 4)
-    with pytest.raises(ValueError, match="bits must name.*layer9"):
-        codebook.quantize_network(model, bits=widths | {"layer9": 4})
-    with pytest.raises(ValueError, match="bits must name.*fc"):
-        codebook.quantize_network(model, bits={name: 4 for name in NAMES if name != "fc"})
-    with pytest.raises(ValueError, match="importance must name.*conv1"):
-        codebook.quantize_network(model, bits=4, importance={})
-    with pytest.raises(ValueError, match=r"conv1: the importance has shape \(1,\)"):
-        codebook.quantize_network(model, bits=4, importance=dict.fromkeys(NAMES, torch.ones(1)))
-    with pytest.raises(ValueError, match="conv1: bits is 9"):
-        codebook.quantize_network(model, bits=9)
-    model.layer2[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"layer2\.0\.conv1: 1 weights are not finite"):
-        codebook.quantize_network(model, bits=4)
+    for options, why in (
+        ({"bits": widths | {"layer9": 4}}, "bits must name.*layer9"),
+        ({"bits": 4, "importance": {}}, "importance must name.*conv1"),
+        ({"bits": 4, "importance": dict.fromkeys(NAMES, torch.ones(1))}, "conv1: importance needs"),
+        ({"bits": 9}, "conv1: bits is 9"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            codebook.quantize_network(model, **options)
 
 
 def test_the_gradient_of_a_centroid_is_the_sum_over_its_weights(model):
@@ -277,30 +243,6 @@ def test_the_gradient_of_a_centroid_is_the_sum_over_its_weights(model):
     assert torch.allclose(attached.codebook.grad, torch.tensor(sums), rtol=1e-3, atol=1e-6)
 
 
-def test_codebooks_alone_can_be_trained(model):
-    digits = data.load("digits")
-    quantized = codebook.quantize_network(model, bits=3)
-    for name, value in quantized.named_parameters():
-        value.requires_grad_(name.endswith(".codebook"))
-    before = {name: value.detach().clone() for name, value in quantized.named_parameters()}
-    codes = {name: quantized.get_submodule(name).weight.detach().clone() for name in NAMES}
-    training.fit(quantized, digits, epochs=0.2, learning_rate=0.01, device="cpu")
-    for name, value in quantized.named_parameters():
-        assert torch.equal(value, before[name]) != name.endswith(".codebook"), name
-    for name, weight in codes.items():  # weights that shared a value still do
-        now = quantized.get_submodule(name).weight.detach()
-        assert all(len(now[weight == value].unique()) == 1 for value in weight.unique())
-
-
-def test_the_encoding_holds_codes_and_codebook(model):
-    weight = model.layer1[0].conv1.weight
-    coded = codebook.quantize(weight, bits=4, start="random", seed=3)
-    assert isinstance(coded, encoding.Codebook) and coded.mask is None and coded.shape == tuple(weight.shape)
-    centroids, codes = codebook.kmeans(weight, 16, start="random", seed=3)
-    assert torch.equal(coded.codes, codes) and torch.equal(coded.codebook, centroids)
-    assert torch.equal(encoding.decode(coded), centroids[codes.int()])
-
-
 def test_a_mask_stays_and_its_zeros_take_no_part():
     pruned = network(PLAIN)
     masks = {}
@@ -313,8 +255,8 @@ def test_a_mask_stays_and_its_zeros_take_no_part():
     importance = {name: torch.rand(mask.shape) for name, mask in masks.items()}
     quantized = codebook.quantize_network(pruned, bits=2, importance=importance)
     for name, mask in masks.items():
-        found = encoding.encoded(quantized.get_submodule(name))
-        assert isinstance(found, encoding.Codebook) and torch.equal(found.mask, mask)
+        ours = encoding.encoded(quantized.get_submodule(name))
+        assert isinstance(ours, encoding.Codebook) and torch.equal(ours.mask, mask)
         weight = quantized.get_submodule(name).weight
         assert torch.equal(weight != 0, mask)
         if name != "fc":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nnc_utils import curvature, models
+from nnc_utils import curvature, models, sample
 from tests import small_networks
 
 IMAGES = small_networks.images(small_networks.PLAIN, 256)
@@ -27,12 +27,10 @@ def test_the_factor_is_one_of_the_damped_moment():
 
 def test_input_moments_are_those_of_the_patches(model):
     found = curvature.curvatures(model, IMAGES, rows=10**6)
-    seen = []
-    handle = model.layer3[0].conv1.register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
+    watched = ["layer2.1", "layer3.0.conv1"]
     with torch.no_grad():
-        model(IMAGES)
-    handle.remove()
-    [(inputs, outputs)] = seen
+        _, kept = sample.with_outputs(model, watched, IMAGES)
+    inputs, outputs = (kept[name] for name in watched)
     layer = next(x for x in models.layers(model.spec) if x.name == "layer3.0.conv1")
     # a convolution is a product with patches: try the moment on random weights
     weight = torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(0))
@@ -54,15 +52,11 @@ def test_output_curvature_of_the_classifier_is_that_of_the_softmax(model):
 def test_output_curvature_of_a_convolution_is_that_of_every_label_in_turn(model):
     """The Fisher information by its definition: each class's gradient, times its probability."""
     found = curvature.curvatures(model, IMAGES.repeat(16, 1, 1, 1))["layer2.0.conv1"].outputs
-    seen = []
-    handle = model.layer2[0].conv1.register_forward_hook(lambda m, i, o: seen.append(o))
-    logits = model(IMAGES.clone().requires_grad_())
-    handle.remove()
+    logits, kept = sample.with_outputs(model, ["layer2.0.conv1"], IMAGES)
     exact = torch.zeros_like(found)
     for label in range(logits.shape[1]):
-        (gradient,) = torch.autograd.grad(
-            functional.log_softmax(logits, 1)[:, label].sum(), seen, retain_graph=True
-        )
+        chance = functional.log_softmax(logits, 1)[:, label].sum()
+        (gradient,) = torch.autograd.grad(chance, [*kept.values()], retain_graph=True)
         p = logits.softmax(1)[:, label].detach()
         exact += torch.einsum("i,icyx,idyx->cd", p, gradient, gradient) / len(IMAGES)
     assert float(found.trace() / exact.trace()) == pytest.approx(1, abs=0.1)

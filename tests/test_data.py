@@ -4,12 +4,8 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import io
 import os
-import pickle
-import subprocess
 import sys
-import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +22,7 @@ from nnc_utils import data
 
 
 def rows(images) -> list[bytes]:
-    """The pictures as sorted bytes: equal for two lists of the same pictures in any order."""
+    """The images as sorted bytes: equal for two lists of the same images in any order."""
     return sorted(np.ascontiguousarray(image).tobytes() for image in images)
 
 
@@ -59,7 +55,7 @@ def test_a_split_is_the_same_for_ever():
     assert sorted([*kept, *held]) == list(range(30))
 
 
-@pytest.mark.parametrize("count", [1, 7, 50, 99])
+@pytest.mark.parametrize("count", [1, 7, 99])
 def test_each_class_gives_its_share(count):
     labels = np.repeat([0, 1, 2], [120, 31, 49])
     kept, held = data._hold_out(labels, count)
@@ -87,12 +83,9 @@ def test_normalize_is_torchvisions():
     )
     torch.testing.assert_close(ours, theirs)
     assert abs(ours.mean()) < 1e-5 and abs(ours.std() - 1) < 1e-4
-
-
-@pytest.mark.parametrize("images", [torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)])
-def test_normalize_refuses_what_is_normalized_already_or_has_other_channels(images):
-    with pytest.raises(data.DataError, match="is needed"):
-        data.normalize(images, (0.5,), (0.5,))
+    for twice in (ours, loaded.train.images.expand(-1, 3, -1, -1)):
+        with pytest.raises(data.DataError, match="is needed"):
+            loaded.normalize(twice)
 
 
 def shifts(image: np.ndarray, padding: int) -> list[np.ndarray]:
@@ -113,35 +106,26 @@ def test_augment_gives_every_shift_and_mirror_and_nothing_else(size, padding, pi
     assert {row.tobytes() for row in made.numpy()} == {np.ascontiguousarray(a).tobytes() for a in allowed}
     again = data.augment(batch, torch.Generator().manual_seed(3), flip=flip, padding=padding)
     assert torch.equal(made, again)
+    numbered = torch.arange(1, 101, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, size, size)
+    mixed = data.augment(numbered, torch.Generator().manual_seed(0), flip=flip)
+    assert torch.equal(mixed.amax((1, 2, 3)), numbered[:, 0, 0, 0])  # each stays in its place
 
 
-def test_a_data_set_says_how_far_its_pictures_may_move():
-    digits = data.load("digits")
-    assert (digits.shift, data.load("digits", size=16).shift) == (None, None)
+def test_a_data_set_says_how_far_its_images_may_move():
     image = torch.randint(1, 256, (1, 1, 12, 12), dtype=torch.uint8).expand(2000, -1, -1, -1)
-    moved = dataclasses.replace(digits, shift=2).augment(image, torch.Generator().manual_seed(1))
+    digits = dataclasses.replace(data.load("digits"), shift=2)
     allowed = {np.ascontiguousarray(a).tobytes() for a in shifts(image[0].numpy(), 2)}
+    moved = digits.augment(image, torch.Generator().manual_seed(1))
     assert {row.tobytes() for row in moved.numpy()} == allowed  # two pixels, and digits have no mirror
-
-
-def test_augment_keeps_each_picture_in_its_place():
-    batch = torch.arange(1, 101, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    made = data.augment(batch, torch.Generator().manual_seed(0))
-    assert torch.equal(made.amax((1, 2, 3)), batch.amax((1, 2, 3)))
 
 
 @pytest.mark.parametrize("name", ["cifar11", "imagefolder", "imagefolder:", "digits:here", ""])
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
-    with pytest.raises(
-        data.DataError, match="one of digits, fashion_mnist, cifar10, cifar100, imagefolder:P"
-    ):
+    known = "one of digits, fashion_mnist, cifar10, cifar100, imagefolder:P"
+    with pytest.raises(data.DataError, match=known):
         data.load(name)
-
-
-@pytest.mark.parametrize("size", [0, 2000, 8.0, True])
-def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(data.DataError, match="whole number of pixels"):
-        data.load("digits", size=size)
+        data.load("digits", size=len(name) * 2000)
 
 
 def test_size_resizes_every_split():
@@ -153,18 +137,16 @@ def test_size_resizes_every_split():
 
 
 def test_the_command_prints_what_it_is_and_errors_are_no_traces(tmp_path, capsys):
-    assert data.main(["digits"]) == 0
-    assert "1,197 train, 200 validation, 400 test; pictures 1 x 8 x 8" in capsys.readouterr().out
-    command = [sys.executable, "-m", "nnc_utils.data", "nothing"]
-    repository = Path(data.__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("unknown data set") and done.stdout == ""
+    data.main("digits")
+    assert "1,197 train, 200 validation, 400 test; images 1 x 8 x 8" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="unknown data set 'nothing'"):
+        data.main("nothing")
 
 
 # --- Fashion-MNIST: the real files, then the chain of sources on small ones ----------------------------
 
 
-def test_fashion_mnist_is_what_torchvision_reads(tmp_path):
+def test_fashion_mnist_is_what_the_files_hold():
     try:
         loaded = data.load("fashion_mnist")
     except data.DataError as error:
@@ -172,24 +154,19 @@ def test_fashion_mnist_is_what_torchvision_reads(tmp_path):
     assert [len(s) for s in (loaded.train, loaded.validation, loaded.test)] == [55_000, 5_000, 10_000]
     assert torch.bincount(loaded.validation.labels).tolist() == [500] * 10
     assert (loaded.flip, loaded.shift) == (True, 1)
-    assert loaded.classes == tuple(datasets.FashionMNIST.classes)
-    fetched = Path(os.environ.get("NNC_DATA", Path(data.__file__).parents[1] / "data"))
-    folder = next(f for f in (fetched / "fashion_mnist", data.FASHION_INSTALLED) if f.is_dir())
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for file in data.FASHION_FILES:
-        (raw / file.removesuffix(".gz")).write_bytes(gzip.decompress((folder / file).read_bytes()))
-    theirs = datasets.FashionMNIST(tmp_path, train=False)
-    assert torch.equal(loaded.test.images[:, 0], theirs.data)
-    assert torch.equal(loaded.test.labels, theirs.targets)
-    theirs = datasets.FashionMNIST(tmp_path, train=True)
-    images = torch.cat([loaded.train.images, loaded.validation.images])
-    labels = torch.cat([loaded.train.labels, loaded.validation.labels])
-    for c in range(10):
-        assert torch.equal(images[labels == c].sum((0, 1)), theirs.data[theirs.targets == c].sum(0))
-    held = loaded.validation.images[:, 0]
-    kept, index = data._hold_out(theirs.targets.numpy(), 5000)
-    assert torch.equal(held, theirs.data[index]) and not set(kept) & set(index)
+    assert loaded.classes[:2] == ("T-shirt/top", "Trouser")
+    places = (Path(os.environ.get("NNC_DATA", Path(data.__file__).parents[1] / "data")) / "fashion_mnist",)
+    folder = next(f for f in (*places, data.FASHION_INSTALLED) if f.is_dir())
+    contents = [gzip.decompress((folder / file).read_bytes()) for file in data.FASHION_FILES]
+    images, test_images = (
+        np.frombuffer(contents[i], np.uint8, offset=16).reshape(-1, 1, 28, 28) for i in (0, 2)
+    )
+    labels, test_labels = (np.frombuffer(contents[i], np.uint8, offset=8) for i in (1, 3))
+    assert (loaded.test.images.numpy() == test_images).all() and (
+        loaded.test.labels.numpy() == test_labels
+    ).all()
+    for split, index in zip((loaded.train, loaded.validation), data._hold_out(labels, 5000), strict=True):
+        assert (split.images.numpy() == images[index]).all() and (split.labels.numpy() == labels[index]).all()
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -264,14 +241,11 @@ def test_then_apt_get_with_lists_of_its_own_where_the_machines_lack_the_package(
     (bin_folder / "dpkg-deb").write_text(DPKG_DEB.format(installed=data.FASHION_INSTALLED, small=small))
     for tool in bin_folder.iterdir():
         tool.chmod(0o755)
-    (root / ".fetching-killed").mkdir(parents=True)
     check_small(data.load("fashion_mnist", root=root))
-    assert [line.split()[-2:][0 if "download" in line else 1] for line in log.read_text().splitlines()] == [
-        "download",
-        "update",
-        "download",
-    ]
-    assert {p.name for p in root.iterdir()} <= {"fashion_mnist", ".fetching.lock"}
+    asked = [set(line.split()) & {"download", "update"} for line in log.read_text().splitlines()]
+    assert asked == [{"download"}, {"update"}, {"download"}]
+    assert [p.name for p in root.iterdir()] == ["fashion_mnist"]
+    assert {p.name for p in (root / "fashion_mnist").iterdir()} == set(data.FASHION_FILES)
     log.unlink()
     check_small(data.load("fashion_mnist", root=root))
     assert not log.exists(), "fetched twice"
@@ -283,7 +257,7 @@ def serve(monkeypatch):
     servers = []
 
     def offer(folder: Path) -> None:
-        handler = functools.partial(QuietHandler, directory=folder)
+        handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         md5 = [(f, hashlib.md5((folder / f).read_bytes()).hexdigest()) for f in data.FASHION_FILES]
@@ -298,37 +272,26 @@ def serve(monkeypatch):
         server.server_close()
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments) -> None:
-        pass
+def spoil(folder: Path, content: bytes = gzip.compress(idx(np.zeros(10_000, np.uint8)))) -> Path:
+    file = folder / "t10k-labels-idx1-ubyte.gz"
+    file.write_bytes(content)
+    return file
 
 
-def test_last_torchvisions_download_and_a_damaged_file_is_replaced(small, tmp_path, serve):
+@pytest.mark.parametrize("content", [b"", gzip.compress(b"other labels"), gzip.compress(b"cut")[:-9]])
+def test_last_torchvisions_download_and_a_damaged_file_is_replaced(small, tmp_path, serve, content):
     serve(small)
-    folder = put(small, tmp_path / "data" / "fashion_mnist")
-    damaged = folder / "t10k-labels-idx1-ubyte.gz"
-    damaged.write_bytes(gzip.compress(idx(np.zeros(10_000, np.uint8))))
-    with pytest.warns(UserWarning, match="t10k-labels-idx1-ubyte.gz is damaged"):
+    damaged = spoil(put(small, tmp_path / "data" / "fashion_mnist"), content)
+    with pytest.warns(UserWarning, match="t10k-labels-idx1-ubyte.gz (is damaged|cannot be read)"):
         check_small(data.load("fashion_mnist", root=tmp_path / "data"))
     assert damaged.read_bytes() == (small / damaged.name).read_bytes()
 
 
 def test_what_a_source_gives_is_checked_too(small, tmp_path, serve):
-    forged = put(small, tmp_path / "forged")
-    (forged / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(10_000, np.uint8))))
-    serve(forged)
+    serve(spoil(put(small, tmp_path / "forged")).parent)
     with pytest.raises(data.DataError, match="torchvision's download: t10k-labels.* is damaged"):
         data.load("fashion_mnist", root=tmp_path / "data")
-    assert not (tmp_path / "data" / "fashion_mnist").exists()
-
-
-@pytest.mark.parametrize("cut", [0, 5, 500])
-def test_a_cut_file_is_named(small, tmp_path, cut):
-    folder = put(small, tmp_path / "data" / "fashion_mnist")
-    file = folder / "train-images-idx3-ubyte.gz"
-    file.write_bytes(file.read_bytes()[:cut])
-    with pytest.warns(UserWarning), pytest.raises(data.DataError, match=f"{file.name} (cannot|is damaged)"):
-        data.load("fashion_mnist", root=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_when_all_fail_one_error_names_each_source_and_what_to_do(small, tmp_path):
@@ -338,76 +301,51 @@ def test_when_all_fail_one_error_names_each_source_and_what_to_do(small, tmp_pat
     for part in (
         f"data folder ({tmp_path / 'data' / 'fashion_mnist'}): not there",
         "package dataset-fashion-mnist (",
-        "apt-get download dataset-fashion-mnist: apt-get is not on this machine",
+        "apt-get download dataset-fashion-mnist: ",
+        "No such file or directory: 'apt-get'",
         "torchvision's download: ",
         "Put the files train-images-idx3-ubyte.gz",
         "NNC_DATA",
     ):
         assert part in message
-    assert not [p for p in (tmp_path / "data").iterdir() if p.name != ".fetching.lock"]
+    assert not (tmp_path / "data").exists()
 
 
-def test_a_data_folder_that_cannot_be_made_is_said(small, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(data.DataError, match="fetching into .*file"):
-        data.load("fashion_mnist", root=tmp_path / "file" / "data")
+# --- CIFAR ---------------------------------------------------------------------------------------------
 
 
-# --- CIFAR: small archives in the original format ------------------------------------------------------
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_cifar_is_what_torchvision_gives_with_colours_first(tmp_path, monkeypatch, name):
+    random, classes = np.random.RandomState(1), int(name.removeprefix("CIFAR"))
 
+    class Fake:
+        """What torchvision's loader offers, (n, height, width, colours), without its archive."""
 
-def write_cifar(root: Path, monkeypatch, name: str) -> dict[str, dict]:
-    """Make the archive as its authors did and tell torchvision its checksums; the batches by name."""
-    loader = getattr(datasets, name)
-    random = np.random.RandomState(1)
-    fine = name == "CIFAR100"
-    batches = {}
-    for file, _ in loader.train_list + loader.test_list:
-        labels = np.tile(np.arange(100 if fine else 10), 10 if fine else 4).tolist()
-        content = {
-            "data": random.randint(0, 256, (len(labels), 3072)).astype(np.uint8),
-            "fine_labels" if fine else "labels": labels,
-        }
-        batches[file] = content
-    names = [f"class {i}" for i in range(100 if fine else 10)]
-    pickles = {f: pickle.dumps(c, protocol=2) for f, c in batches.items()}
-    pickles[loader.meta["filename"]] = pickle.dumps({loader.meta["key"]: names}, protocol=2)
-    root.mkdir()
-    with tarfile.open(root / loader.filename, "w:gz") as archive:
-        for file, content in pickles.items():
-            member = tarfile.TarInfo(f"{loader.base_folder}/{file}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    md5 = {f: hashlib.md5(c).hexdigest() for f, c in pickles.items()}
-    for attribute in ("train_list", "test_list"):
-        monkeypatch.setattr(loader, attribute, [[f, md5[f]] for f, _ in getattr(loader, attribute)])
-    meta = {**loader.meta, "md5": md5[loader.meta["filename"]]}
-    monkeypatch.setattr(loader, "meta", meta)
-    whole = hashlib.md5((root / loader.filename).read_bytes()).hexdigest()
-    monkeypatch.setattr(loader, "tgz_md5", whole)
-    return batches
+        parts, filename, url = {}, "archive", "nowhere"
 
+        def __init__(self, root, train, download):
+            self.data = random.randint(0, 256, (10 * classes, 32, 32, 3)).astype(np.uint8)
+            self.targets = list(range(classes)) * 10
+            self.classes = [f"class {i}" for i in range(classes)]
+            self.parts[train] = self
 
-@pytest.mark.parametrize(("name", "n"), [("CIFAR10", 200), ("CIFAR100", 1000)])
-def test_cifar_is_read_from_the_original_archive(tmp_path, monkeypatch, name, n):
-    batches = write_cifar(tmp_path / "data", monkeypatch, name)
+        def __len__(self):
+            return len(self.data)
+
+    monkeypatch.setattr(datasets, name, Fake)
     loaded = data.load(name.lower(), root=tmp_path / "data")
-    assert (len(loaded.train), len(loaded.validation)) == (n - n // 10, n // 10)
+    assert (len(loaded.train), len(loaded.validation)) == (9 * classes, classes)
     assert (loaded.channels, loaded.size, loaded.classes[3]) == (3, 32, "class 3")
-    images, labels = everything(loaded)
-    # in the original, a row is the red plane, then the green, then the blue, each row by row
-    assert rows(images) == rows(np.concatenate([b["data"] for b in batches.values()]))
-    test = batches["test_batch" if name == "CIFAR10" else "test"]
-    red = loaded.test.images[5, 0].flatten().numpy()
-    assert (red == test["data"][5, :1024]).all()
-    assert loaded.test.labels.tolist() == test.get("labels", test.get("fine_labels"))
-    by_picture = {
-        row.tobytes(): label
-        for b in batches.values()
-        for row, label in zip(b["data"], b.get("labels") or b["fine_labels"], strict=True)
-    }
-    for image, label in zip(images, labels, strict=True):
-        assert by_picture[image.tobytes()] == label
+    train, test = Fake.parts[True], Fake.parts[False]
+    kept, held = data._hold_out(np.array(train.targets), classes)
+    for split, part, index in (
+        (loaded.train, train, kept),
+        (loaded.validation, train, held),
+        (loaded.test, test, np.arange(10 * classes)),
+    ):
+        assert split.labels.tolist() == np.array(part.targets)[index].tolist()
+        for colour in range(3):
+            assert (split.images[:, colour].numpy() == part.data[index, :, :, colour]).all()
 
 
 def test_cifar_that_cannot_be_had_says_where_to_put_it(tmp_path, monkeypatch):
@@ -416,7 +354,7 @@ def test_cifar_that_cannot_be_had_says_where_to_put_it(tmp_path, monkeypatch):
         data.load("cifar10", root=tmp_path / "data")
 
 
-# --- Own pictures --------------------------------------------------------------------------------------
+# --- Own images --------------------------------------------------------------------------------------
 
 
 def paint(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 60), seed: int = 0) -> None:
@@ -428,7 +366,7 @@ def paint(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 60), seed:
 
 @pytest.fixture
 def own(tmp_path):
-    """Two classes of ten colour pictures of many sizes and kinds."""
+    """Two classes of ten colour images of many sizes and kinds."""
     suffixes = (".png", ".jpg", ".bmp", ".PNG", ".webp")
     for i in range(10):
         for name in ("cat", "dog"):
@@ -439,7 +377,7 @@ def own(tmp_path):
 def test_class_folders_are_split_by_class(own):
     (own / ".hidden").mkdir()
     (own / "cat" / "notes.txt").touch()
-    (own / "cat" / "._0.png").write_text("not a picture")
+    (own / "cat" / "._0.png").write_text("not an image")
     loaded = data.load(f"imagefolder:{own}", size=16)
     assert loaded.classes == ("cat", "dog") and loaded.flip
     assert (loaded.channels, loaded.size) == (3, 16)
@@ -468,14 +406,7 @@ def test_split_folders_are_kept(tmp_path, validation):
         assert torch.equal(split.images[:, 0, 0, 0].long() // 100, split.labels)
 
 
-def test_a_class_called_train_is_a_class(tmp_path):
-    for name in ("train", "ship"):
-        for i in range(4):
-            paint(tmp_path / name / f"{i}.png", seed=i)
-    assert data.load(f"imagefolder:{tmp_path}").classes == ("ship", "train")
-
-
-def test_a_picture_is_reduced_with_antialias_and_its_middle_kept(tmp_path):
+def test_an_image_is_reduced_with_antialias_and_its_middle_kept(tmp_path):
     stripes = np.zeros((64, 192), np.uint8)
     stripes[:, 64:128:2] = 255  # the middle third: one-pixel stripes that must become an even grey
     for name in ("a", "b"):
@@ -487,42 +418,46 @@ def test_a_picture_is_reduced_with_antialias_and_its_middle_kept(tmp_path):
     assert abs(inside.mean() - 127.5) < 8 and inside.std() < 8
 
 
-def test_grey_transparent_turned_and_16_bit_pictures(tmp_path):
+def test_grey_transparent_turned_and_16_bit_images(tmp_path):
     for name in ("a", "b"):
         for i, mode in enumerate(("L", "LA", "L")):
             paint(tmp_path / name / f"{i}.png", mode, seed=i)
     assert data.load(f"imagefolder:{tmp_path}").channels == 1
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "a" / "0.png")
-    assert (data._read_picture(tmp_path / "a" / "0.png", 4) == 40_000 // 256).all()
+    assert (data._read_image(tmp_path / "a" / "0.png", 4) == 40_000 // 256).all()
     half = np.zeros((32, 32, 3), np.uint8)
     half[:16] = 255  # bright above, and a note to turn it by a quarter
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(half).save(tmp_path / "a" / "1.jpg", exif=exif, quality=95)
-    turned = data._read_picture(tmp_path / "a" / "1.jpg", 8)
+    turned = data._read_image(tmp_path / "a" / "1.jpg", 8)
     assert turned[:, -1].mean() > 250 and turned[:, 0].mean() < 5
     assert data.load(f"imagefolder:{tmp_path}").channels == 3  # grey among colour becomes colour
 
 
-def test_an_unreadable_picture_is_named(own):
+def test_an_unreadable_image_is_named(own):
     cut = own / "dog" / "0.png"
     cut.write_bytes(cut.read_bytes()[:200])
     with pytest.raises(data.DataError, match=r"dog.0\.png cannot be read"):
         data.load(f"imagefolder:{own}")
 
 
-def test_missing_folder_no_classes_too_few_pictures_and_unlike_splits(tmp_path, own):
+def test_missing_folder_no_classes_too_few_images_and_unlike_splits(tmp_path, own):
+    for name in ("train", "ship"):  # a class may be called train
+        paint(tmp_path / "classes" / name / "0.png")
+    with pytest.raises(data.DataError, match="classes needs.*there are ship: 1, train: 1"):
+        data.load(f"imagefolder:{tmp_path / 'classes'}")
     with pytest.raises(data.DataError, match="no folder"):
         data.load(f"imagefolder:{tmp_path / 'nowhere'}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(data.DataError, match="0 class folders: at least 2"):
+    with pytest.raises(data.DataError, match="empty needs at least 2 class folders.*there are none"):
         data.load(f"imagefolder:{tmp_path / 'empty'}")
     for i in range(2, 10):
         next((own / "cat").glob(f"{i}.*")).unlink()
-    with pytest.raises(data.DataError, match="cat holds 2 pictures: at least 3"):
+    with pytest.raises(data.DataError, match="at least 3 images each.*there are cat: 2, dog: 10"):
         data.load(f"imagefolder:{own}")
     for which, name in (("train", "a"), ("train", "b"), ("test", "a")):
         for i in range(4):
             paint(tmp_path / "unlike" / which / name / f"{i}.png")
-    with pytest.raises(data.DataError, match="every split needs the same class folders"):
+    with pytest.raises(data.DataError, match="test needs.*the same in every split.*there are a: 4"):
         data.load(f"imagefolder:{tmp_path / 'unlike'}")

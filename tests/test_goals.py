@@ -1,81 +1,85 @@
-"""The report's goals: a claim of enough seeds reaches one, a point that the test set chose does not."""
+"""The report's goals: a claim of enough seeds reaches one, what the test set chose does not."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from test_report import pair
 
-from nnc_utils import models, results
-from nnc_utils.reports import goals
-from nnc_utils.search.space import around
-from nnc_utils.tables import PIPELINE
+from bench import goals
+from nnc_utils import rows
 
-SMALLER = goals._without_loss("size_ratio", 22.0, "technique == 'quantization'")
-
-
-def point(method, ratio, low, *, headline=0, seeds=3, control="", technique="quantization", **more):
-    about = {"dataset": "digits", "technique": technique, "method": method, "point": "", "control": control}
-    about |= {"division": "open"}
-    about |= {"size_ratio": ratio, "delta_mean": low + 0.1, "delta_ci_low": low, "delta_ci_high": low + 0.2}
-    return about | {"headline": headline, "seeds": seeds, "macs": 10.0, "accuracy_mean": 94.5} | more
+SMALLER = {"kind": "reach", "column": "size_ratio", "at_least": 22.0, "of": {"technique": "quantization"}}
+KMEANS, OTHER = ("kmeans", '{"bits":2}'), ("kmeans", '{"bits":3}')
 
 
-def tables(*points, pairs=(), timed=None):
-    """Tables of some points and an uncompressed network; `timed` has the first point's row of latency.csv."""
-    whole = point("train", 1.0, 0.0, technique="baseline", macs=80.0)
-    rows = [
-        row | {"train_images": 7, "seed": 1, "artifact_sha256": row["method"]} for row in (whole, *points)
-    ]
-    times = pd.DataFrame([timed] if timed else [], columns=list(timed or ["precision"]))
-    return SimpleNamespace(
-        summary=pd.DataFrame([whole, *points]),
-        compression=pd.DataFrame(rows),
-        pairs=pairs,
-        timed=lambda sha256: times if points and sha256 == points[0]["method"] else times.head(0),
-        differences=lambda network, row: {"delta_ci_low": row["low"]},
+def point(
+    ratio,
+    low,
+    *,
+    method="kmeans",
+    settings='{"bits":2}',
+    headline=0,
+    seeds=3,
+    technique="quantization",
+    **more,
+):
+    named = {"dataset": "digits", "technique": technique, "method": method, "settings": settings}
+    named |= {"control": "", "division": "open", "headline": headline, "seeds": seeds, "fewer": 8.0}
+    return named | {
+        "size_ratio": ratio,
+        "delta_mean": low + 0.1,
+        "delta_ci_low": low,
+        "delta_ci_high": low + 0.2,
+        "accuracy_mean": 94.5,
+        **more,
+    }
+
+
+def tables(*points, pairs=(), **more):
+    points = rows.with_settings(
+        pd.DataFrame([point(1.0, 0.0, method="train", settings="", technique="baseline"), *points])
     )
+    return SimpleNamespace(points=points, summary=points, pairs=pairs, provenance={}, rivals=[], **more)
 
 
-def test_a_claim_without_loss_reaches_a_goal():
-    measured, reached = SMALLER(tables(point("a", 30.0, -0.2, headline=1), point("b", 90.0, -0.1)))
-    assert reached == goals.YES and measured == "`a ` 30.0× smaller, -0.10 [-0.20, +0.00] (3 seeds)"
+def test_a_claim_within_the_limit_reaches_a_goal():
+    measured, reached = goals.ask(
+        SMALLER, tables(point(30.0, -0.2, headline=1), point(90.0, -0.1, settings=OTHER[1]))
+    )
+    assert reached == goals.YES
+    assert measured == "2-bit codebook, k-means: 30.0× smaller, -0.10 [-0.20, +0.00] (3 seeds)"
 
 
 @pytest.mark.parametrize(
     "claim",
     [
-        point("a", 30.0, -0.31, headline=1),  # a loss
-        point("a", 21.9, -0.2, headline=1),  # not small enough
-        point("a", 30.0, -0.2, headline=1, seeds=2),  # not by two seeds
-        point("a", 30.0, -0.2),  # chosen by the test set
+        point(30.0, -0.31, headline=1),  # a loss
+        point(21.9, -0.2, headline=1),  # not small enough
+        point(30.0, -0.2, headline=1, seeds=2),  # not by two seeds
+        point(30.0, -0.2),  # chosen by the test set
     ],
 )
 def test_what_validation_did_not_choose_reaches_none(claim):
-    assert SMALLER(tables(claim))[1] in (goals.NO, goals.UNCLAIMED)
-    measured, reached = SMALLER(tables(claim, point("b", 25.0, -0.1)))
-    assert reached == goals.UNCLAIMED and ("`a `" in measured) == (
-        claim["headline"] or claim["size_ratio"] > 25
-    )
+    assert goals.ask(SMALLER, tables(claim))[1] in (goals.NO, goals.UNCLAIMED)
+    measured, reached = goals.ask(SMALLER, tables(claim, point(25.0, -0.1, settings=OTHER[1])))
+    assert reached == goals.UNCLAIMED
+    assert ("2-bit" in measured) == bool(claim["headline"] or claim["size_ratio"] > 25)
 
 
 def test_where_nothing_reaches_a_goal_the_nearest_stand_there():
-    found = tables(point("a", 30.0, -0.5, headline=1), point("b", 40.0, -0.4), point("c", 9.0, 0.0))
-    measured, reached = SMALLER(found)
-    assert reached == goals.NO
-    assert [part.split(":")[0] for part in measured.split("; ")] == [
-        "chosen",
-        "nearest with so much",
-        "most without loss",
-    ]
-    assert measured.index("`b `") < measured.index("`c `")
-    assert SMALLER(tables(point("a", 30.0, -0.5))) == (
-        "nearest with so much: `a ` 30.0× smaller, -0.40 [-0.50, -0.30] (3 seeds)",
-        goals.NO,
+    three, four = OTHER[1], '{"bits":4}'
+    found = tables(
+        point(30.0, -0.5, headline=1), point(40.0, -0.4, settings=three), point(9.0, 0.0, settings=four)
     )
-    assert SMALLER(tables(point("a", 3.0, -0.5))) == ("none without loss", goals.NO)
-    control = point("a", 30.0, 0.0, headline=1, control="random")
-    assert SMALLER(tables(control)) is None and SMALLER(tables()) is None
+    measured, reached = goals.ask(SMALLER, found)
+    assert reached == goals.NO
+    told = [part.split(":")[0] for part in measured.split("; ")]
+    assert told == ["chosen", "nearest with so much", "most within the limit"]
+    assert measured.index("3-bit") < measured.index("4-bit")
+    assert goals.ask(SMALLER, tables(point(3.0, -0.5))) == ("none within the limit", goals.NO)
+    assert goals.ask(SMALLER, tables()) is None
 
 
 @pytest.mark.parametrize(
@@ -83,70 +87,74 @@ def test_where_nothing_reaches_a_goal_the_nearest_stand_there():
     [
         ({}, goals.YES),
         ({"speedup_best_fp32": 19.9}, goals.NO),
-        ({"low": -0.31}, goals.NO),  # the runtime loses what eager does not
+        ({"runtime_low": -0.31}, goals.NO),  # the runtime loses what eager does not
         ({"agreement": 98.9}, goals.NO),
-        ({"precision": "fp32"}, None),  # not timed in integers
+        ({"speedup_best_fp32": np.nan}, None),  # not timed in integers
     ],
 )
-def test_a_speed_is_one_runtimes_without_loss_there(change, reached):
-    faster = goals._without_loss("speedup_best_fp32", 20.0, "method == 'a'")
-    row = {"precision": "int8", "runtime": "openvino", "speedup_best_fp32": 21.0, "speedup_eager_fp32": 50.0}
-    row |= {"agreement": 99.6, "low": -0.25} | change
-    found = faster(tables(point("a", 30.0, -0.2, headline=1), timed=row))
-    assert (found and found[1]) == reached
+def test_a_speed_is_one_runtimes_within_the_limit_there(change, reached):
+    goal = SMALLER | {"column": "speedup_best_fp32", "at_least": 20.0}
+    timed = {
+        "speedup_best_fp32": 21.0,
+        "runtime": "openvino",
+        "runtime_low": -0.25,
+        "agreement": 99.6,
+    } | change
+    answer = goals.ask(goal, tables(point(30.0, -0.2, headline=1, **timed)))
+    assert (answer and answer[1]) == reached
     if reached == goals.YES:
-        assert "`a ` 21.0× the fastest fp32" in found[0] and "openvino: lower end -0.25" in found[0]
+        assert "21.0× the fastest fp32" in answer[0] and "openvino: lower end -0.25" in answer[0]
 
 
-def test_fewer_multiplications_are_counted_from_the_uncompressed_network():
-    fewer = goals._without_loss("fewer", 8.0, "technique == 'pruning'")
-    narrow = point("a", 9.0, 0.0, headline=1, technique="pruning")
-    assert fewer(tables(narrow))[1] == goals.YES
-    assert fewer(tables(narrow | {"macs": 10.1}))[1] == goals.NO
+def test_a_pair_is_a_goal_by_its_verdict():
+    def asked(verdict, theirs, **more):
+        goal = {"kind": "pairs", "verdict": verdict, "ours": {"method": "kmeans"}, "theirs": theirs} | more
+        return goals.ask(goal, found)
 
-
-def pair(ours, theirs, verdict, low, seeds=3):
-    points = f"{low + 0.1:+.2f} [{low:+.2f}, {low + 0.2:+.2f}]"
-    return {"ours": ours, "theirs": theirs, "verdict": verdict, "seeds": str(seeds), "points": points}
-
-
-def test_each_rival_has_to_be_met():
-    pairs = [pair("a x", "b 1", "beats", 0.1), pair("a y", "b 1", "below", -0.9)]
-    pairs += [pair("a x", "b 2", "not below, in a larger file", -0.1), pair("c ", "b 2", "beats", 0.4)]
-    ours = [point("a", 2.0, 0.0, point=name, headline=1) for name in "xy"]
-    found = tables(*ours, point("c", 2.0, 0.0), pairs=pairs)
-    assert goals._pairs("a .*", "b 1", "beats")(found)[1] == goals.YES
-    assert goals._pairs("a .*", "b .*", "not below")(found)[1] == goals.NO
-    assert goals._pairs("a .*", "b .*", "not below", at_least=1)(found)[1] == goals.YES
-    assert goals._pairs("a .*", "b .*", "not below", bytes_count=False)(found)[1] == goals.YES
-    assert goals._pairs(".*", "b .*", "beats")(found)[1] == goals.UNCLAIMED  # c is not claimed
-    assert goals._pairs(".*", "b .*", "beats", fixed=True)(found)[1] == goals.YES
-    measured, _ = goals._pairs("a .*", "b .*", "beats")(found)
-    assert measured.split("; ")[0] == "`a x` (94.50 %) beats `b 1`: +0.20 [+0.10, +0.30] (3 seeds)"
-    assert goals._pairs("d .*", "b .*", "beats")(found) is None
-    assert goals._pairs("a", "b .*", "beats")(found) is None  # the whole name has to match
-
-
-def test_few_seeds_and_controls_make_no_claim():
-    ours = point("kd", 2.0, 0.0, headline=1)
-    beats = goals._pairs(".*", "alone", "beats")
-    assert beats(tables(ours, pairs=[pair("kd ", "alone", "beats", 0.1, seeds=2)]))[1] == goals.UNCLAIMED
-    shuffled = ours | {"control": "shuffled_teacher"}
-    assert beats(tables(shuffled, pairs=[pair("kd ", "alone", "beats", 0.1)])) is None
+    one, two = ("uniform", '{"bits":2}'), ("uniform", '{"bits":3}')
+    met = [pair(KMEANS, one, "beats", 0.1), pair(OTHER, one, "below", -0.9)]
+    met += [
+        pair(KMEANS, two, "not below, in a larger file", -0.1),
+        pair(("qat", '{"bits":2}'), two, "beats", 0.4),
+    ]
+    ours = [point(2.0, 0.0, settings=settings, headline=1) for _, settings in (KMEANS, OTHER)]
+    found = tables(*ours, point(2.0, 0.0, method="qat"), pairs=met)
+    assert asked("beats", {"method": "uniform", "bits": 2})[1] == goals.YES
+    assert asked("not below", {"method": "uniform"})[1] == goals.NO
+    assert asked("not below", {"method": "uniform"}, at_least=1)[1] == goals.YES
+    assert asked("not below", {"method": "uniform"}, bytes_count=False)[1] == goals.YES
+    assert asked("beats", {"method": "uniform"}, ours={})[1] == goals.UNCLAIMED  # qat is not claimed
+    assert asked("beats", {"method": "uniform"}, ours={}, fixed=True)[1] == goals.YES
+    measured, _ = asked("beats", {"method": "uniform"})
+    assert measured.split("; ")[0].endswith(
+        "(94.50 %) beats 2-bit weights, one scale a channel: +0.30 [+0.10, +0.50] (3 seeds)"
+    )
+    assert asked("beats", {"method": "nncodec"}) is None
+    found = tables(*ours, pairs=[pair(KMEANS, one, "beats", 0.1, seeds=2)])
+    assert asked("beats", {"method": "uniform"})[1] == goals.UNCLAIMED
 
 
 def test_a_baseline_that_gains_has_not_converged():
-    def more(gain):
-        return point("dense_finetuned", 2.0, gain - 0.1, technique="baseline", control="dense_finetuned")
+    goal = {"kind": "converged", "accuracy": 94.0, "gain": 0.3}
+    images = {"rows_of": lambda point: pd.DataFrame({"train_images": [7]})}
 
-    assert goals._converged(tables(more(0.19)))[1] == goals.YES  # the upper end counts
-    assert goals._converged(tables(more(0.21)))[1] == goals.NO
-    assert goals._converged(tables(more(0.19) | {"seeds": 2}))[1] == goals.UNCLAIMED
-    assert goals._converged(tables()) is None
+    def asked(gain, **more):
+        dense = {
+            "method": "dense_finetuned",
+            "settings": "",
+            "technique": "baseline",
+            "control": "dense_finetuned",
+        }
+        return goals.ask(goal, tables(point(2.0, gain - 0.1, **dense | more), **images))[1]
+
+    assert asked(0.19) == goals.YES  # the upper end counts
+    assert asked(0.21) == goals.NO
+    assert asked(0.19, seeds=2) == goals.UNCLAIMED
+    assert goals.ask(goal, tables()) is None
 
 
 @pytest.mark.parametrize(
-    ("found", "reached"),
+    ("change", "reached"),
     [
         ({}, goals.YES),
         ({"gradient": [88.0, 88.1]}, goals.NO),  # as random
@@ -154,92 +162,82 @@ def test_a_baseline_that_gains_has_not_converged():
         ({"evolution": None}, goals.NO),
     ],
 )
-def test_each_family_has_to_find_more_than_random_search(found, reached):
-    verified = {name: [88.5, 89.0] for name in goals.FAMILIES} | {
-        "random": [88.0, 88.1],
-        "optuna_nsga2": [88.6],
-    }
-    verified = {name: values for name, values in (verified | found).items() if values}
-    provenance = {"run": {"extra": {}}, "05": {"extra": {"search": {"verified": verified}}}}
-    measured, said = goals._searches(SimpleNamespace(provenance=provenance))
+def test_each_family_has_to_find_more_than_random_search(change, reached):
+    [goal] = [goal for goal in goals.read() if goal["kind"] == "searches"]
+    verified = {name: [88.5, 89.0] for name in goal["families"]}
+    verified |= {"random": [88.0, 88.1], "optuna_nsga2": [88.6]} | change
+    verified = {name: values for name, values in verified.items() if values}
+    found = tables()
+    assert goals.ask(goal, found) is None
+    found.provenance = {"run": {"extra": {}}, "05": {"extra": {"search": {"verified": verified}}}}
+    measured, said = goals.ask(goal, found)
     assert said == reached and "`random` 88.05 %" in measured
-    assert goals._searches(SimpleNamespace(provenance={"run": {"extra": {}}})) is None
 
 
-@pytest.mark.parametrize(("factor", "reached"), [(1.0, goals.YES), (1.2, goals.NO)])
-def test_the_predictor_is_asked_for_networks_never_seen(factor, reached):
-    space = around(channels=1, size=28, classes=10, stem="small_stride2")
-    random, times = np.random.default_rng(0), {}
-    for name, count in (("blocks", 30), ("networks", 10)):
-        specs = [space.spec(space.sample(random)) for _ in range(count)]
-        scale = factor if name == "networks" else 1.0
-        times[name] = [[spec.to_json(), scale * (0.01 + 1e-8 * models.macs(spec))] for spec in specs]
-    measured, said = goals._predictor(SimpleNamespace(provenance={"05": {"extra": {"latency": times}}}))
-    assert said == reached and "on 10 networks, fitted to 30 blocks" in measured
+@pytest.mark.parametrize(("error", "reached"), [(9.9, goals.YES), (10.1, goals.NO)])
+def test_the_predictors_error_is_the_one_that_its_run_recorded(error, reached):
+    timed, found = {"blocks": [None] * 30, "networks": [None] * 10, "error": error}, tables()
+    found.provenance = {"05": {"extra": {"latency": timed}}}
+    measured, said = goals.ask({"kind": "predicted", "percent": 10.0}, found)
+    assert said == reached and measured == f"{error} % on 10 networks, fitted to 30 blocks"
 
 
-def test_one_rival_that_is_not_beaten_is_enough(monkeypatch):
-    found = tables(point(PIPELINE, 130.0, -0.2, headline=1, technique="pipeline"))
-    for told, reached in (
-        ([("beats", "x"), ("beats", "y")], goals.YES),
-        ([("beats", "x"), ("not below", "y")], goals.NO),
-        ([("beats", "x"), ("beats, in a larger file", "y")], goals.NO),
-        ([("beats", "x (1 of 3 seeds)")], goals.UNCLAIMED),
-        ([("beats", "x (another teacher)")], goals.UNCLAIMED),
+def test_one_rival_that_is_not_beaten_is_enough():
+    ours, rival = ("pipeline", '{"bits":4,"macs":6}'), ("nncodec_pruned", '{"macs":6,"qp":-9}')
+    found = tables(point(130.0, -0.2, method=ours[0], settings=ours[1], headline=1, technique="pipeline"))
+    found.pipeline = found.points.iloc[-1]
+    for met, reached in (
+        ([pair(ours, rival, "beats"), pair(ours, rival, "beats")], goals.YES),
+        ([pair(ours, rival, "beats"), pair(ours, rival, "not below")], goals.NO),
+        ([pair(ours, rival, "beats"), pair(ours, rival, "beats, in a larger file")], goals.NO),
+        ([pair(ours, rival, "beats", seeds=1)], goals.UNCLAIMED),
+        ([pair(ours, (rival[0], '{"ensemble":true,"macs":6,"qp":-9}'), "beats")], goals.UNCLAIMED),
     ):
-        monkeypatch.setattr(goals, "rivals_of", lambda tables, point, told=told: told)
-        measured, said = goals._no_rival(found)
-        assert said == reached and f" of {len(told)} (" in measured
-    monkeypatch.setattr(goals, "rivals_of", lambda tables, point: [])
-    assert goals._no_rival(found) is None
+        found.rivals = met
+        measured, said = goals.ask({"kind": "no_rival"}, found)
+        assert said == reached and f" of {len(met)}" in measured
+    found.rivals = []
+    assert goals.ask({"kind": "no_rival"}, found) is None
+
+
+PRUNING, PIPELINE = {"technique": "pruning"}, {"method": "pipeline", "technique": "pipeline"}
 
 
 @pytest.mark.parametrize(
-    ("goal", "enough"),
+    ("start", "settings", "enough"),
     [
-        ("Integers without", point("uniform_per_channel", 4.5, -0.3, point="bits=7", division="closed")),
-        ("Without a gradient step", point("kmeans", 22.0, -0.3, division="closed")),
-        ("Trained with 4", point("qat_lsq", 8.0, -0.3, point="bits=4")),
-        ("Trained with 2", point("qat_lsq", 8.0, -1.0, point="bits=2")),
-        ("90 % zeros", point("taylor", 12.0, -0.3, point="sparsity=0.9 tuned", technique="pruning")),
-        ("Channels removed", point("taylor", 2.0, -0.3, technique="pruning", macs=20.0)),
-        ("The pipeline: 100", point(PIPELINE, 100.0, -0.3, technique="pipeline")),
+        ("Integers without", '{"bits":7}', {"method": "uniform", "division": "closed", "size_ratio": 4.5}),
+        ("Without a gradient step", '{"bits":2}', {"division": "closed", "size_ratio": 22.0}),
+        ("Trained with 4", '{"bits":4}', {"method": "qat"}),
+        ("Trained with 2", '{"bits":2}', {"method": "qat", "delta_ci_low": -1.0}),
+        ("90 %", '{"sparsity":0.9,"train":"finetune"}', PRUNING | {"method": "weights", "size_ratio": 12.0}),
+        ("Channels removed", '{"macs":4}', PRUNING | {"method": "channels", "fewer": 4.0}),
+        ("The pipeline: 100", '{"bits":4,"macs":6}', PIPELINE | {"size_ratio": 100.0}),
     ],
 )
-def test_each_goal_asks_for_its_points(goal, enough):
-    [find] = [find for text, find in goals.GOALS.items() if text.startswith(goal)]
-    enough = enough | {"headline": 1}
-    assert find(tables(enough))[1] == goals.YES
-    assert find(tables(enough | {"delta_ci_low": -1.01}))[1] == goals.NO
-    assert find(tables(enough | {"method": "other", "technique": "peer"})) is None
-    less = {"macs": 20.1} if goal == "Channels removed" else {"size_ratio": 0.99 * enough["size_ratio"]}
-    if not goal.startswith("Trained"):
-        assert find(tables(enough | less))[1] == goals.NO
-
-
-def test_what_a_profile_did_not_measure_a_smaller_one_did(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        goals, "GOALS", {"small": SMALLER, "fast": goals._without_loss("fewer", 9.0, "fewer < 0")}
+def test_each_goal_asks_for_its_configurations(start, settings, enough):
+    [goal] = [goal for goal in goals.read() if goal["goal"].startswith(start)]
+    good = point(8.0, -0.3, headline=1, settings=settings) | enough
+    assert goals.ask(goal, tables(good))[1] == goals.YES
+    assert goals.ask(goal, tables(good | {"delta_ci_low": -1.01}))[1] == goals.NO
+    assert (
+        goals.ask(goal, tables(good | {"method": "nncodec", "settings": '{"qp":-9}', "technique": "peer"}))
+        is None
     )
-    here = tables(point("a", 30.0, -0.2, technique="pruning"))
-    for name, seeds in (("medium", 1), ("quick", 3)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "compression.csv").touch()
-        other = tables(point("b", 30.0, -0.2, headline=1, seeds=seeds))
-        other.compression["profile"] = name
-        other.folder = tmp_path / name
-        monkeypatch.setattr(here, name, other, raising=False)
-    monkeypatch.setattr(goals, "Tables", lambda folder: getattr(here, folder.name))
-    here.folder = tmp_path / "standard"
-    _, text = goals.goals_text(here)
-    assert "| small | in medium: chosen: `b ` 30.0× smaller" in text and f"| {goals.UNCLAIMED} |" in text
-    assert "| fast | not measured | – |" in text
+    if not start.startswith("Trained"):
+        assert goals.ask(goal, tables(good | {goal["column"]: 0.99 * good[goal["column"]]}))[1] == goals.NO
 
 
-def test_goals_are_asked_where_there_are_seeds_enough(published):
-    assert "Which goals are reached?" not in results.report_text(published)
-    path = published / "summary.csv"
-    frame = pd.read_csv(path, keep_default_na=False)
-    frame.assign(seeds=[3] + [1] * (len(frame) - 1)).to_csv(path, index=False)
-    section = results.report_text(published).split("## Which goals are reached?")[1].split("\n## ")[0]
-    assert all(f"| {goal} |" in section for goal in goals.GOALS)
+def test_what_a_profile_did_not_measure_a_smaller_one_did(monkeypatch):
+    here = tables(point(30.0, -0.2, technique="pruning", method="weights", settings='{"sparsity":0.9}'))
+    smaller = [
+        tables(point(30.0, -0.2, headline=1, seeds=s), profile=p) for p, s in (("medium", 1), ("quick", 3))
+    ]
+    monkeypatch.setattr(
+        goals,
+        "read",
+        lambda: [SMALLER | {"goal": "small"}, SMALLER | {"goal": "never", "of": {"method": "obs"}}],
+    )
+    small, never = goals.answers(here, smaller)
+    assert small["measured"].startswith("in medium: chosen: 2-bit") and small["reached"] == goals.UNCLAIMED
+    assert (never["measured"], never["reached"]) == ("not measured", "–")

@@ -24,7 +24,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def model():
-    """A thin ResNet-18: 4-bit, 8-bit and other layers, floats in the classifier, activation ranges."""
+    """A narrow ResNet-18: 4-bit, 8-bit and other layers, floats in the classifier, activation ranges."""
     torch.manual_seed(0)
     model = models.build(models.resnet(18, channels=3, size=16, classes=3, stem="small", width=0.125))
     for layer in models.layers(model.spec):
@@ -124,26 +124,17 @@ def test_floats(tmp_path):
     assert {row[1] for name, row in rows(text).items() if "conv" in name} == {"float16"}
 
 
-def run(path):
-    command = [sys.executable, "-m", "nnc_utils.inspect", str(path)]
-    root = Path(__file__).parents[1]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-
-
 def test_the_command(saved, text):
-    done = run(saved[0])
+    command, root = [sys.executable, "-m", "nnc_utils.inspect", str(saved[0])], Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, text + "\n", "")
 
 
 def test_bad_files_take_one_line(saved, tmp_path, capsys):
     (tmp_path / "foreign").write_text("no artifact")
     (tmp_path / "cut").write_bytes(saved[0].read_bytes()[:-1])
-    done = run(tmp_path / "foreign")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r".*foreign: truncated or no safetensors file.*\n", done.stderr)
-    for name in ("cut", "missing", "."):
+    for name in ("foreign", "cut", "missing", "."):
         assert inspect.main([str(tmp_path / name)]) == 2
         out, err = capsys.readouterr()
-        assert out == ""
-        assert err.count("\n") == 1
-        assert str(tmp_path / name) in err
+        assert (out, err.count("\n")) == ("", 1) and str(tmp_path / name) in err
+        assert name != "foreign" or "truncated or no artifact" in err

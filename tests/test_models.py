@@ -12,13 +12,10 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnc_utils import models
-from nnc_utils.models import BlockSpec, Spec, SpecError, build, layers, load_pretrained, resnet
+from nnc_utils.models import BlockSpec, Spec, SpecError, build, layers, resnet
+from nnc_utils.pretrained import load_pretrained
 
-TORCHVISION = {
-    18: torchvision.models.resnet18,
-    34: torchvision.models.resnet34,
-    50: torchvision.models.resnet50,
-}
+TORCHVISION = {depth: getattr(torchvision.models, f"resnet{depth}") for depth in (18, 34, 50)}
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +29,8 @@ def one_thread():
 def one_block(block="basic", stem_width=8, **fields):
     """A Spec with a single block, by default a legal basic one."""
     count = 2 if block == "basic" else 3
-    given = {"widths": (8,) * count, "kernels": (3,) * count} | fields
-    return Spec(3, 16, 5, "small", stem_width, block, ((BlockSpec(**given),),))
+    fields = {"widths": (8,) * count, "kernels": (3,) * count} | fields
+    return Spec(3, 16, 5, "small", stem_width, block, ((BlockSpec(**fields),),))
 
 
 def random_spec(seed):
@@ -102,26 +99,6 @@ def test_counts_are_the_published_ones(depth, parameters, macs):
     assert models.macs(resnet(depth)) == macs
 
 
-def closed_formula(w, channels, classes):
-    """Parameters and MACs of a ResNet-18 for 28 x 28 pictures behind a 3x3 stem with stride 2."""
-    weights = {14: 9 * channels * w + 4 * 9 * w * w}
-    for widen, size in ((2, 7), (4, 4), (8, 2)):
-        out, before = widen * w, widen * w // 2
-        weights[size] = 9 * before * out + 3 * 9 * out * out + before * out
-    norms = 2 * (w + 4 * w + 5 * (2 * w + 4 * w + 8 * w))
-    fc = 8 * w * classes
-    return (
-        sum(weights.values()) + norms + fc + classes,
-        sum(size**2 * count for size, count in weights.items()) + fc,
-    )
-
-
-@pytest.mark.parametrize("width", [1.0, 0.5, 0.25])
-def test_counts_agree_with_a_closed_formula(width):
-    spec = resnet(18, channels=1, size=28, classes=10, stem="small_stride2", width=width)
-    assert (models.parameters(spec), models.macs(spec)) == closed_formula(int(64 * width), 1, 10)
-
-
 def test_docstring_examples_hold():
     tried = doctest.testmod(models)
     assert tried.attempted > 0 and tried.failed == 0
@@ -134,25 +111,28 @@ def test_docstring_examples_hold():
 def test_a_random_spec_is_built_counted_and_written_as_it_says(seed):
     spec = random_spec(seed)
     assert Spec.from_json(spec.to_json()) == spec
-    model = build(spec).eval()
+    model, called = build(spec).eval(), []
     assert models.parameters(spec) == sum(p.numel() for p in model.parameters())
     described = layers(spec)
-    weights = [n.removesuffix(".weight") for n, t in model.state_dict().items() if t.ndim in (2, 4)]
-    assert [layer.name for layer in described] == weights
-    seen = {}
+    assert [x.name for x in described] == [
+        n.removesuffix(".weight") for n, t in model.state_dict().items() if t.ndim in (2, 4)
+    ]
+    sizes = {}
     for layer in described:
         module = model.get_submodule(layer.name)
         assert tuple(module.weight.shape) == layer.weight_shape
         if layer.batch_norm:
             assert model.get_submodule(layer.batch_norm).num_features == layer.out_channels
             module.register_forward_hook(
-                lambda _, given, out, name=layer.name: seen.update(
-                    {name: (given[0].shape[-1], out.shape[-1])}
-                )
+                lambda _, x, out, name=layer.name: sizes.update({name: (x[0].shape[-1], out.shape[-1])})
             )
-    images = torch.randn(2, spec.channels, spec.size, spec.size)
-    assert model(images).shape == (2, spec.classes)
-    assert seen == {layer.name: (layer.size_in, layer.size_out) for layer in described if layer.batch_norm}
+    places = models.activations(model)
+    for name, place in places.items():
+        place.register_forward_hook(lambda *_, name=name: called.append(name))
+    images = torch.randn(1, spec.channels, spec.size, spec.size)
+    assert model(images).shape == (1, spec.classes)
+    assert called == list(places)  # in the order of the forward pass
+    assert sizes == {layer.name: (layer.size_in, layer.size_out) for layer in described if layer.batch_norm}
     assert models.macs(spec) == multiplications(model, images)
 
 
@@ -191,36 +171,47 @@ def test_a_block_computes_its_formula(connection):
         torch.testing.assert_close(block(inputs), expected.clamp(min=0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("width", [1, 3, 4, 7, 12, 16])
-@pytest.mark.parametrize("kernels", [(3, 3), (1, 3)])
-def test_gradients_of_thin_strided_blocks_in_channels_last_order(width, kernels):
-    """Where `PickingConv2d` is not used, this gives wrong gradients or ends the process."""
-    spec = one_block(stem_width=width, widths=(9, 10), kernels=kernels, stride=2, connection="projection")
-    ours, exact = build(spec), build(spec).double()
-    exact.load_state_dict(ours.state_dict())
-    ours.to(memory_format=torch.channels_last)
-    images = torch.randn(16, 3, 16, 16)
-    exact(images.double()).square().sum().backward()
-    ours(images.to(memory_format=torch.channels_last)).square().sum().backward()
-    for (name, p), q in zip(ours.named_parameters(), exact.parameters(), strict=True):
-        assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm() + 1e-4, name
+# oneDNN's backward pass of some convolutions gives wrong gradients of the weight: of 1x1 convolutions with a
+# stride in channels-last order with few input channels, and in bf16 of convolutions of a single pixel with a
+# stride of 2. `models` builds neither: these tests ask what it builds, on inputs that are computed right.
 
 
-@pytest.mark.parametrize(
-    "stem, kernel, sizes", [("imagenet", 7, (14, 7)), ("small", 3, (28, 28)), ("small_stride2", 3, (14, 14))]
-)
-def test_stems(stem, kernel, sizes):
-    spec = resnet(18, channels=1, size=28, classes=10, stem=stem, width=1 / 16)
-    first, second = layers(spec)[:2]
-    assert (first.kernel, first.size_out, second.size_in) == (kernel, *sizes)
+def test_narrow_strided_projections_pick_their_pixels_first():
+    for width in (1, 7, 15, 16, 64):
+        spec = one_block(stem_width=width, stride=2, connection="projection")
+        projection = build(spec).layer1[0].downsample[0]
+        assert isinstance(projection, models.PickingConv2d) == (width < 16)
+    guarded = models.PickingConv2d(32, 8, 1, stride=2, bias=False)
+    plain = torch.nn.Conv2d(32, 8, 1, stride=2, bias=False)
+    plain.load_state_dict(guarded.state_dict())
+    images, results = torch.randn(4, 32, 9, 9), []
+    for module, layout in ((guarded, torch.channels_last), (plain, torch.contiguous_format)):
+        out = module(images.to(memory_format=layout))
+        out.square().sum().backward()
+        results.append((out, module.weight.grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_of_one_pixel_has_stride_1():
+    spec = resnet(18, channels=1, size=8, classes=10, stem="small_stride2", width=0.5)
+    [layer] = [x for x in layers(spec) if x.name == "layer4.0.conv1"]
+    assert (layer.size_in, layer.stride) == (1, 2)  # what the Spec says
+    built, results = build(spec).layer4[0].conv1, []
+    assert built.stride == (1, 1)
+    images = torch.randn(16, layer.in_channels, 1, 1)
+    for stride, layout in ((1, torch.channels_last), (2, torch.contiguous_format)):
+        weight = built.weight.detach().clone().requires_grad_()
+        out = functional.conv2d(images.to(memory_format=layout), weight, stride=stride, padding=1)
+        out.square().sum().backward()
+        results.append((out, weight.grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_initialization_is_he_et_al():
     model = build(resnet(18, classes=10))
     for layer in layers(model.spec)[:-1]:
-        weight = model.get_submodule(layer.name).weight
         expected = (2 / (layer.out_channels * layer.kernel**2)) ** 0.5
-        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert model.get_submodule(layer.name).weight.std().item() == pytest.approx(expected, rel=0.05)
 
 
 # --- Activation places --------------------------------------------------------------------------
@@ -238,17 +229,6 @@ def test_activation_rounds_to_its_range_and_passes_the_gradient_inside():
     assert torch.equal(tensor.grad, ((codes >= 0) & (codes <= 255)).float())
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_activation_places_are_in_the_order_of_the_forward_pass(seed):
-    model, called = build(random_spec(seed)).eval(), []
-    places = models.activations(model)
-    for name, place in places.items():
-        place.register_forward_hook(lambda *_, name=name: called.append(name))
-    model(torch.randn(1, model.spec.channels, model.spec.size, model.spec.size))
-    assert sorted(called) == sorted(places) and len(set(called)) == len(called)
-    assert called == list(places)
-
-
 # --- What is no Spec ----------------------------------------------------------------------------
 
 
@@ -258,11 +238,9 @@ def test_activation_places_are_in_the_order_of_the_forward_pass(seed):
         (lambda: one_block(widths=(8, 9)), ["layer1.0.conv2", "9 channels", "conv1", "the 8 channels"]),
         (lambda: one_block(stride=2), ["layer1.0.conv2", "stride 2", "conv1", "projection"]),
         (lambda: one_block(widths=(8, 8, 8), kernels=(3, 3)), ["layer1.0", "3 widths", "2 convolutions"]),
-        (lambda: one_block("bottleneck", kernels=(1, 3)), ["layer1.0", "2 kernels", "3 convolutions"]),
         (lambda: one_block(kernels=(3, 4)), ["layer1.0.conv2", "kernel 4", "odd"]),
-        (lambda: one_block(kernels=(0, 3)), ["layer1.0.conv1: kernel", "0"]),
+        (lambda: one_block(kernels=(0, 3)), ["layer1.0.conv1", "kernel 0", "odd"]),
         (lambda: one_block(widths=(0, 8)), ["layer1.0.conv1: width", "0"]),
-        (lambda: one_block(widths=(8.0, 8)), ["layer1.0.conv1: width", "8.0", "whole number"]),
         (lambda: one_block(stride=0), ["layer1.0: stride", "0"]),
         (lambda: one_block(connection="sum"), ["layer1.0", "'sum'", "identity, projection, none"]),
         (lambda: Spec(3, 8, 5, "small", 8, "basic", ()), ["at least one stage"]),
@@ -270,9 +248,7 @@ def test_activation_places_are_in_the_order_of_the_forward_pass(seed):
         (lambda: Spec(3, 8, 5, "big", 8, "basic", ()), ["stem", "'big'", "small_stride2"]),
         (lambda: Spec(3, 8, 5, "small", 8, "dense", ()), ["block", "'dense'", "bottleneck"]),
         (lambda: resnet(classes=0), ["classes", "0"]),
-        (lambda: resnet(channels=True), ["channels", "True"]),
         (lambda: resnet(101), ["depth", "101", "18, 34, 50"]),
-        (lambda: resnet(width=0), ["width", "0"]),
         (lambda: resnet(width=float("nan")), ["width", "nan"]),
     ],
 )
@@ -282,27 +258,15 @@ def test_a_spec_of_no_network_is_refused_by_name(make, named):
     assert all(part in str(refused.value) for part in named), refused.value
 
 
-def test_a_later_block_names_the_block_before():
-    good, wide = BlockSpec((8, 8), (3, 3)), BlockSpec((8, 12), (3, 3))
-    with pytest.raises(SpecError) as refused:
-        Spec(3, 16, 5, "small", 8, "basic", ((good, good), (wide,)))
-    assert "layer2.0.conv2" in str(refused.value) and "layer1.1.conv2" in str(refused.value)
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "",
         "[]",
-        "null",
-        "{}",
         "{" * 100_000,
-        '{"stages": 3}',
         '{"stages": [[{}]]}',
         json.dumps(json.loads(resnet().to_json()) | {"more": 1}),
-        json.dumps(json.loads(resnet().to_json()) | {"channels": "3"}),
         resnet().to_json().replace('"identity"', '"none?"'),
-        resnet().to_json()[:-5],
         resnet().to_json().replace('"widths":[64,64]', '"widths":[64,NaN]', 1),
     ],
 )
@@ -321,22 +285,16 @@ def saved(tmp_path, model, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_from_a_file(tmp_path, suffix):
+def test_weights_from_a_file_and_for_grey_images(tmp_path, suffix):
     theirs = with_statistics(torchvision.models.resnet18(num_classes=7))
-    ours = build(resnet(18, size=64, classes=7)).eval()
-    assert load_pretrained(ours, saved(tmp_path, theirs, suffix)) == []
+    colour, grey = (build(resnet(18, channels=c, size=64, classes=7)).eval() for c in (3, 1))
+    for ours in (colour, grey):
+        assert load_pretrained(ours, saved(tmp_path, theirs, suffix)) == []
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        assert torch.equal(ours(images), theirs(images))
-
-
-def test_a_grey_picture_gets_the_logits_of_the_same_picture_in_colour(tmp_path):
-    theirs = with_statistics(torchvision.models.resnet18(num_classes=7))
-    ours = build(resnet(18, channels=1, size=64, classes=7)).eval()
-    assert load_pretrained(ours, saved(tmp_path, theirs, ".pth")) == []
-    grey = torch.randn(2, 1, 64, 64)
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(grey), theirs(grey.expand(2, 3, 64, 64)), rtol=1e-3, atol=1e-3)
+        assert torch.equal(colour(images), theirs(images))
+        same = theirs(images[:, :1].expand(2, 3, 64, 64))
+        torch.testing.assert_close(grey(images[:, :1]), same, rtol=1e-3, atol=1e-3)
 
 
 def test_layers_of_another_shape_stay_fresh_and_are_named(tmp_path):
@@ -352,9 +310,12 @@ def test_layers_of_another_shape_stay_fresh_and_are_named(tmp_path):
 @pytest.mark.parametrize(
     "theirs, named",
     [
-        (lambda: torchvision.models.resnet34(num_classes=7), "layer1.2.bn1.bias"),  # holds all of ResNet-18
-        (lambda: torchvision.models.resnet50(num_classes=7), "layer1.0.bn3.bias"),
-        (lambda: build(resnet(18, classes=7, width=0.5)), r"bn1.weight is of shape \(32,\)"),
+        (
+            lambda: torchvision.models.resnet34(num_classes=7),
+            "layer1.2.conv1.weight",
+        ),  # holds all of ResNet-18
+        (lambda: torchvision.models.resnet50(num_classes=7), "layer1.0.conv1.weight"),
+        (lambda: build(resnet(18, classes=7, width=0.5)), r"bn1.weight is \(32,\) there, \(64,\) here"),
         (lambda: torch.nn.Sequential(), "bn1.weight is missing"),
     ],
 )
@@ -380,26 +341,7 @@ def test_folded_batch_norm_is_the_module_in_evaluation():
     with torch.no_grad():
         model.bn1.weight.uniform_(-1, 1)
         model.bn1.bias.normal_()
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert {norm.eps for norm in norms} == {models.BATCH_NORM_EPSILON}
     factor, summand = models.fold_batch_norm(model.state_dict(), "bn1")
     inputs = torch.randn(4, len(factor), 5, 5)
     folded = inputs * factor.view(-1, 1, 1) + summand.view(-1, 1, 1)
     torch.testing.assert_close(folded.float(), model.eval().bn1(inputs))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_gradient_of_a_convolution_of_one_pixel(autocast):
-    """With the Spec's stride of 2 and bf16 the weights beside the middle get what was in memory."""
-    spec = models.resnet(18, channels=1, size=8, classes=10, stem="small_stride2", width=0.5)
-    [layer] = [x for x in models.layers(spec) if x.name == "layer4.0.conv1"]
-    assert (layer.size_in, layer.stride) == (1, 2)
-    conv = models.build(spec).layer4[0].conv1.to(memory_format=torch.channels_last)
-    for _ in range(4):
-        torch.full((conv.weight.numel() * 4,), 1e30)  # fills memory, and frees it
-        conv.weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            conv(torch.randn(64, layer.in_channels, 1, 1)).sum().backward()
-        beside = conv.weight.grad.clone()
-        beside[:, :, 1, 1] = 0
-        assert not beside.any() and conv.weight.grad[:, :, 1, 1].abs().max() < 1e4

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nnc_utils.parameters import ParameterError, check, declared, parse
+from bench.parameters import ParameterError, check, declared, parse
 
 CELL = """
 # a comment of its own
@@ -14,6 +14,10 @@ augment: bool = True  # flips # and crops
 bits: list = [8, 4]  # [2, 16] bits a weight
 points: list[str] = ["per_channel:8"]  # {per_channel:8, per_tensor:8} method:bits
 upstream: list = []  # run folders
+configurations: list = [
+    {"method": "kmeans", "bits": 3},  # one of 2, 3
+]
+# --- below: the runner's
 depth: int = 18  # {18, 50} layers
 offset: float = -1  # no range
 """
@@ -21,17 +25,19 @@ DECLARED = parse(CELL)
 
 
 def test_what_is_declared():
-    names = "epochs learning_rate dataset model augment bits points upstream depth offset"
+    names = "epochs learning_rate dataset model augment bits points upstream configurations depth offset"
     assert list(DECLARED) == names.split()
-    assert DECLARED["epochs"].limits == ("[", 1, 500, "]")
     assert DECLARED["epochs"].help == "passes over the training images"
     assert DECLARED["learning_rate"].help == "peak = highest"
-    assert DECLARED["depth"].choices == (18, 50) and DECLARED["model"].choices == ()
-    assert (DECLARED["bits"].element, DECLARED["points"].element, DECLARED["upstream"].element) == (
-        "int",
-        "str",
-        "",
-    )
+    assert {
+        name: DECLARED[name].allowed for name in ("epochs", "learning_rate", "depth", "model", "bits")
+    } == {
+        "epochs": "a whole number in [1, 500]",
+        "learning_rate": "a number in (0, 10]",
+        "depth": "a whole number, one of 18, 50",
+        "model": "a text",
+        "bits": "a list (a whole number each) in [2, 16]",
+    }
     assert DECLARED["augment"].help == "flips # and crops"
     assert DECLARED["bits"].default == [8, 4] and DECLARED["offset"].default == -1
 
@@ -50,6 +56,7 @@ def test_what_is_declared():
         {"bits": [2, 16]},
         {"points": ["per_tensor:8"]},
         {"upstream": ["results/runs/quick/01_baseline/seed=1"]},
+        {"configurations": [{"method": "uniform"}, {"method": "qat", "of": {"bits": 2}}]},
         {"depth": 50},
     ],
 )
@@ -80,6 +87,7 @@ def test_values_that_agree(given):
         ({"bits": [8, 4.5]}, "bits is"),
         ({"bits": 8}, r"a list \(a whole number each\)"),
         ({"bits": "84"}, "bits is '84'"),
+        ({"configurations": {"method": "uniform"}}, "configurations is .*a list"),
         ({"depth": 34}, "depth is 34"),
     ],
 )

@@ -1,6 +1,7 @@
 """The production counterparts, on a very small network; what is not installed is skipped and says so."""
 
 import dataclasses
+import json
 import sys
 
 import numpy as np
@@ -78,6 +79,20 @@ def test_unknown_and_absent_peers_say_so(monkeypatch, tmp_path, sources):
         assert "no C++ compiler" in peers.available("torchao_pt2e")
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"architecture": "aarch64"}, True),  # only x86 may saturate
+        ({"architecture": "x86_64", "avx2": True}, False),
+        ({"architecture": "x86_64", "avx2": True, "avx_vnni": True}, True),
+        ({"architecture": "x86_64", "avx512_vnni": False, "amx_int8": True}, True),
+    ],
+)
+def test_vnni_is_what_the_processor_says(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert peers.vnni() is expected
+
+
 # --- Integers that are none ---------------------------------------------------------------------
 
 
@@ -109,7 +124,7 @@ def test_openvino_in_floats_is_refused(sources, tmp_path):
     source = sources / "fp32.safetensors"
     onnx.save(qdq.onnx_model(artifact.read(source), "fp32"), tmp_path / "float.onnx")
     openvino.save_model(openvino.convert_model(tmp_path / "float.onnx"), tmp_path / "float.xml")
-    with pytest.raises(RuntimeError, match="not an int8 network: OpenVINO computes .*'float conv': 20"):
+    with pytest.raises(RuntimeError, match="0 of 20 conv, 0 of 1 linear .*'float conv': 20"):
         peers.load("nncf_ptq", tmp_path / "float.xml", source)
 
 
@@ -118,7 +133,7 @@ def test_a_program_that_torchao_left_in_floats_is_refused(sources, tmp_path):
     source = sources / "fp32.safetensors"
     program = torch.export.export(artifact.load(source), (images(PLAIN, 2),))
     torch.export.save(program, tmp_path / "float.pt2")
-    with pytest.raises(RuntimeError, match="quantized 0 convolutions and 0 linear layers"):
+    with pytest.raises(RuntimeError, match="0 of 20 conv, 0 of 1 linear"):
         peers.load("torchao_pt2e", tmp_path / "float.pt2", source)
 
 
@@ -159,6 +174,29 @@ def state(seed=0):
 def step(qp):
     """ISO/IEC 15938-17, with a density of 2: 4 more double it."""
     return (4 + qp % 4) * 2.0 ** (qp // 4 - 2)
+
+
+@pytest.mark.parametrize("settings", [None, {"use_dq": False, "nonweight_qp": -70}], ids=["best", "own"])
+def test_nncodec_is_told_its_settings(sources, tmp_path, monkeypatch, settings):
+    """Needs nothing of NNCodec's: what its process is given, and what the file is called."""
+    from nnc_utils.peers import nncodec
+
+    told = []
+
+    def run(order, arrays, wanted, target):
+        told.append((order, json.loads(wanted.read_text()), dict(np.load(arrays))))
+
+    monkeypatch.setattr(nncodec, "_run", run)
+    source = sources / "fp32.safetensors"
+    path = peers.make("nncodec", source, None, tmp_path, qp=-20, settings=settings)
+    [(order, wanted, arrays)] = told
+    assert order == "encode" and wanted == {"qp": -20, **(settings or nncodec.BEST)}
+    assert ("use_dq=False" in path.name) == bool(settings) and "qp-20" in path.name
+    weights = artifact.load(source).state_dict()
+    np.testing.assert_array_equal(arrays["conv1.weight"], weights["conv1.weight"].numpy())
+    factor = weights["bn1.weight"] / (weights["bn1.running_var"] + 1e-5).sqrt()
+    np.testing.assert_allclose(arrays["bn1.weight"], factor.numpy(), rtol=1e-6)
+    assert "bn1.running_var" not in arrays
 
 
 @pytest.mark.parametrize("qp", [-30, -13])

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
+import sys
+import types
 
 import psutil
 import pytest
@@ -45,52 +48,72 @@ def test_wording_does_not_count_and_code_does(old, new, same):
     assert (provenance.meaning(changed) == provenance.meaning(SOURCE)) == same
 
 
-def test_the_code_behind_a_notebook_is_what_it_imports(place):
-    def names(*cells):
-        files = provenance.code_files(place.notebook("n", *cells))
-        return {file.relative_to(provenance.PACKAGE).as_posix() for file in files}
-
-    assert names("import torch") == set()
-    assert names("from nnc_utils import models") == {"models.py"}
-    used = "from nnc_utils.run import start", "from nnc_utils import results, training"
-    found = names(*used, "from nnc_utils.reports import committed")
-    assert not [name for name in found if name.startswith("reports/")]
-    assert {"training.py", "data.py", "models.py"} & found == {"training.py", "data.py"} | (
-        found & {"models.py"}
-    )
-    assert not found & {"run.py", "results.py", "rows.py", "figures.py", "artifact.py"}
-    folder = {file.name for file in (provenance.PACKAGE / "quantization").glob("*.py")}
-    found = names("%matplotlib inline\ndef f():\n    from nnc_utils.quantization import uniform")
-    assert {f"quantization/{name}" for name in folder} <= found  # all of a technique's folder
+LOADING = """import os, subprocess, sys
+from nnc_utils import provenance
+{before}
+provenance.watch(sys.argv[1])
+{after}
+child = "from nnc_utils.pruning import schedules; import os; os.kill(os.getpid(), 9)"
+subprocess.run([sys.executable, "-c", child])
+"""
 
 
-def test_the_hash_follows_the_files_it_is_of(place, tmp_path, monkeypatch):
-    package = tmp_path / "nnc_utils"
-    (package / "runtimes").mkdir(parents=True)
-    for name, text in {
-        "models": "A = 1\n",
-        "training": "from nnc_utils import models\n",
-        "results": "B = 1\n",
-        "runtimes/__init__": "",
-        "runtimes/onnxruntime": "C = 1\n",
-    }.items():
-        (package / f"{name}.py").write_text(text)
-    monkeypatch.setattr(provenance, "PACKAGE", package)
-    notebook = place.notebook("n", "from nnc_utils import training, results, runtimes")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A copy of the package, and what two processes loaded of it: a search, and a quantization."""
+    root = tmp_path_factory.mktemp("copy")
+    shutil.copytree(provenance.PACKAGE, root / "nnc_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    code = {}
+    for name, before, after in (
+        ("search", "from nnc_utils.search import space", "from nnc_utils.search import latency"),
+        ("quantization", "from nnc_utils import allocation, rows", "from nnc_utils.peers import nncodec"),
+    ):
+        source = LOADING.format(before=before, after=after)
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        subprocess.run([sys.executable, "-c", source, root / name], check=True, env=environment, cwd=root)
+        code[name] = provenance.loaded(root / name)
+    return types.SimpleNamespace(package=root / "nnc_utils", code=code)
 
-    def code():
-        provenance._files_sha256.cache_clear()
-        provenance._imported.cache_clear()
-        return provenance.code_sha256(notebook)
 
-    before = code()
-    (package / "results.py").write_text("B = 2\n")
-    (package / "models.py").write_text("A = 1  # one\n")
-    assert code() == before
-    for name in ("models", "runtimes/onnxruntime"):
-        (package / f"{name}.py").write_text("A = 2\n")
-        assert code() != before
-        before = code()
+def test_a_run_knows_the_modules_that_its_processes_loaded(runs):
+    search, quantization = runs.code.values()
+    assert {"search/space.py", "search/latency.py", "models.py"} <= set(search)  # before and after the start
+    assert {"peers/__init__.py", "peers/nncodec.py", "peers/nncodec_child.py"} <= set(quantization)
+    assert all("pruning/schedules.py" in code for code in runs.code.values())  # by a child that was killed
+    used = {file.partition("/")[0] for code in runs.code.values() for file in code}
+    assert not used & {"__init__.py", "provenance.py", "rows.py"}
+    assert not {"search", "peers"} <= {file.partition("/")[0] for file in quantization}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "stale"),
+    [
+        ("search/latency.py", "LIMIT = 1", {"search": ["search/latency.py"], "quantization": []}),
+        ("search/latency.py", "# a comment", {"search": [], "quantization": []}),
+        ("peers/nncodec_child.py", "x = 1", {"search": [], "quantization": ["peers/nncodec_child.py"]}),
+        ("peers/nncf_ptq.py", "x = 1", {"search": [], "quantization": []}),
+        (
+            "pruning/schedules.py",
+            None,
+            dict.fromkeys(("search", "quantization"), ["pruning/schedules.py"]),
+        ),
+    ],
+)
+def test_an_edit_marks_the_runs_that_used_the_module(runs, monkeypatch, file, line, stale):
+    monkeypatch.setattr(provenance, "PACKAGE", runs.package)
+    path = runs.package / file
+    before = path.read_text()
+    path.write_text(f"{before}\n{line}\n") if line else path.unlink()
+    found = {name: provenance.changed(code) for name, code in runs.code.items()}
+    path.write_text(before)
+    assert found == stale
+
+
+def test_a_module_that_was_edited_during_the_run_counts_as_changed(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("models.py 1 aa\nmodels.py 2 aa\ntraining.py 1 aa\ntraining.py 2 bb\n")
+    assert provenance.loaded(log) == {"models.py": "aa", "training.py": "edited"}
+    assert provenance.loaded(tmp_path / "none") == {}
 
 
 def test_a_notebooks_hash_is_of_its_code(place):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from small_networks import ODD, PLAIN, POOLED, affine, codebook, images, network, quantized, saved
 
-from nnc_utils import artifact, encoding, models
+from nnc_utils import artifact, encoding, models, runtimes
 from nnc_utils.runtimes import onnxruntime, qdq
 
 SPECS = pytest.mark.parametrize("spec", [ODD, POOLED, PLAIN], ids=["odd", "pooled", "plain"])
@@ -218,6 +218,6 @@ def test_every_operator_is_integer_until_a_pair_is_missing(spec, tmp_path):
 
 def test_fp32_is_not_int8(tmp_path):
     stored = saved(quantized(network(PLAIN)), tmp_path / "a.safetensors")
-    counts = onnxruntime.prepare(stored, "fp32", 1).integer_operators
+    counts = runtimes.prepare("onnxruntime", stored, "fp32", 1).integer_operators
     with pytest.raises(RuntimeError, match="0 of 20 conv, 0 of 1 linear, 0 of 8 add"):
         qdq.check_integer(PLAIN, counts)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +10,14 @@ import time
 import psutil
 import pytest
 
-from nnc_utils import notebook, processes, provenance, run
-from nnc_utils.parameters import ParameterError
-from nnc_utils.tables import ResultError, read_run
+from bench import execute, folder, marks
+from bench.parameters import ParameterError
+from bench.tables import ResultError, read_run
+from nnc_utils import processes, provenance
 
 UPSTREAM = "upstream: list = []  # run folders\n"
-START = "from nnc_utils.run import start\nrun = start({name!r}, globals(), needs={needs!r})"
+START = "from bench.folder import start\nrun = start({name!r}, globals(), needs={needs!r})"
+VALUES = {"seconds": 0.0, "profile": "smoke", "seed": 1, "run_dir": ""}
 
 
 def small(place, name, *cells, needs=(), parameters=""):
@@ -26,21 +27,31 @@ def small(place, name, *cells, needs=(), parameters=""):
     return place.notebook(name, start, *cells, parameters=PARAMETERS + parameters)
 
 
-def runner(path, folder, given="{}", *options, **environment):
-    command = [sys.executable, "-m", "nnc_utils.run", str(path), str(folder), given, *options]
-    return subprocess.Popen(
-        command,
-        env=notebook.environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def runner(path, out, given="{}", *options, **environment):
+    command = [sys.executable, "-m", "bench", "run", str(path), str(out), given, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=folder.environment() | environment, **pipes)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """`execute` in this process, which a runner would have for itself."""
+    for name in ("NNC_HEADLESS", "NNC_NOTEBOOK", "TQDM_DISABLE", "PYTHONPATH", "NNC_ROOT"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(processes, "die_with_parent", lambda **_: None)
+    return execute.execute
+
+
+def end(current):
+    """What the end of its process does for a run that has not finished."""
+    processes.unlock(current.folder / ".writer.lock")
+    os.environ.pop("NNC_MODULES", None)
 
 
 def wait_for(condition, seconds=60):
-    end = time.time() + seconds
+    limit = time.time() + seconds
     while not condition():
-        assert time.time() < end, "waited in vain"
+        assert time.time() < limit, "waited in vain"
         time.sleep(0.02)
 
 
@@ -48,43 +59,42 @@ def alive(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_what_is_wrong_with_parameters_is_told_before_anything_runs(place, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "die_with_parent", lambda: None)
+def test_what_is_wrong_with_parameters_is_told_before_anything_runs(place, here, capsys):
     path, out = small(place, "n"), place.root / "out"
     with pytest.raises(ParameterError, match="Did you mean 'seed'"):
-        run.execute(path, out, {"sed": 1})
+        here(path, out, {"sed": 1})
     with pytest.raises(ParameterError, match="seconds is 101"):
-        run.execute(path, out, {"seconds": 101})
+        here(path, out, {"seconds": 101})
     for text in ("[1]", "nothing.json", "{"):
-        assert run.main([str(path), str(out), text]) == 1
+        assert execute.main([str(path), str(out), text]) == 1
         assert "JSON" in capsys.readouterr().out
     assert not out.exists()
 
 
-def test_upstream_runs_are_checked_before_anything_runs(published):
+def test_upstream_runs_are_checked_before_anything_runs(published, here):
     root = published.parents[1]
     from conftest import PARAMETERS, write_notebook
 
     path = write_notebook(root, "n", "raise SystemExit", parameters=PARAMETERS + UPSTREAM)
-    folder = root / "results/runs/quick/01_baseline/seed=1"
+    upstream = root / "results/runs/quick/01_baseline/seed=1"
     with pytest.raises(ResultError, match="no finished run"):
-        run.execute(path, root / "out", {"upstream": ["results/runs/quick/nowhere"]})
-    file = folder / "artifacts/network.safetensors"
+        here(path, root / "out", {"upstream": ["results/runs/quick/nowhere"]})
+    file = upstream / "artifacts/network.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ResultError, match="differs from the one that was measured"):
-        run.execute(path, root / "out", {"upstream": [provenance.relative(folder)]})
+        here(path, root / "out", {"upstream": [provenance.relative(upstream)]})
     assert not (root / "out").exists()
 
 
-def test_a_run_uses_this_interpreter_and_leaves_a_result(place, tmp_path):
+def test_a_run_uses_this_interpreter_and_leaves_a_result(place, tmp_path, here, monkeypatch):
     """Another kernel called python3 does not matter, nor does the caller's folder."""
     impostor = tmp_path / "jupyter/kernels/python3"
     impostor.mkdir(parents=True)
     spec = {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}
     (impostor / "kernel.json").write_text(json.dumps(spec))
-    look = "import os, sys\nprint('epoch 1: loss 0.5')\n"
+    look = "import os, sys\nprint('epoch 1: loss 0.5')\nfrom nnc_utils.pruning import schedules\n"
     look += "found = [sys.executable, os.getcwd(), os.environ['TQDM_DISABLE']]"
     path = small(place, "n", look, "run.finish(extra={'found': found, 'seconds': seconds})")
     out = place.root / "results/runs/smoke/n/seed=3"
@@ -97,38 +107,45 @@ def test_a_run_uses_this_interpreter_and_leaves_a_result(place, tmp_path):
     ]
     assert "encryption" not in output + errors
     finished = read_run(out)
-    assert finished.extra == {"found": [sys.executable, str(path.parent), "1"], "seconds": 1.0}
+    assert finished.record.extra.model_extra == {
+        "found": [sys.executable, str(path.parent), "1"],
+        "seconds": 1.0,
+    }
     assert finished.record.parameters == {"seconds": 1.0, "profile": "smoke", "seed": 3}
     assert finished.record.run == "smoke/n/seed=3" and (out / "executed.ipynb").is_file()
+    assert list(finished.record.code) == ["pruning/__init__.py", "pruning/schedules.py"]
 
     # the same again is kept, and a copy does for a result that Snakemake deleted in an untimely moment
     (out / "result.json").unlink()
-    keep = {"seconds": 1, "seed": 3}
-    assert run.execute(path, out, keep, keep=finished.record.code_sha256) is False
+    values = {"seconds": 1, "seed": 3}
+    for keep in ("any", "current"):
+        assert here(path, out, values, keep=keep) is False
     assert read_run(out).record == finished.record
-    wanted = notebook.hashes(path) | {"parameters_sha256": finished.record.parameters_sha256, "upstream": {}}
-    assert run._kept(out, wanted)
-    for changed in ("code_sha256", "notebook_sha256", "parameters_sha256"):
-        assert not run._kept(out, wanted | {changed: "0" * 64})
-    assert not run._kept(out, wanted | {"upstream": {"a": "0" * 64}})
+    monkeypatch.setattr(execute, "_papermill", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(provenance, "changed", lambda code: ["pruning/schedules.py"])
+    assert here(path, out, values, keep="any") is False
+    changed = small(place, "n", look + "\n1 + 1", "run.finish()")
+    for given, keep in ((values, "current"), (values, ""), (values | {"seed": 4}, "any"), (values, "any")):
+        with pytest.raises(pytest.fail.Exception, match="ran"):
+            here(path if keep != "any" else changed, out, given, keep=keep)
+        (out / "result.json").write_text(finished.record.model_dump_json())
 
 
 @pytest.mark.parametrize(
     ("cell", "options", "message"),
     [
-        ("run.finish()\nprint('before')\n1 / 0", [], "ZeroDivisionError"),
-        ("import time\nfor _ in range(600): time.sleep(0.1)", ["--timeout", "1"], "timed out"),
-        ("import os\nos._exit(9)", [], "died"),
-        ("x = 1", [], "run.finish"),
+        ("run.finish()\nprint('before')\n1 / 0", {}, "ZeroDivisionError"),
+        ("import time\nfor _ in range(600): time.sleep(0.1)", {"timeout": 1}, "timed out"),
+        ("import os\nos._exit(9)", {}, "died"),
+        ("x = 1", {}, "run.finish"),
     ],
 )
-def test_a_failure_keeps_the_notebook_and_leaves_no_result(place, cell, options, message):
+def test_a_failure_keeps_the_notebook_and_leaves_no_result(place, here, cell, options, message):
     out = place.root / "out"
-    process = runner(small(place, "n", cell), out, "{}", *options)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and message in output, output
+    with pytest.raises(RuntimeError, match=message):
+        here(small(place, "n", cell), out, {}, **options)
     assert (out / "executed.ipynb").is_file() and message in (out / "error.txt").read_text()
-    assert not (out / "result.json").exists() and not (out / notebook.COPY).exists()
+    assert not (out / "result.json").exists() and not (out / marks.COPY).exists()
 
 
 WORK = """import os, subprocess, sys, time
@@ -150,32 +167,28 @@ def test_a_signal_ends_the_runner_with_all_below_it(place, number):
     wait_for(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()), 10)
 
 
-def test_a_second_runner_is_refused_and_a_killed_one_is_no_hindrance(place):
+def test_a_second_runner_is_refused_and_a_killed_one_is_no_hindrance(place, here):
     path, out = small(place, "n", WORK), place.root / "out"
     first = runner(path, out)
     wait_for((out / "pids").is_file)
-    second = runner(path, out)
-    output, _ = second.communicate(timeout=60)
-    assert second.returncode == 1
-    assert f"in use by process {first.pid} on" in output
-    kernel = int((out / "pids").read_text().split()[0])
+    with pytest.raises(processes.LockedError, match=f"in use by process {first.pid} on"):
+        here(path, out, {})
+    kernel, child = map(int, (out / "pids").read_text().split())
     first.kill()
     first.wait()
     wait_for(lambda: not alive(kernel), 10)
-    for child in (out / "pids").read_text().split()[1:]:
-        if alive(int(child)):
-            os.kill(int(child), signal.SIGTERM)  # what a notebook starts itself must follow the kernel itself
-    path = small(place, "n", "run.finish()")
-    assert run.execute(path, out, {}) is True
+    if alive(child):
+        os.kill(child, signal.SIGTERM)  # what a notebook starts itself must follow the kernel itself
+    assert here(small(place, "n", "run.finish()"), out, {}) is True
 
 
-def test_a_writer_waits_for_a_dying_one(tmp_path, monkeypatch):
+def test_a_writer_waits_for_a_dying_one(tmp_path):
     path = tmp_path / "folder/.writer.lock"
     hold = f"from nnc_utils import processes\nimport time\nprocesses.lock({str(path)!r}, wait=1, what='it')\n"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold + "print('held', flush=True)\ntime.sleep(2)"],
         stdout=subprocess.PIPE,
-        env=notebook.environment(),
+        env=folder.environment(),
     )
     holder.stdout.readline()
     with pytest.raises(processes.LockedError, match=f"process {holder.pid} on"):
@@ -186,77 +199,75 @@ def test_a_writer_waits_for_a_dying_one(tmp_path, monkeypatch):
     processes.unlock(path)
 
 
-def test_a_notebook_alone_makes_what_it_needs_once(place, monkeypatch, capsys):
+def test_a_notebook_alone_makes_what_it_needs_once(place, here, monkeypatch, capsys):
     small(place, "first", "import time\nrun.finish(extra={'n': time.time()})")
-    second = small(place, "second", "run.finish()", needs=("first",), parameters=UPSTREAM)
-    values = {"seconds": 0.0, "profile": "smoke", "seed": 1, "run_dir": "", "upstream": []}
+    small(place, "second", "run.finish()", needs=("first",), parameters=UPSTREAM)
+    values = VALUES | {"upstream": []}
 
-    current = notebook.start("second", dict(values), needs=("first",))
+    def second(**others):
+        return folder.start("second", values | others, needs=("first",))
+
+    current = second()
     assert "first is needed first" in capsys.readouterr().out
     assert current.folder == place.root / "results/smoke/second"
-    assert current.upstream[0].folder == place.root / "results/smoke/first"
-    made = (current.upstream[0].folder / "result.json").stat().st_mtime
+    [upstream] = current.upstream
+    assert upstream.folder == place.root / "results/smoke/first"
+    written = (upstream.folder / "result.json").stat().st_mtime
     current.finish()
-    again = notebook.start("second", dict(values), needs=("first",))
+    again = second()
     assert capsys.readouterr().out == ""
-    assert (again.upstream[0].folder / "result.json").stat().st_mtime == made
+    assert (again.upstream[0].folder / "result.json").stat().st_mtime == written
     # other parameters have a folder of their own, so that the small run stays for others
-    other = notebook.start("second", values | {"seed": 5}, needs=("first",))
+    other = second(seed=5)
     assert other.folder.name.startswith("second-") and other.folder != again.folder
     with pytest.raises(ParameterError, match="seed is -1"):
-        notebook.start("second", values | {"seed": -1})
-    for one in (again, other):
-        processes.unlock(one.folder / ".writer.lock")
-    # the run it was built on was made again: so is it
+        second(seed=-1)
+    end(other)
     again.finish()
-    assert notebook._smoke_run("second").folder == again.folder
-    assert capsys.readouterr().out == ""
-    shutil.rmtree(place.root / "results/smoke/first")
-    run.execute(place.root / "notebooks/first.ipynb", place.root / "results/smoke/first", {})
-    small(place, "third", parameters=UPSTREAM)
-    current = notebook.start("third", dict(values), needs=("first", "second"))
-    assert "second is needed first" in capsys.readouterr().out
-    assert current.upstream[1].record.upstream == notebook.upstream_hashes(current.upstream[:1])
-    processes.unlock(current.folder / ".writer.lock")
-    # changed code: it is made again
-    monkeypatch.setattr(
-        notebook, "hashes", lambda path: {"notebook_sha256": "0" * 64, "code_sha256": "0" * 64}
-    )
-    monkeypatch.setattr(notebook.subprocess, "Popen", lambda *a, **k: pytest.fail("made again"))
+    assert folder._smoke_run("second").folder == again.folder and capsys.readouterr().out == ""
+    # made again: where the code it used has changed, and where what it was built on was made again
+    monkeypatch.setattr(folder.subprocess, "Popen", lambda *_, **__: pytest.fail("made again"))
+    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="made again"):
+        patch.setattr(provenance, "changed", lambda code: ["training.py"])
+        folder._smoke_run("first")
+    result = upstream.folder / "result.json"
+    result.write_text(result.read_text() + "\n")
+    assert folder._smoke_run("first").folder == upstream.folder
     with pytest.raises(pytest.fail.Exception, match="made again"):
-        notebook.start("second", dict(values), needs=("first",))
-    assert second.is_file()
+        folder._smoke_run("second")
 
 
 def test_rows_that_break_the_protocol_do_not_become_a_result(place):
     small(place, "n")
-    values = {"seconds": 0.0, "profile": "smoke", "seed": 1, "run_dir": "results/x"}
-    current = notebook.start("n", values)
+    current = folder.start("n", VALUES | {"run_dir": "results/x"})
     with pytest.raises(ResultError, match="technique"):
         current.finish(latency=[{"technique": "magic"}])
     assert not (current.folder / "result.json").exists()
-    processes.unlock(current.folder / ".writer.lock")
+    end(current)
 
 
-def test_only_an_interrupted_run_of_the_same_is_gone_on_with(place):
-    """A checkpoint or predictions of other parameters, or of a finished run, must not be taken up."""
-    path = place.notebook("first", START.format(name="first", needs=()))
-    folder = place.root / "out"
+def test_only_an_interrupted_run_of_the_same_is_gone_on_with(place, monkeypatch):
+    """A checkpoint or predictions of other parameters or code, or of a finished run, must not be taken up."""
+    small(place, "n")
     leave = ("checkpoint.pt", "artifacts/a.safetensors", "predictions/b.npy")
 
-    def started(seconds: float, finish: bool = False) -> set[str]:
-        code = f"seconds = {seconds}\nrun_dir = {str(folder)!r}\nfrom nnc_utils import notebook\n"
-        code += "run = notebook.start('first', globals())\n"
-        code += "found = [n for n in LEAVE if (run.folder / n).exists()]\n"
-        code += "[run.path(n).write_text('x') for n in LEAVE if n not in found]\n"
-        code += "finish and (run.path(LEAVE[1]).unlink(), run.finish())\nprint(json.dumps(found))"
-        code = f"import json\nLEAVE = {leave!r}\nfinish = {finish}\n{code}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return set(json.loads(done.stdout.splitlines()[-1]))
+    def left(seconds, finish=False):
+        """What the run finds; it leaves all of it."""
+        current = folder.start("n", VALUES | {"seconds": seconds, "run_dir": str(place.root / "out")})
+        found = [name for name in leave if (current.folder / name).exists()]
+        for name in leave:
+            current.path(name).write_text("x")
+        if finish:
+            current.path(leave[1]).unlink()
+            current.finish()
+        end(current)
+        return found
 
-    assert path.is_file()
-    assert started(1.0) == set()
-    assert started(1.0) == set(leave)  # interrupted, and the same again
-    assert started(2.0) == set()  # another parameter
-    assert started(2.0, finish=True) == set(leave)
-    assert started(2.0) == set()  # the same, but it was finished
+    assert left(1.0) == []
+    assert left(1.0) == list(leave)  # interrupted, and the same again
+    assert left(2.0) == []  # another parameter
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "changed", lambda code: sorted(code)[:1])  # these tests have loaded some
+        assert left(2.0) == []
+    assert left(2.0, finish=True) == list(leave)
+    assert left(2.0) == []  # the same, but it was finished

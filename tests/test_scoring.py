@@ -1,11 +1,8 @@
 import dataclasses
 import hashlib
-import subprocess
-import sys
 import types
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from small_networks import PLAIN, saved
@@ -33,8 +30,8 @@ def test_score_is_the_reloaded_artifacts_accuracy(trained_digits, tmp_path, capf
     assert capfd.readouterr().out.count("scored ") == 2
     changed = np.load(scores[0]["predictions"]) * 0
     np.save(scores[0]["predictions"], changed)  # found there, it is taken as it is
-    again = list(scoring._score([str(paths[0])], "digits", tmp_path, "test"))
-    assert again[0]["correct"] == (digits.test.labels == 0).sum()
+    again = scoring.score_one(path=str(paths[0]), dataset="digits", folder=str(tmp_path))
+    assert again["correct"] == (digits.test.labels == 0).sum()
     assert scoring.score([], dataset="digits", folder=tmp_path) == []
 
 
@@ -79,7 +76,7 @@ def test_a_peers_runtime_predicts_itself(trained_digits, tmp_path):
 
 def test_validation_does_not_pass_for_test(trained_digits, tmp_path):
     path = trained_digits / "base.safetensors"
-    [validation] = scoring._score([str(path)], "digits", tmp_path, "validation")
+    validation = scoring.score_one(path=path, dataset="digits", folder=tmp_path, split="validation")
     assert validation["total"] == 200 and not (tmp_path / rows.evidence(validation["sha256"])).exists()
 
 
@@ -91,21 +88,4 @@ def test_errors_of_the_child_come_back(trained_digits, tmp_path):
     spec = dataclasses.replace(PLAIN, classes=3)
     saved(models.build(spec), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="1 channels and 3 classes: digits has 1 channels and 10 classes"):
-        next(scoring._score([str(tmp_path / "other.safetensors")], "digits", tmp_path, "test"))
-
-
-def test_the_scoring_child_dies_with_its_parent(trained_digits, tmp_path):
-    path, folder = trained_digits / "base.safetensors", tmp_path
-    code = f"""
-from nnc_utils import scoring
-scoring.score([{str(path)!r}] * 10000, dataset="digits", folder={str(folder)!r})
-"""
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    parent.stdout.readline()  # one artifact is scored: the child is at work
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert children
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+        scoring.score_one(path=tmp_path / "other.safetensors", dataset="digits", folder=tmp_path)

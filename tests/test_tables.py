@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from result_files import edit
 
-from nnc_utils import results, tables
+from bench import tables
 
 
 def test_the_summary_pairs_images_over_the_seeds(tmp_path):
@@ -21,28 +21,34 @@ def test_the_summary_pairs_images_over_the_seeds(tmp_path):
             hit = generator.random(500) < share
             right[name, seed] = hit.astype(float)
             np.save(tmp_path / f"{f'{name}{seed}' * 8}.npy", np.where(hit, labels, (labels + 1) % 10))
-        common = {"dataset": "digits", "technique": "quantization", "method": "m", "point": "", "control": ""}
+        common = {
+            "dataset": "digits",
+            "technique": "quantization",
+            "method": "m",
+            "settings": "",
+            "control": "",
+        }
         sha = {"artifact_sha256": f"b{seed}" * 32, "reference_sha256": f"a{seed}" * 32}
         sizes = {"size_ratio": 4.0 + seed, "artifact_bytes": 1000, "params": 10, "macs": 20}
         accuracy = 100 * right["b", seed].mean()
         record = {"seed": seed, "division": "closed", "headline": 1, "accuracy": accuracy, "train_images": 0}
         records.append(common | sha | sizes | record)
-    found = tables.summarize(pd.DataFrame(records), tmp_path).iloc[0]
+    summary = tables.summarize(pd.DataFrame(records), tmp_path).iloc[0]
     other = [*records[:2], records[2] | {"train_images": 8, "run": "of 8"}]
-    with pytest.raises(tables.ResultError, match=r"its seeds saw .* 8 \(of 8\) pictures"):
+    with pytest.raises(tables.ResultError, match=r"its seeds saw .* 8 \(of 8\) images"):
         tables.summarize(pd.DataFrame([{"run": "r"} | record for record in other]), tmp_path)
 
     differences = [sum(right["b", s][i] - right["a", s][i] for s in (1, 2, 3)) / 3 * 100 for i in range(500)]
     mean = sum(differences) / 500
     deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / 499)
     half = 1.96 * deviation / math.sqrt(500)
-    assert found["delta_mean"] == pytest.approx(mean, abs=1e-4)
-    assert found["delta_ci_low"] == pytest.approx(mean - half, abs=1e-4)
-    assert found["delta_ci_high"] == pytest.approx(mean + half, abs=1e-4)
-    assert found["no_loss"] == int(mean - half >= -0.3)
+    assert summary["delta_mean"] == pytest.approx(mean, abs=1e-4)
+    assert summary["delta_ci_low"] == pytest.approx(mean - half, abs=1e-4)
+    assert summary["delta_ci_high"] == pytest.approx(mean + half, abs=1e-4)
+    assert summary["no_loss"] == int(mean - half >= -0.3)
     accuracies = pd.Series([100 * right["b", s].mean() for s in (1, 2, 3)])
-    assert found["accuracy_sd"] == pytest.approx(accuracies.std(), abs=1e-4)
-    assert (found["seeds"], found["size_ratio"]) == (3, 6.0)
+    assert summary["accuracy_sd"] == pytest.approx(accuracies.std(), abs=1e-4)
+    assert (summary["seeds"], summary["size_ratio"]) == (3, 6.0)
 
 
 def test_read_run_trusts_nothing(published):
@@ -50,47 +56,59 @@ def test_read_run_trusts_nothing(published):
     run = tables.read_run(folder)
     assert run.artifact("network").is_file() and run.dataset == "digits"
     assert run.artifact(run.compression[0].artifact_sha256) == run.artifact("network")
-    with pytest.raises(results.ResultError, match="it has network"):
+    with pytest.raises(tables.ResultError, match="it has network"):
         run.artifact("nothing")
     good = (folder / "result.json").read_text()
 
     edit(folder, parameters={"seed": 7})
-    with pytest.raises(results.ResultError, match="hash"):
+    with pytest.raises(tables.ResultError, match="hash"):
         tables.read_run(folder)
     (folder / "result.json").write_text(good)
-    record = json.loads(good)
-    edit(folder, artifacts=[record["artifacts"][0] | {"path": "../seed=2/artifacts/network.safetensors"}])
-    with pytest.raises(results.ResultError, match="outside"):
-        tables.read_run(folder)
-    edit(
-        folder,
-        artifacts=record["artifacts"],
-        compression=[record["compression"][0] | {"run": "quick/x/seed=1"}],
-    )
-    with pytest.raises(results.ResultError, match="a row is of run"):
+    [entry] = json.loads(good)["artifacts"]
+    edit(folder, artifacts=[entry | {"path": "../seed=2/artifacts/network.safetensors"}])
+    with pytest.raises(tables.ResultError, match="outside"):
         tables.read_run(folder)
     (folder / "result.json").write_text(good[:-20])
-    with pytest.raises(results.ResultError, match="not valid"):
+    with pytest.raises(tables.ResultError, match="not valid"):
         tables.read_run(folder)
     (folder / "result.json").write_text(good)
     content = bytearray(run.artifact("network").read_bytes())
     content[-1] ^= 1
     run.artifact("network").write_bytes(content)
-    with pytest.raises(results.ResultError, match="differs"):
+    with pytest.raises(tables.ResultError, match="differs"):
         tables.read_run(folder)
-    run.artifact("network").unlink()  # left on the machine that made it: its rows count, who wants it is told
+    run.artifact(
+        "network"
+    ).unlink()  # left on the machine that trained it: its rows count, who wants it is told
     left = tables.read_run(folder)
     assert left.compression == run.compression
-    with pytest.raises(results.ResultError, match="is missing: bring it"):
+    with pytest.raises(tables.ResultError, match="is missing: bring it"):
         left.artifact("network")
     (folder / "result.json").unlink()
-    with pytest.raises(results.ResultError, match="no finished run"):
+    with pytest.raises(tables.ResultError, match="no finished run"):
         tables.read_run(folder)
 
 
 @pytest.mark.parametrize("low", [-0.3, -0.3001])
 def test_no_loss_is_the_lower_end_at_least_minus_0_3(monkeypatch, published, low):
-    found = {"accuracy_delta": 0.0, "delta_ci_low": low, "delta_ci_high": 0.2}
-    monkeypatch.setattr(tables, "differences", lambda **arrays: found)
+    monkeypatch.setattr(
+        tables,
+        "differences",
+        lambda **arrays: {"accuracy_delta": 0.0, "delta_ci_low": low, "delta_ci_high": 0.2},
+    )
     frame = pd.read_csv(published / "compression.csv", keep_default_na=False)
     assert set(tables.summarize(frame, published / "predictions")["no_loss"]) == {int(low == -0.3)}
+
+
+def test_the_smallest_claim_is_named_or_else_the_nearest():
+    """The smallest file has the largest ratio."""
+    summary = pd.DataFrame(
+        {
+            "size_ratio": [100.0, 160.0, 130.0, 200.0],
+            "headline": [1, 1, 1, 0],
+            "delta_ci_low": [0.0, -0.2, -0.1, -3],
+        }
+    )
+    assert tables.smallest_claim(summary)["size_ratio"] == 160.0
+    assert tables.smallest_claim(summary.assign(headline=0))["size_ratio"] == 100.0
+    assert tables.smallest_claim(summary.head(0)) is None

@@ -3,11 +3,8 @@
 import copy
 import dataclasses
 import math
-import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -110,42 +107,36 @@ def test_fit_is_nesterovs_sgd_on_one_cycle(few, monkeypatch):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_fit_learns_digits(digits):
-    model = network(width=1 / 4)
-    history = fit(model, digits, epochs=6, batch_size=64, validate=True, device="cpu")
-    found = evaluation.predict(model, digits.validation, normalize=digits.normalize)
-    assert evaluation.accuracy(found, digits.validation.labels) == history[-1].validation > 90
-
-
 def test_the_last_epoch_may_be_a_part(few):
-    steps = len(few.train.labels) // 64
-    history = fit(network(), few, epochs=1.5, batch_size=64, device="cpu")
-    assert [epoch.images for epoch in history] == [64 * steps, 64 * (round(1.5 * steps) - steps)]
-    assert history[1].images < history[0].images
-
-
-def test_frozen_parameters_stay_and_the_network_comes_back_as_it_went(few):
     model = network()
+    history = fit(model, few, epochs=1.5, batch_size=64, device="cpu", validate=True)
+    predictions = evaluation.predict(model, few.validation, normalize=few.normalize)
+    assert history[-1].validation == evaluation.accuracy(predictions, few.validation.labels)
+    assert [epoch.images for epoch in history] == [128, 64] and history.images == 192
+    frame = history.to_frame()
+    assert list(frame.columns) == ["epoch", "loss", "learning_rate", "validation", "images", "seconds"]
+    assert frame["epoch"].tolist() == [1, 2] and frame["seconds"].sum() == pytest.approx(history.seconds)
+    assert training.History().to_frame().empty and training.History().images == 0
+
+
+def test_frozen_parameters_stay_and_the_network_comes_back_as_it_went(few, monkeypatch):
+    model, seen, asked = network(), [], []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
     model.conv1.weight.requires_grad_(False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fit(model, few, epochs=1, device="cpu", batch_size=64)
+
+    def loss(model, images, labels):
+        order = images.is_contiguous(memory_format=torch.channels_last)
+        seen.append((model.training, order, images.dtype, tuple(images.shape), list(asked)))
+        return cross_entropy(model, images, labels)
+
+    fit(model, few, loss=loss, epochs=2, batch_size=64, device="cpu", validate=True, threads=3)
+    assert seen == [(True, True, torch.float32, (64, 1, 8, 8), [3])] * 4  # the rest of 22 is dropped
+    assert asked == [3, 1]
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == before.keys() - {"conv1.weight"}
     assert not any(module.training for module in model.modules())
     assert all(p.is_contiguous() and p.device == CPU for p in model.parameters())
-
-
-def test_a_loss_sees_channels_last_batches_and_a_network_in_train_mode(few):
-    seen = []
-
-    def loss(model, images, labels):
-        order = images.is_contiguous(memory_format=torch.channels_last)
-        seen.append((model.training, order, images.dtype, tuple(images.shape), tuple(labels.shape)))
-        return cross_entropy(model, images, labels)
-
-    history = fit(network(), few, loss=loss, epochs=2, batch_size=64, device="cpu", validate=True)
-    assert seen == [(True, True, torch.float32, (64, 1, 8, 8), (64,))] * 4  # the rest of 22 is dropped
-    assert history.images == 256 and [epoch.images for epoch in history] == [128, 128]
 
 
 class Mask(nn.Module):
@@ -266,51 +257,12 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_as_one_that_was_not(few, tm
     assert without_seconds(history) == without_seconds(uninterrupted[1])
 
 
-def killed():
-    """What the process of the next test runs."""
-    digits = data.load("digits")
-    few = dataclasses.replace(digits, train=data.Split(digits.train.images[:150], digits.train.labels[:150]))
-    torch.set_num_threads(1)
-    loss = dies_in(4, lambda: os.kill(os.getpid(), KILL))
-    fit(network(), few, **SETTINGS | {"loss": loss}, checkpoint=sys.argv[1])
-
-
-def test_a_run_that_was_killed_goes_on_in_another_process(few, tmp_path, uninterrupted):
-    checkpoint = tmp_path / "fit.pt"
-    root = Path(__file__).parent.parent
-    run = subprocess.run(
-        [sys.executable, "-c", "from tests import test_training; test_training.killed()", checkpoint],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode != 0 and "Error" not in run.stderr, run.stderr
-    assert re.findall(r"epoch (\d)/3", run.stdout) == ["1"]  # it died after the first checkpoint
+def test_a_finished_run_only_loads(few, finished, uninterrupted, capsys):
     model = network()
-    history = fit(model, few, **SETTINGS, checkpoint=checkpoint)
-    assert_equal_states(model.state_dict(), uninterrupted[0])
-    assert without_seconds(history) == without_seconds(uninterrupted[1])
-
-
-def test_a_finished_run_only_loads(few, tmp_path, uninterrupted, capsys):
-    first = fit(network(), few, **SETTINGS, checkpoint=tmp_path / "fit.pt")
-    capsys.readouterr()
-    model = network()
-    again = fit(model, few, **SETTINGS | {"loss": dies_in(1, interrupt)}, checkpoint=tmp_path / "fit.pt")
-    assert again == first and again.seconds == first.seconds > 0
+    again = fit(model, few, **SETTINGS | {"loss": dies_in(1, interrupt)}, checkpoint=finished)
+    assert without_seconds(again) == without_seconds(uninterrupted[1]) and again.seconds > 0
     assert_equal_states(model.state_dict(), uninterrupted[0])
     assert not model.training and capsys.readouterr().out == ""
-
-
-def test_seconds_of_a_resumed_run_add_up(few, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        fit(network(), few, **SETTINGS | {"loss": dies_in(3, interrupt)}, checkpoint=tmp_path / "fit.pt")
-    saved = torch.load(tmp_path / "fit.pt", weights_only=True)["history"]
-    history = fit(network(), few, **SETTINGS, checkpoint=tmp_path / "fit.pt")
-    assert [epoch.seconds for epoch in history][:1] == [record["seconds"] for record in saved]
-    assert history.seconds == sum(epoch.seconds for epoch in history) > saved[0]["seconds"]
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(few, tmp_path, monkeypatch):
@@ -332,9 +284,7 @@ def test_a_checkpoint_is_whole_or_the_one_before(few, tmp_path, monkeypatch):
     "changed, named",
     [
         ({"learning_rate": 0.2}, "learning_rate is 0.1 there and 0.2 here"),
-        ({"epochs": 4}, "epochs is 3 there and 4 here"),
         ({"seed": 6}, "seed is 5 there and 6 here"),
-        ({"augment": False}, "augment is True there and False here"),
         ({"loss": cross_entropy}, "loss is 'noisy' there and 'cross_entropy' here"),
         ({"model": 1}, "starting network"),
         ({"model": "range"}, "starting network"),
@@ -367,18 +317,13 @@ def finished(few, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 0.999, "text", "foreign", "pickle"])
-def test_a_file_that_is_no_checkpoint_is_refused(few, tmp_path, finished, share):
-    path = tmp_path / "fit.pt"
-    if share == "text":
-        path.write_text("not a checkpoint")
-    elif share == "foreign":
-        torch.save({"model": {}}, path)
-    elif share == "pickle":
-        torch.save({"call": Path("code"), "history": []}, path)
+@pytest.mark.parametrize("kind", ["empty", "half", "text", "foreign", "pickle"])
+def test_a_file_that_is_no_checkpoint_is_refused(few, tmp_path, finished, kind):
+    path, whole = tmp_path / "fit.pt", finished.read_bytes()
+    if kind in ("foreign", "pickle"):
+        torch.save({"model": {}} if kind == "foreign" else {"call": Path("code"), "history": []}, path)
     else:
-        whole = finished.read_bytes()
-        path.write_bytes(whole[: int(share * len(whole))])
+        path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"not a checkpoint"}[kind])
     with pytest.raises(TrainingError, match=r"fit\.pt is no checkpoint.*delete the file"):
         fit(network(), few, **SETTINGS, checkpoint=path)
 
@@ -392,30 +337,14 @@ def test_a_loss_that_is_not_finite_stops_training_at_its_step(few, value):
 
     def loss(model, images, labels):
         calls.append(None)
-        return cross_entropy(model, images, labels) + (value if len(calls) == 4 else 0)
+        return cross_entropy(model, images, labels) + (value if len(calls) == 3 else 0)
 
-    model = network()
-    with pytest.raises(TrainingError) as stopped:
-        fit(model, few, loss=loss, epochs=5, batch_size=64, learning_rate=0.05, device="cpu")
-    rate = f"{one_cycle(3, 10, 0.05):.4g}"
-    for part in ("epoch 2 of 5", "step 2 of 2", str(value), f"learning rate {rate}", "lower learning_rate"):
-        assert part in str(stopped.value)
-    assert all(p.isfinite().all() for p in model.parameters()) and not model.training
-
-
-def test_a_step_is_named_also_where_losses_are_looked_at_later():
-    losses = training._Losses("epoch 1 of 1", steps=7, every=5)
-    for step in range(1, 8):
-        given = (torch.tensor(float("nan") if step in (3, 4) else float(step)), step / 100)
-        if step == 5:
-            with pytest.raises(TrainingError, match=r"step 3 of 7.*learning rate 0\.03"):
-                losses.add(*given)
-            break
-        losses.add(*given)
-    whole = training._Losses("epoch 1 of 1", steps=7, every=5)
-    for step in range(1, 8):
-        whole.add(torch.tensor(float(step)), 0.1)
-    assert whole.values == [1, 2, 3, 4, 5, 6, 7] and whole.mean == 4
+    message = (
+        rf"epoch 2 of 5.*step 1 is not finite \(learning rate {one_cycle(2, 10, 0.05):.4g}.*lower learning"
+    )
+    with pytest.raises(TrainingError, match=message):
+        fit(network(), few, loss=loss, epochs=5, batch_size=64, learning_rate=0.05, device="cpu")
+    assert len(calls) == 3
 
 
 def test_weights_that_stop_being_finite_are_noticed_behind_a_finite_loss(few, tmp_path):
@@ -433,16 +362,9 @@ def test_weights_that_stop_being_finite_are_noticed_behind_a_finite_loss(few, tm
         ({"epochs": 0}, "epochs is 0.*one step"),
         ({"epochs": float("nan")}, "epochs is nan.*one step"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 151}, "batch_size is 151, digits has 150 training images"),
-        ({"seed": -1}, "seed is -1.*at least 0"),
-        ({"threads": 0}, "threads is 0"),
+        ({"batch_size": 151}, "batch_size is 151.*digits's 150 training images"),
         ({"learning_rate": 0}, "learning_rate is 0: a number above 0"),
-        ({"learning_rate": -0.1}, "learning_rate is -0.1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"learning_rate": float("inf")}, "learning_rate is inf"),
-        ({"learning_rate": "0.1"}, "learning_rate is '0.1'"),
-        ({"weight_decay": -1}, "weight_decay is -1"),
-        ({"momentum": 1}, "momentum is 1: a number between 0 and 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(few, wrong, named):
@@ -462,17 +384,10 @@ def test_a_network_for_other_data_is_refused(few):
 def test_one_line_an_epoch_where_no_bar_is_shown(few, capsys):
     fit(network(), few, epochs=2, batch_size=64, device="cpu", validate=True)
     fit(network(), few, epochs=1, batch_size=64, device="cpu")
-    lines = capsys.readouterr().out.splitlines()
-    number = r"\d+\.\d"
-    assert [bool(re.fullmatch(pattern, line)) for pattern, line in zip(
-        (
-            rf"epoch 1/2  loss {number}+  validation {number}\d %  {number} s",
-            rf"epoch 2/2  loss {number}+  validation {number}\d %  {number} s",
-            rf"epoch 1/1  loss {number}+  {number} s",
-        ),
-        lines,
-        strict=True,
-    )] == [True] * 3  # fmt: skip
+    number, validation = r"\d+\.\d+", r"validation \d+\.\d\d %  "
+    wanted = [(1, 2, validation), (2, 2, validation), (1, 1, "")]
+    for line, (epoch, of, middle) in zip(capsys.readouterr().out.splitlines(), wanted, strict=True):
+        assert re.fullmatch(rf"epoch {epoch}/{of}  loss {number}  {middle}{number} s", line)
 
 
 def test_a_bar_on_a_terminal_in_place_of_lines(few, capsys, monkeypatch):
@@ -483,32 +398,12 @@ def test_a_bar_on_a_terminal_in_place_of_lines(few, capsys, monkeypatch):
     assert shown.out == "" and "epoch 2/2  loss" in shown.err and "256/256" in shown.err
 
 
-def test_a_history_to_plot(few):
-    history = fit(network(), few, epochs=2, batch_size=64, device="cpu", validate=True)
-    frame = history.to_frame()
-    assert list(frame.columns) == ["epoch", "loss", "learning_rate", "validation", "images", "seconds"]
-    assert frame["epoch"].tolist() == [1, 2] and frame["images"].sum() == history.images
-    assert frame["seconds"].sum() == pytest.approx(history.seconds)
-    assert training.History().to_frame().empty and training.History().images == 0
-
-
-def test_threads_are_those_asked_for_and_put_back(few):
-    seen = []
-
-    def loss(model, images, labels):
-        seen.append(torch.get_num_threads())
-        return cross_entropy(model, images, labels)
-
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    fit(model, few, loss=loss, epochs=1, batch_size=150, device="cpu", threads=2)
-    assert seen == [2] and torch.get_num_threads() == 1
-
-
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the kernel's own list of CPU flags is needed")
-def test_bf16_only_where_the_processor_has_it():
-    flags = set(re.search(r"(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text())[1].split())
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    assert training.fast_bf16(CPU) == (x86 and bool(flags & {"avx512_bf16", "amx_bf16"}))
+@pytest.mark.parametrize(
+    "flags, fast", [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)]
+)
+def test_bf16_only_where_the_processor_has_it(monkeypatch, flags, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert training.fast_bf16(CPU) is fast
 
 
 @pytest.mark.parametrize("fast, expected", [(True, torch.bfloat16), (False, torch.float32)])
@@ -523,10 +418,3 @@ def test_autocast_follows_the_hardware(few, monkeypatch, fast, expected):
     model = network()
     fit(model, few, loss=loss, epochs=1, batch_size=150, device="cpu")
     assert seen == [expected] and {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_trains_and_gives_the_network_back(digits):
-    model = network(width=1 / 4)
-    history = fit(model, digits, epochs=6, batch_size=64, validate=True, device="cuda")
-    assert history[-1].validation > 90 and next(model.parameters()).device == CPU

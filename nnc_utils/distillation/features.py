@@ -1,4 +1,4 @@
-"""Features: the student's stages shall compute what the teacher's do, or relate pictures as they do."""
+"""Features: the student's stages shall compute what the teacher's do, or relate images as they do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnc_utils import sample
 from nnc_utils.models import ResNet, Spec
 
 
@@ -22,51 +23,15 @@ def check_stages(spec: Spec, stages: Iterable[str]) -> tuple[str, ...]:
 def outputs(
     network: nn.Module, images: Tensor, stages: Iterable[str] = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and what some stages put out.
-
-    Parameters
-    ----------
-    network : a network of `models.build`, or one around it that has a `spec`.
-    images : normalized, (images, channels, size, size).
-    stages : names such as "layer1".
-
-    Returns
-    -------
-    Logits (images, classes), and for each stage its output (images, channels, height, width).
-    """
-    kept: dict[str, Tensor] = {}
-
-    def keep(stage: str):
-        def hook(module: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
-            kept[stage] = output
-
-        return hook
-
-    core = getattr(network, "student", network)
-    hooks = [core.get_submodule(stage).register_forward_hook(keep(stage)) for stage in stages]
-    try:
-        return network(images), kept
-    finally:
-        for hook in hooks:
-            hook.remove()
+    """Logits (images, classes), and outputs (images, channels, height, width) of stages such as "layer1"."""
+    return sample.with_outputs(getattr(network, "student", network), stages, images)
 
 
 class WithRegressors(nn.Module):
     """A student with a 1x1 convolution behind each stage that maps its channels to the teacher's.
 
-    Needed for hints only (Romero et al., 2015, "FitNets"): the convolutions are trained with the student and
-    left behind, `student` is the network.
-
-    Parameters
-    ----------
-    student : a network of `models.build`.
-    teacher : the teacher's Spec.
-    stages : names of the stages that are compared.
-
-    Raises
-    ------
-    ValueError
-        For a stage that one of them does not have.
+    Needed for hints only (Romero et al., 2015, "FitNets"): the convolutions train with the student and are
+    omitted from the result, `student`.
     """
 
     def __init__(self, student: ResNet, teacher: Spec, stages: Iterable[str]) -> None:
@@ -74,9 +39,8 @@ class WithRegressors(nn.Module):
         self.student, self.spec = student, student.spec
         self.regressors = nn.ModuleDict()
         for stage in check_stages(teacher, check_stages(student.spec, stages)):
-            ours, theirs = (
-                spec.stages[int(stage[5:]) - 1][-1].widths[-1] for spec in (student.spec, teacher)
-            )
+            number = int(stage.removeprefix("layer")) - 1
+            ours, theirs = (spec.stages[number][-1].widths[-1] for spec in (student.spec, teacher))
             self.regressors[stage] = nn.Conv2d(ours, theirs, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -87,18 +51,8 @@ class WithRegressors(nn.Module):
 def hint(*, student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of two stages' outputs (Romero et al., 2015, equation 3).
 
-    Divided by the teacher's mean square, so that one weight serves stages of any scale.
-
-    Parameters
-    ----------
-    student : what the regressor made of the student's stage, (images, channels, height, width).
-    teacher : the same number of images and channels; where one has more pixels it is averaged down.
-
-    Raises
-    ------
-    ValueError
-        Where no regressor joins the two: other images or channels, or heights of which neither is a whole
-        multiple of the other.
+    Divided by the teacher's mean square, so that one weight serves stages of any scale. Both are (images,
+    channels, height, width) with the same channels; the larger is averaged down to the smaller.
     """
     student, teacher = same_size(full(student), full(teacher))
     if student.shape[1] != teacher.shape[1]:
@@ -110,21 +64,14 @@ def hint(*, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarity(*, student: Tensor, teacher: Tensor) -> Tensor:
-    """Whether pictures that are alike to the teacher are to the student (Tung and Mori, 2019, equation 4).
+    """Whether images that are alike to the teacher are to the student (Tung and Mori, 2019, equation 4).
 
-    The squared difference of the two matrices of the batch's inner products, each row at unit length, divided
-    by the number of pairs. Stages of any width and size can be compared.
-
-    Parameters
-    ----------
-    student, teacher : (images, ...) of the same images.
+    The mean squared difference of the two matrices of inner products, each row at unit length; student
+    and teacher are (images, ...), of any width and size.
     """
-    _check_images(student, teacher)
-    relations = []
-    for features in (student, teacher):
-        rows = full(features).flatten(1)
-        relations.append(functional.normalize(rows @ rows.T, dim=1))
-    return (relations[0] - relations[1]).square().mean()
+    rows = [full(features).flatten(1) for features in (student, teacher)]
+    ours, theirs = (functional.normalize(row @ row.T, dim=1) for row in rows)
+    return (ours - theirs).square().mean()
 
 
 def full(features: Tensor) -> Tensor:
@@ -134,12 +81,7 @@ def full(features: Tensor) -> Tensor:
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both stages' outputs, the larger averaged down to the smaller's height and width."""
-    _check_images(student, teacher)
     sizes = [tuple(features.shape[2:]) for features in (student, teacher)]
-    if any(len(size) != 2 for size in sizes):
-        raise ValueError(
-            f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: pictures are needed"
-        )
     small, large = sorted(sizes)
     if any(b % a for a, b in zip(small, large, strict=True)):
         raise ValueError(
@@ -147,10 +89,3 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             "one has to be a whole multiple of the other, compare stages of like size"
         )
     return tuple(functional.adaptive_avg_pool2d(features, small) for features in (student, teacher))
-
-
-def _check_images(student: Tensor, teacher: Tensor) -> None:
-    if len(student) != len(teacher):
-        raise ValueError(
-            f"the student saw {len(student)} images, the teacher {len(teacher)}: the same are needed"
-        )

@@ -20,11 +20,6 @@ def kd(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
     student_logits, teacher_logits : (images, classes).
     temperature : T above 0; 1 leaves the probabilities as they are.
 
-    Raises
-    ------
-    ValueError
-        For logits of two shapes, or a temperature that is not above 0.
-
     Examples
     --------
     >>> logits = torch.tensor([[2.0, 0.0]])
@@ -34,8 +29,7 @@ def kd(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
     _check(student_logits, teacher_logits, temperature)
     student = functional.log_softmax(student_logits / temperature, 1)
     teacher = functional.log_softmax(teacher_logits / temperature, 1)
-    divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return temperature**2 * divergence
+    return temperature**2 * _divergence(student, teacher)
 
 
 def dkd(
@@ -44,8 +38,8 @@ def dkd(
     teacher_logits: Tensor,
     labels: Tensor,
     temperature: float,
-    target: float = 1.0,
-    others: float = 8.0,
+    target=1.0,
+    others=8.0,
 ) -> Tensor:
     """Decoupled distillation (Zhao et al., 2022, equation 7): the right class and the others apart.
 
@@ -56,15 +50,9 @@ def dkd(
     ----------
     student_logits, teacher_logits : (images, classes), 3 classes or more for the second part to say anything.
     labels : the true classes, int64 (images,).
-    temperature : above 0.
-    target, others : weights of the two parts; `kd` has 1, and 1 minus the teacher's probability of the
-        right class.
+    target, others : weights of the two parts; `kd` has 1, and 1 minus the teacher's probability of the label.
     """
     _check(student_logits, teacher_logits, temperature)
-    if labels.shape != student_logits.shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}: one for each of {len(student_logits)} images is needed"
-        )
     # By number, not by mask: how many a mask takes is known once an accelerator has come that far.
     right = functional.one_hot(labels, student_logits.shape[1]).bool()
     places = torch.arange(student_logits.shape[1] - 1, device=labels.device)
@@ -76,12 +64,12 @@ def dkd(
         of_others = log.masked_fill(right, -torch.inf).logsumexp(1)
         whole.append(torch.stack([of_right, of_others], 1))
         among.append(functional.log_softmax((logits / temperature).gather(1, places), 1))
-    parts = (
-        functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        for student, teacher in (whole, among)
-    )
-    of_target, of_others = parts
-    return temperature**2 * (target * of_target + others * of_others)
+    return temperature**2 * (target * _divergence(*whole) + others * _divergence(*among))
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of log-probabilities, mean over the images."""
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
@@ -90,10 +78,5 @@ def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -
             f"student_logits have shape {tuple(student_logits.shape)}, teacher_logits "
             f"{tuple(teacher_logits.shape)}: (images, classes) of the same images and classes is needed"
         )
-    check_temperature(temperature)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise a ValueError unless it is a finite number above 0."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}: a number above 0 is needed, such as 4")

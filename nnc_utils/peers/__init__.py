@@ -1,7 +1,13 @@
 """Production counterparts: what others make of the same checkpoint and the same calibration images.
 
-A module each behind one small interface, imported by name when it is needed. The integer runtimes
-(`RUNTIMES`) run what they wrote; the codecs (`CODECS`) decode to a network, which runs in eager.
+A module each, imported by name when it is needed, which offers
+
+- `make(source, images, folder, **settings)`: compress an artifact into a file of the folder; the images
+  (n, C, H, W) are normalized, of train,
+- `load(path, source, threads)`: the network of that file as a `Loaded`,
+- `missing(name)` where importing it does not tell whether it can be used.
+
+The integer runtimes (`RUNTIMES`) run what they wrote; the codecs (`CODECS`) decode to a network for eager.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +31,7 @@ RUNTIMES = ("ort_static", "nncf_ptq", "torchao_pt2e")
 GENERAL = ("gzip", "xz", "zstd")  # compressors of anything: here, of the codes of an artifact of ours
 CODECS = ("nncodec", *GENERAL)
 NAMES = RUNTIMES + CODECS
-PRUNERS = ("torch_pruning",)  # give a network back, not a file: `peer(name).prune`
+PRUNERS = ("torch_pruning",)  # return a network, not a file: `peer(name).prune`
 SEARCHERS = ("optuna_nsga2",)  # choose an architecture: `peer(name).search`
 
 
@@ -37,26 +43,8 @@ class Loaded:
     zeros: int
 
 
-class Peer(Protocol):
-    """What each module of this package offers, and `missing(name)` where importing it does not tell all."""
-
-    def make(self, source: Path, images: np.ndarray, folder: Path, **settings: Any) -> Path:
-        """Compress an artifact into a file of the folder; images (n, C, H, W) are normalized, of train."""
-
-    def load(self, path: Path, source: Path, threads: int) -> Loaded:
-        """The network of what `make` wrote of `source`."""
-
-
 def peer(name: str) -> ModuleType:
-    """The module of a peer.
-
-    Raises
-    ------
-    ValueError
-        For a name that is none of `NAMES`.
-    ImportError
-        When its library is missing or broken.
-    """
+    """The module of a peer; ValueError for an unknown name, ImportError without its library."""
     if name not in NAMES + PRUNERS + SEARCHERS:
         raise ValueError(f"unknown peer {name!r}: one of {', '.join(NAMES + PRUNERS + SEARCHERS)}")
     return importlib.import_module(f"nnc_utils.peers.{'plain' if name in GENERAL else name}")
@@ -70,20 +58,14 @@ def available(name: str) -> str:
 
 
 def make(name: str, source: str | Path, images: np.ndarray, folder: str | Path, **settings: Any) -> Path:
-    """Let a peer compress an artifact.
+    """Let a peer compress an artifact; the file that it wrote (OpenVINO's weights lie beside it: `files`).
 
     Parameters
     ----------
     name : one of `NAMES`.
     source : the artifact: fp32, or for gzip, xz and zstd the one whose codes are to be compressed.
-    images : normalized calibration images of train, float32 (n, C, H, W); codecs ignore them,
-        but for NNCodec's `reestimate`.
-    folder : for the file.
+    images : float32 (n, C, H, W); codecs ignore them, but for NNCodec's `reestimate`.
     settings : the peer's own, see its `make`.
-
-    Returns
-    -------
-    The file; OpenVINO's weights lie beside it (`files`).
     """
     if name in GENERAL:
         settings["compressor"] = name
@@ -91,7 +73,7 @@ def make(name: str, source: str | Path, images: np.ndarray, folder: str | Path, 
 
 
 def load(name: str, path: str | Path, source: str | Path, *, threads: int = 1) -> Loaded:
-    """The network in a file that `make` wrote of the artifact `source`."""
+    """The network in a file that `make` wrote from the artifact `source`."""
     return peer(name).load(Path(path), Path(source), threads)
 
 
@@ -121,10 +103,9 @@ def in_eager(network: ResNet, threads: int) -> Loaded:
 
 
 def vnni() -> bool:
-    """Whether this processor adds four products of 8 bits without saturating in 16."""
+    """Whether this processor adds four products of 8 bits without saturating in 16 (only x86 may not)."""
     import torch
 
-    found = torch.cpu.get_capabilities()
-    return found["architecture"] != "x86_64" or any(
-        found.get(flag) for flag in ("avx512_vnni", "avx_vnni", "amx_int8")
-    )
+    cpu = torch.cpu.get_capabilities()
+    instructions = ("avx512_vnni", "avx_vnni", "amx_int8")
+    return cpu["architecture"] != "x86_64" or any(cpu.get(name) for name in instructions)

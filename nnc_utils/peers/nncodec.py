@@ -1,6 +1,6 @@
 """NNCodec, the implementation of ISO/IEC 15938-17 by its authors, in a virtual environment of its own.
 
-It wants an older NumPy than this package: `workflow/setup_env.py --nncodec` makes its environment,
+It wants an older NumPy than this package: `workflow/setup_env.py --nncodec` sets its environment up,
 whose interpreter runs `nncodec_child.py` for each call.
 """
 
@@ -44,29 +44,22 @@ def missing(name: str) -> str:
     try:
         failed = json.loads((venv() / "setup.json").read_text())["failed"]
     except (OSError, ValueError, KeyError):
-        failed = "" if not _python().exists() else "its set-up was interrupted"
-        return f"not installed{failed and f' ({failed})'}: run workflow/setup_env.py --nncodec"
+        failed = " (its set-up was interrupted)" if _python().exists() else ""
+        return f"not installed{failed}: run workflow/setup_env.py --nncodec"
     return f"not installed ({failed}): run workflow/setup_env.py --nncodec --again" if failed else ""
 
 
 def encode(
     state: Mapping[str, np.ndarray], target: Path, *, qp: int, settings: Mapping | None = None
 ) -> Path:
-    """Write arrays as a bit stream.
+    """Write arrays as a bit stream; RuntimeError holds NNCodec's own words.
 
     Parameters
     ----------
     state : name -> float32 of one dimension or more; those of two or more are quantized with `qp`.
-    target : the file.
     qp : quantization parameter; 4 more double the step. With `opt_qp` layers get coarser ones.
     settings : of NNCodec's `compress`, such as `DEFAULTS` or `RDO`; None for `BEST`.
-
-    Raises
-    ------
-    RuntimeError
-        With NNCodec's own words.
     """
-    settings = {"qp": int(qp), **(BEST if settings is None else settings)}
     for name, array in state.items():
         if array.dtype != np.float32 or not array.ndim:
             raise ValueError(
@@ -75,7 +68,7 @@ def encode(
     with tempfile.TemporaryDirectory() as scratch:
         arrays, wanted = Path(scratch) / "state.npz", Path(scratch) / "settings.json"
         np.savez(arrays, **state)
-        wanted.write_text(json.dumps(settings))
+        wanted.write_text(json.dumps({"qp": int(qp), **(BEST if settings is None else settings)}))
         _run("encode", arrays, wanted, target)
     return target
 
@@ -113,11 +106,8 @@ def make(
 ) -> Path:
     """Encode an artifact's float weights and batch-norm.
 
-    Parameters
-    ----------
-    qp, settings : see `encode`.
-    reestimate : whether batch-norm is re-estimated, with the images, for the weights that are decoded, as
-        for our own quantizers (`batch_norm.reestimate`); otherwise the images do not matter.
+    With `reestimate` batch-norm is re-estimated on the images for the decoded weights, as for our own
+    quantizers (`batch_norm.reestimate`); otherwise the images do not matter. `qp`, `settings`: see `encode`.
     """
     artifact = artifacts.read(source)
     state = {f"{name}.weight": encoding.decode(weight) for name, weight in artifact.weights.items()}
@@ -133,8 +123,8 @@ def make(
         return path
     original, changed = models.build(artifact.spec).eval(), models.build(artifact.spec).eval()
     original.load_state_dict(original.state_dict() | state | artifact.tensors)
-    found = {name: torch.from_numpy(array) for name, array in decode(path).items() if name in state}
-    changed.load_state_dict(original.state_dict() | found)
+    decoded = {name: torch.from_numpy(array) for name, array in decode(path).items() if name in state}
+    changed.load_state_dict(original.state_dict() | decoded)
     moved = batch_norm.reestimate(changed, torch.from_numpy(images), original=original).state_dict()
     # Weights decode to the same whatever batch-norm is beside them.
     return write({name: moved[name] for name in artifact.tensors})
@@ -148,33 +138,25 @@ def load(path: Path, source: Path, threads: int) -> peers.Loaded:
 def network(path: Path, spec: Spec) -> models.ResNet:
     """The network in a file, in evaluation mode."""
     model = models.build(spec)
-    found = {name: torch.from_numpy(array) for name, array in decode(path).items()}
-    model.load_state_dict(model.state_dict() | found | _constants(spec))
+    state = model.state_dict() | {name: torch.from_numpy(array) for name, array in decode(path).items()}
+    for layer in models.layers(spec):  # what `fold` has taken out of batch-norm
+        if layer.batch_norm:
+            ones = torch.ones(layer.out_channels)
+            state[f"{layer.batch_norm}.running_mean"] = 0 * ones
+            state[f"{layer.batch_norm}.running_var"] = (1 - models.BATCH_NORM_EPSILON) * ones
+    model.load_state_dict(state)
     return model.eval()
 
 
 def fold(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Batch-norm as one factor and one summand a channel, as the standard's batch-norm folding has it.
 
-    Returns
-    -------
-    The tensors without running_mean and running_var, which are then constants (`_constants`).
+    The tensors come back without running_mean and running_var, which are constants then.
     """
     folded = dict(tensors)
     for layer in models.layers(spec):
-        if layer.batch_norm:
-            factor, bias = models.fold_batch_norm(folded, layer.batch_norm)
-            for part in ("running_mean", "running_var"):
-                del folded[f"{layer.batch_norm}.{part}"]
-            folded |= {f"{layer.batch_norm}.weight": factor.float(), f"{layer.batch_norm}.bias": bias.float()}
+        if norm := layer.batch_norm:
+            factor, bias = models.fold_batch_norm(folded, norm)
+            del folded[f"{norm}.running_mean"], folded[f"{norm}.running_var"]
+            folded |= {f"{norm}.weight": factor.float(), f"{norm}.bias": bias.float()}
     return folded
-
-
-def _constants(spec: Spec) -> dict[str, torch.Tensor]:
-    constants = {}
-    for layer in models.layers(spec):
-        if layer.batch_norm:
-            constants[f"{layer.batch_norm}.running_mean"] = torch.zeros(layer.out_channels)
-            variance = torch.full((layer.out_channels,), 1 - models.BATCH_NORM_EPSILON)
-            constants[f"{layer.batch_norm}.running_var"] = variance
-    return constants

@@ -1,7 +1,7 @@
 """Runs in NNCodec's own environment: ``encode STATE.npz SETTINGS.json FILE`` or ``decode FILE STATE.npz``.
 
 Imports nothing of this package. NNCodec's adapters to PyTorch and TensorFlow, which importing it would
-load, are left out: coding arrays needs neither.
+load, are replaced by empty modules: coding arrays needs neither.
 """
 
 import ctypes
@@ -10,39 +10,27 @@ import os
 import sys
 import types
 
-ADAPTERS = ("tensorflow_model", "pytorch_model", "use_case_init")
+import numpy as np
 
-
-def codec():
-    """The module with `compress` and `decompress`, which use none of the adapters."""
-    framework = types.ModuleType("nncodec.framework")
-    for name in ADAPTERS:
-        setattr(framework, name, types.ModuleType(name))
-    sys.modules["nncodec.framework"] = framework
-    from nncodec import nnc
-
-    return nnc
+framework = sys.modules["nncodec.framework"] = types.ModuleType("nncodec.framework")
+for name in ("tensorflow_model", "pytorch_model", "use_case_init"):
+    setattr(framework, name, types.ModuleType(name))
+from nncodec import nnc  # noqa: E402
 
 
 def encode(source, settings, target):
     """Write a state as a bit stream."""
-    import numpy as np
-
     with open(settings) as file:
         settings = json.load(file)
-    state = dict(np.load(source, allow_pickle=False))
     draft = target + ".part"
-    codec().compress(state, bitstream_path=draft, **settings)
+    nnc.compress(dict(np.load(source, allow_pickle=False)), bitstream_path=draft, **settings)
     os.replace(draft, target)
 
 
 def decode(source, target):
     """Write a bit stream's state."""
-    import numpy as np
-
     with open(source, "rb") as file:
-        stream = bytearray(file.read())
-    np.savez(target, **codec().decompress(stream))
+        np.savez(target, **nnc.decompress(bytearray(file.read())))
 
 
 if __name__ == "__main__":

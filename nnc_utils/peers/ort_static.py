@@ -24,11 +24,12 @@ from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes.onnxruntime import count_operators, session_options
 
 SCHEMES = {"U8S8": quantization.QuantType.QUInt8, "S8S8": quantization.QuantType.QInt8}
+BATCH = 64
 
 
 class _Reader(quantization.CalibrationDataReader):
-    def __init__(self, images: np.ndarray, batch: int = 64) -> None:
-        self._batches = iter([images[start : start + batch] for start in range(0, len(images), batch)])
+    def __init__(self, images: np.ndarray) -> None:
+        self._batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._batches, None)
@@ -36,26 +37,17 @@ class _Reader(quantization.CalibrationDataReader):
 
 
 def make(
-    source: Path,
-    images: np.ndarray,
-    folder: Path,
-    *,
-    scheme: str = "U8S8",
-    calibration: str = "MinMax",
-    reduce_range: bool | None = None,
+    source: Path, images: np.ndarray, folder: Path, *, scheme: str = "U8S8", calibration: str = "MinMax"
 ) -> Path:
     """Quantize an artifact's ONNX model.
 
     Parameters
     ----------
-    scheme : "U8S8" or "S8S8": activations, then weights.
+    scheme : "U8S8" or "S8S8": activations, then weights; weights of 7 bits for the first without VNNI.
     calibration : "MinMax", "Entropy" or "Percentile".
-    reduce_range : weights of 7 bits; None: with U8S8 where the processor has no VNNI.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}: one of {', '.join(SCHEMES)}")
-    if reduce_range is None:
-        reduce_range = scheme == "U8S8" and not peers.vnni()
     artifact = artifacts.read(source)
     target = folder / f"{artifact.sha256[:16]}.ort_{scheme}_{calibration}.onnx"
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +59,7 @@ def make(
             _Reader(images),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
-            reduce_range=reduce_range,
+            reduce_range=scheme == "U8S8" and not peers.vnni(),
             activation_type=SCHEMES[scheme],
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=quantization.CalibrationMethod[calibration],
@@ -77,14 +69,14 @@ def make(
 
 def load(path: Path, source: Path, threads: int) -> peers.Loaded:
     """A session, refused if it computes a layer in floats."""
-    spec = artifacts.read(source).spec
     with tempfile.TemporaryDirectory() as scratch:
         options = session_options(threads)
         # on x86 most layers with S8 activations would otherwise run in floats
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         options.optimized_model_filepath = str(Path(scratch) / "executed.onnx")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        qdq.check_integer(spec, count_operators(onnx.load(options.optimized_model_filepath)))
+        executed = onnx.load(options.optimized_model_filepath)
+    qdq.check_integer(artifacts.read(source).spec, count_operators(executed))
     codes = [numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
     zeros = sum(c.size - np.count_nonzero(c) for c in codes if c.dtype == np.int8 and c.ndim > 1)
     return peers.Loaded(lambda images: session.run(None, {"images": images})[0], int(zeros))

@@ -10,7 +10,6 @@ import dataclasses
 import gzip
 import json
 import lzma
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,34 +22,26 @@ from nnc_utils import encoding, peers
 from nnc_utils.artifact import Artifact
 from nnc_utils.models import Spec
 
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
+
 KINDS = {kind.__name__: kind for kind in encoding.Encoding.__args__}
-
-
-def _zstd() -> tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]] | None:
-    try:
-        from compression import zstd  # Python 3.14
-    except ImportError:
-        try:
-            import zstandard
-        except ImportError:
-            return None
-        return zstandard.ZstdCompressor(22).compress, lambda data: zstandard.ZstdDecompressor().decompress(
-            data
-        )
-    return lambda data: zstd.compress(data, 22), zstd.decompress
-
-
 # Each at its strongest setting; suffix -> (compress, decompress)
 COMPRESSORS = {
     "gzip": (lambda data: gzip.compress(data, 9, mtime=0), gzip.decompress),
     "xz": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
-    "zstd": _zstd(),
+    "zstd": (
+        lambda data: zstandard.ZstdCompressor(22).compress(data),
+        lambda data: zstandard.ZstdDecompressor().decompress(data),
+    ),
 }
 
 
 def missing(name: str) -> str:
     """gzip and xz are Python's own."""
-    return "" if COMPRESSORS[name] else "not installed: pip install zstandard"
+    return "not installed: pip install zstandard" if name == "zstd" and zstandard is None else ""
 
 
 def make(source: Path, images: np.ndarray | None, folder: Path, *, compressor: str) -> Path:
@@ -69,7 +60,7 @@ def load(path: Path, source: Path, threads: int) -> peers.Loaded:
 
 
 def decode(path: Path) -> Artifact:
-    """What the file holds, as the artifact it was made of; needs nothing else."""
+    """What the file holds, as the artifact that was compressed; needs nothing else."""
     data = COMPRESSORS[path.suffix[1:]][1](path.read_bytes())
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     document = json.loads(header["network"])
@@ -82,7 +73,7 @@ def decode(path: Path) -> Artifact:
     return Artifact(
         spec=Spec.from_json(json.dumps(document["spec"])),
         weights=weights,
-        tensors=dict(zip(document["tensors"], flat, strict=True)),
+        tensors=dict(zip(document["tensors"], flat)),
         ranges={name: tuple(values) for name, values in document["ranges"].items()},
         **{key: tuple(document[key]) for key in ("mean", "std", "classes")},
         sha256="",
@@ -97,18 +88,14 @@ def _contents(artifact: Artifact) -> bytes:
         plain, wide = {}, {}
         for field in dataclasses.fields(weight):
             value = getattr(weight, field.name)
-            if not isinstance(value, Tensor):
+            if isinstance(value, Tensor):
+                wide[field.name] = str(value.dtype).removeprefix("torch.")
+                fits = value.dtype == torch.int16 and value.min() >= -128 and value.max() <= 127
+                arrays[f"{name}.{field.name}"] = (value.to(torch.int8) if fits else value).numpy()
+            else:
                 plain[field.name] = value
-                continue
-            wide[field.name] = str(value.dtype).removeprefix("torch.")
-            arrays[f"{name}.{field.name}"] = _narrow(value).numpy()
         weights[name] = type(weight).__name__, plain, wide
     document = {"spec": json.loads(artifact.spec.to_json()), "weights": weights, "ranges": artifact.ranges}
     document["tensors"] = {name: len(tensor) for name, tensor in artifact.tensors.items()}
     document |= {key: getattr(artifact, key) for key in ("mean", "std", "classes")}
     return safetensors.numpy.save(arrays, {"network": json.dumps(document, separators=(",", ":"))})
-
-
-def _narrow(tensor: Tensor) -> Tensor:
-    fits = tensor.dtype == torch.int16 and tensor.min() >= -128 and tensor.max() <= 127
-    return tensor.to(torch.int8) if fits else tensor

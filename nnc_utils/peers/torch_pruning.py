@@ -22,30 +22,23 @@ IMPORTANCES = {
     "bn_scale": torch_pruning.importance.BNScaleImportance,
 }
 STEPS = 400
+MOST = (
+    0.95  # share of a group that may go: without a limit, one ranking leaves single channels in first layers
+)
 
 
 def prune(
-    model: nn.Module,
-    kind: str,
-    *,
-    macs: float,
-    images: Tensor,
-    labels: Tensor,
-    everywhere: bool = True,
-    most: float = 0.95,
+    model: nn.Module, kind: str, *, macs: float, images: Tensor, labels: Tensor, everywhere: bool = True
 ) -> nn.Module:
-    """A narrower network with at most so many multiplications for one picture.
+    """A narrower network with at most so many multiplications for one image.
 
     Parameters
     ----------
     model : a network of `models.build` with plain weights; not changed.
     kind : one of `IMPORTANCES`.
-    macs : multiplications for one picture, at most.
     images, labels : normalized training images (n, C, H, W) and classes, for the gradients of "taylor".
     everywhere : the same share of each group, the library's default; otherwise one ranking of all groups
         ("global pruning").
-    most : share of a group that may go ("max_pruning_ratio"). Without a limit, one ranking leaves single
-        channels in the first layers.
 
     Raises
     ------
@@ -61,8 +54,8 @@ def prune(
         images[:1],
         importance=IMPORTANCES[kind](),
         global_pruning=not everywhere,
-        pruning_ratio=most if everywhere else 1.0,
-        max_pruning_ratio=most,
+        pruning_ratio=MOST if everywhere else 1.0,
+        max_pruning_ratio=MOST,
         iterative_steps=STEPS,
         ignored_layers=[network.fc],
     )
@@ -71,8 +64,7 @@ def prune(
     for start in range(0, len(images), 64) if kind == "taylor" else ():
         batch = slice(start, start + 64)
         logits, truth = network(images[batch].to(device)), labels[batch].to(device)
-        loss = functional.cross_entropy(logits, truth, reduction="sum") / len(images)
-        loss.backward()
+        (functional.cross_entropy(logits, truth, reduction="sum") / len(images)).backward()
     network.to(home)
     for _ in range(STEPS - 1):
         if models.macs(spec_of(network)) <= macs:
@@ -89,8 +81,7 @@ def prune(
 
 
 def spec_of(network: nn.Module) -> Spec:
-    """The Spec of a network of `models.build` whose channels a library has cut in place."""
-    found = [layer.name for layer in models.layers(network.spec) if layer.kind == "conv"]
-    return models.with_widths(
-        network.spec, {name: network.get_submodule(name).out_channels for name in found}
-    )
+    """The Spec of a network of `models.build` whose channels a library has removed in place."""
+    convolutions = [layer.name for layer in models.layers(network.spec) if layer.kind == "conv"]
+    widths = {name: network.get_submodule(name).out_channels for name in convolutions}
+    return models.with_widths(network.spec, widths)

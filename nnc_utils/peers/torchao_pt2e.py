@@ -7,7 +7,7 @@ may come out of it unquantized without a word (pytorch#160095): both are refused
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,13 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
 from nnc_utils import artifact as artifacts
-from nnc_utils import models, peers
+from nnc_utils import peers
+from nnc_utils.models import Spec
+from nnc_utils.runtimes import qdq
 
 BATCH = 64  # Inductor compiles for one shape; a smaller batch is padded
 COMPILERS = ("g++", "clang++", "c++")
+KINDS = {"conv2d": "conv", "linear": "linear"}
 
 
 def missing(name: str) -> str:
@@ -44,38 +47,28 @@ def make(source: Path, images: np.ndarray, folder: Path) -> Path:
         for start in range(0, len(images), BATCH):
             prepared(_channels_last(images[start : start + BATCH]))
     converted = convert_pt2e(prepared)
-    _drop_unused(converted)
+    used = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(converted.named_parameters()):
+        if name not in used:  # the float weights, which the conversion leaves behind and a file would hold
+            owner, _, attribute = name.rpartition(".")
+            delattr(converted.get_submodule(owner), attribute)
     program = torch.export.export(converted, (batch,), dynamic_shapes=shapes)
-    _check(program, artifact)
+    _check(program, artifact.spec)
     target = folder / f"{artifact.sha256[:16]}.torchao.pt2"
     torch.export.save(program, target)
     return target
 
 
-def _drop_unused(converted: torch.fx.GraphModule) -> None:
-    """Remove the float weights, which the conversion leaves behind and a file would hold."""
-    used = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
-    for name, _ in list(converted.named_parameters()):
-        if name not in used:
-            owner, _, attribute = name.rpartition(".")
-            delattr(converted.get_submodule(owner), attribute)
-
-
 def load(path: Path, source: Path, threads: int) -> peers.Loaded:
-    """The program, compiled at the first prediction."""
-    artifact = artifacts.read(source)
-    program = torch.export.load(path)
-    _check(program, artifact)
+    """The program, compiled at the first prediction and refused if it computes a convolution in floats."""
+    spec, program = artifacts.read(source).spec, torch.export.load(path)
+    _check(program, spec)
     codes = [t for t in (*program.state_dict.values(), *program.constants.values()) if _is_codes(t)]
     zeros = sum(t.numel() - int(torch.count_nonzero(t)) for t in codes)
     torch.set_num_threads(threads)
     module = program.module()
     move_exported_model_to_eval(module)
-    return peers.Loaded(_predictor(torch.compile(module, dynamic=False), _layers(artifact)[0]), zeros)
-
-
-def _predictor(compiled: Callable, convolutions: int) -> Callable[[np.ndarray], np.ndarray]:
-    checked, before = False, _integer_convolutions()
+    compiled, before, checked = torch.compile(module, dynamic=False), _compiled_convolutions(), False
 
     @torch.no_grad()
     def predict(images: np.ndarray) -> np.ndarray:
@@ -86,20 +79,15 @@ def _predictor(compiled: Callable, convolutions: int) -> Callable[[np.ndarray], 
                 batch = np.take(images, range(start, start + BATCH), axis=0, mode="clip")
                 logits.append(compiled(_channels_last(batch)).numpy())
         if not checked:
-            found = _integer_convolutions() - before
-            if found < convolutions:
-                raise RuntimeError(
-                    f"not an int8 network: Inductor computes {found} of {convolutions} convolutions in "
-                    "integers; this is not to be reported as int8"
-                )
+            qdq.check_integer(spec, {"conv": _compiled_convolutions() - before}, ("conv",))
             checked = True
         return np.concatenate(logits)[: len(images)]
 
-    return predict
+    return peers.Loaded(predict, zeros)
 
 
-def _integer_convolutions() -> int:
-    """How many Inductor has compiled in this process."""
+def _compiled_convolutions() -> int:
+    """How many Inductor has compiled to integer kernels in this process."""
     return sum(counters["inductor"][f"{kind}_lower_count"] for kind in ("qconv_unary", "qconv2d_binary"))
 
 
@@ -111,21 +99,11 @@ def _is_codes(tensor: object) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int8 and tensor.ndim > 1
 
 
-def _layers(artifact: artifacts.Artifact) -> tuple[int, int]:
-    layers = models.layers(artifact.spec)
-    convolutions = sum(len(layer.weight_shape) == 4 for layer in layers)
-    return convolutions, len(layers) - convolutions
-
-
-def _check(program: torch.export.ExportedProgram, artifact: artifacts.Artifact) -> None:
+def _check(program: torch.export.ExportedProgram, spec: Spec) -> None:
     """Each layer must have a dequantized input and a dequantized weight."""
-    counts = [0, 0]
+    counts: Counter[str] = Counter()
     for node in program.graph.nodes:
-        kind = {"conv2d": 0, "linear": 1}.get(getattr(node.target, "_opname", ""))
-        if kind is not None and all("dequantize" in str(given.target) for given in node.args[:2]):
+        kind = KINDS.get(getattr(node.target, "_opname", ""))
+        if kind and all("dequantize" in str(read.target) for read in node.args[:2]):
             counts[kind] += 1
-    if tuple(counts) != _layers(artifact):
-        raise RuntimeError(
-            f"torchao quantized {counts[0]} convolutions and {counts[1]} linear layers of "
-            f"{_layers(artifact)}: this is not to be reported as int8"
-        )
+    qdq.check_integer(spec, counts, tuple(KINDS.values()))

@@ -1,1 +1,1 @@
-"""Pruning: what may be cut from a network, a file a method."""
+"""Pruning: what can be removed from a network, a file a method."""

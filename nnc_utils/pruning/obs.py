@@ -1,11 +1,9 @@
-"""Optimal Brain Surgeon: weights are cut, and those of the layer that stay make up for it.
+"""Optimal Brain Surgeon: weights are removed, and those of the layer that stay make up for it.
 
-Each layer is a block with the curvature G ⊗ H of `curvature.Curvature`. With it the loss that one cut weight
-adds, once all others have made up for it, and what they become, have closed forms (Hassibi and Stork, 1993;
-blocks of a network: Kurtic et al., 2022; Kronecker factors: Wang et al., 2019, "EigenDamage").
+Each layer is a block with the curvature G ⊗ H of `curvature.Curvature`. With it the loss that one removed
+weight adds, once all others have made up for it, and what they become, have closed forms (Hassibi and Stork,
+1993; blocks of a network: Kurtic et al., 2022; Kronecker factors: Wang et al., 2019, "EigenDamage").
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
@@ -17,51 +15,34 @@ from nnc_utils import encoding, models
 from nnc_utils.curvature import Curvature, upper_factor
 from nnc_utils.devices import exact_device
 from nnc_utils.pruning import schedules, unstructured
-from nnc_utils.pruning.structured import groups
+from nnc_utils.pruning.structured import check_plain
 from nnc_utils.training import progress
 
+Damping = tuple[float, float]
 DAMPING = (0.05, 0.3)  # of H and of G, as for second-order rounding
-ITERATIONS = 12  # of conjugate gradients
 
 
 def scores(
-    weights: Mapping[str, Tensor],
-    curvature: Mapping[str, Curvature],
-    *,
-    damping: tuple[float, float] = DAMPING,
+    weights: Mapping[str, Tensor], curvature: Mapping[str, Curvature], *, damping: Damping = DAMPING
 ) -> dict[str, Tensor]:
-    """The loss, in nats an image, that cutting one weight adds after the layer has made up for it.
+    """The loss, in nats an image, that removing one weight adds after the layer has made up for it.
 
-    ``w**2 / (2 * [G^-1]_rr * [H^-1]_cc)`` for the weight in row r and column c: the saliency of Optimal Brain
-    Surgeon (Hassibi and Stork, 1993, equation 5). All other weights may move: where some are cut already it
-    is too low, and ranks what is left only about right.
-
-    Parameters
-    ----------
-    weights : layer -> (out, in) or (out, in, kernel, kernel).
-    curvature : of each of these layers, from `curvature.curvatures`.
-    damping : of H and of G, see `curvature.upper_factor`.
-
-    Returns
-    -------
-    Layer -> float32 in the weight's shape; larger means keep.
+    ``w**2 / (2 * [G^-1]_rr * [H^-1]_cc)`` for the weight in row r and column c (Hassibi and Stork, 1993,
+    equation 5), in the weight's shape; larger means keep. All other weights may move: where some are removed
+    already it is too low, and ranks what is left only roughly.
     """
-    found = {}
+    score = {}
     for name, weight in weights.items():
-        columns, rows = (
-            _inverse_diagonal(moment, share)
-            for moment, share in zip((curvature[name].inputs, curvature[name].outputs), damping, strict=True)
-        )
-        flat = weight.detach().flatten(1)
-        found[name] = (flat.square() / (2 * rows[:, None] * columns)).view(weight.shape)
-    return found
+        columns = _inverse_diagonal(curvature[name].inputs, damping[0])
+        rows = _inverse_diagonal(curvature[name].outputs, damping[1])
+        square = weight.detach().flatten(1).square()
+        score[name] = (square / (2 * rows[:, None] * columns)).view(weight.shape)
+    return score
 
 
 def _inverse_diagonal(moment: Tensor, damping: float) -> Tensor:
-    factor = upper_factor(moment, damping)
-    unit = torch.eye(len(moment), device=moment.device)
-    inverse = torch.linalg.solve_triangular(factor, unit, upper=True)
-    return inverse.square().sum(0)
+    factor, unit = upper_factor(moment, damping), torch.eye(len(moment), device=moment.device)
+    return torch.linalg.solve_triangular(factor, unit, upper=True).square().sum(0)
 
 
 def corrected(
@@ -69,40 +50,26 @@ def corrected(
     kept: Tensor,
     curvature: Curvature,
     *,
-    damping: tuple[float, float] = DAMPING,
-    iterations: int = ITERATIONS,
+    damping: Damping = DAMPING,
+    iterations: int = 12,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The weight with zeros outside the mask that is nearest to the given one: of least added loss.
+    """The weight of least added loss with zeros outside the mask `kept`.
 
-    Parameters
-    ----------
-    weight : (out, in) or (out, in, kernel, kernel), before anything was cut.
-    kept : bool in the weight's shape.
-    curvature : of this layer.
-    damping : of H and of G.
-    iterations : of conjugate gradients, for all rows at once; as many as there are weights solve the
-        problem exactly, a dozen gain most of it.
-    start : a weight to start from; the given one with what is cut at 0, unless given.
-
-    Returns
-    -------
-    float32 in the weight's shape.
-
-    Notes
-    -----
-    Minimizes ``trace(G @ D @ H @ D.T)`` for D = result - weight. For one cut weight in one row that is the
-    step of Optimal Brain Surgeon, ``-w / [H^-1]_cc * H^-1[:, c]``.
+    Minimizes ``trace(G @ D @ H @ D.T)`` for D = result - weight, all rows at once. For one removed weight in
+    one row that is the step of Optimal Brain Surgeon, ``-w / [H^-1]_cc * H^-1[:, c]``.
+    As many iterations of conjugate gradients as there are weights solve it exactly, a dozen gain most of it;
+    they start at `start`, or at the weight with zeros outside the mask.
     """
     inputs, outputs = (
         moment + share * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
         for moment, share in zip((curvature.inputs, curvature.outputs), damping, strict=True)
     )
-    mask, wanted = kept.flatten(1), weight.detach().flatten(1)
-    price = (outputs.diagonal()[:, None] * inputs.diagonal()).clamp(min=1e-30)
-    now = (wanted if start is None else start.detach().flatten(1)) * mask
-    residual = (outputs @ (wanted - now) @ inputs) * mask
-    step = residual / price
+    mask, target = kept.flatten(1), weight.detach().flatten(1)
+    scaling = (outputs.diagonal()[:, None] * inputs.diagonal()).clamp(min=1e-30)
+    now = (target if start is None else start.detach().flatten(1)) * mask
+    residual = (outputs @ (target - now) @ inputs) * mask
+    step = residual / scaling
     direction, size = step, float((residual * step).sum())
     for _ in range(iterations):
         moved = (outputs @ direction @ inputs) * mask
@@ -111,94 +78,33 @@ def corrected(
             break
         now = now + size / curve * direction
         residual = residual - size / curve * moved
-        step = residual / price
+        step = residual / scaling
         size, before = float((residual * step).sum()), size
         direction = step + size / before * direction
     return now.view(weight.shape)
 
 
 def prune_network(
-    model: nn.Module,
-    curvature: Mapping[str, Curvature],
-    *,
-    sparsity: float,
-    rounds: int = 3,
-    damping: tuple[float, float] = DAMPING,
+    model: nn.Module, curvature: Mapping[str, Curvature], *, sparsity: float, rounds: int = 3
 ) -> nn.Module:
-    """A copy of a network with the weights cut that its loss minds least, the others corrected.
+    """A copy of a network without the weights that its loss minds least, the others corrected.
 
-    Parameters
-    ----------
-    model : a network of `models.build` without masks and quantizers; not changed.
-    curvature : of each layer.
-    sparsity : share of zeros of all layers together, in [0, 1).
-    rounds : between which the weights are scored anew, since a corrected weight has taken over what others
-        did.
-
-    Raises
-    ------
-    ValueError
-        For a share outside [0, 1), masks, quantized weights, a layer that would be empty.
+    `sparsity` is the share of zeros of all layers together, in [0, 1). Between the rounds the weights are
+    scored anew, since a corrected weight has taken over what others did. Masks and quantizers are refused.
     """
-    _check_plain(model)
+    check_plain(model)
+    network, device = copy.deepcopy(model), exact_device()
     names = [layer.name for layer in models.layers(model.spec)]
-    device = exact_device()
     weights = {name: model.get_submodule(name).weight.detach().to(device) for name in names}
     curvature = {name: curvature[name].to(device) for name in names}
     now, kept = dict(weights), {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     for share in schedules.sparsities(sparsity, "iterative", rounds):
-        found = scores(now, curvature, damping=damping)
+        score = scores(now, curvature)
         for name in names:
-            found[name][~kept[name]] = -torch.inf
-        kept = unstructured.masks(found, share)
+            score[name][~kept[name]] = -torch.inf
+        kept = unstructured.masks(score, share)
         for name in progress(names, f"correcting for {share:.0%} zeros"):
-            about = {"damping": damping, "start": now[name]}
-            now[name] = corrected(weights[name], kept[name], curvature[name], **about)
-    network = copy.deepcopy(model)
+            now[name] = corrected(weights[name], kept[name], curvature[name], start=now[name])
     for name in names:
         encoding.attach(network.get_submodule(name), encoding.Dense(now[name] * kept[name], kept[name]))
     return network
-
-
-@torch.no_grad()
-def compensated(
-    model: nn.Module,
-    kept: Mapping[str, Tensor],
-    curvature: Mapping[str, Curvature],
-    *,
-    damping: float = DAMPING[0],
-) -> nn.Module:
-    """A copy of a network in which what reads a group's channels makes up for those that will be removed.
-
-    The readers' weights for the channels that stay become those of least squares (He, Zhang and Sun, 2017,
-    "Channel pruning", equation 1, second step), but with the inputs of the network before, for all layers at
-    once; the others become 0. `structured.remove_channels` then takes them away.
-
-    Parameters
-    ----------
-    model : a network of `models.build` without masks and quantizers; not changed.
-    kept : group -> the numbers of the channels that stay, as for `structured.remove_channels`.
-    curvature : of each layer; its second moments of the inputs are used.
-    damping : of these, see `curvature.upper_factor`.
-    """
-    _check_plain(model)
-    network, known, device = copy.deepcopy(model), groups(model.spec), exact_device()
-    kernels = {layer.name: layer.kernel**2 for layer in models.layers(model.spec)}
-    for name, channels in kept.items():
-        for reader in known[name].readers:
-            moment, kernel = curvature[reader].inputs.to(device), kernels[reader]
-            raised = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), device=device)
-            stay = (channels[:, None] * kernel + torch.arange(kernel)).flatten().to(device)
-            module = network.get_submodule(reader)
-            weight = module.weight.flatten(1).to(device)
-            mended = torch.zeros_like(weight)
-            mended[:, stay] = torch.linalg.solve(raised[stay][:, stay], raised[stay] @ weight.T).T
-            module.weight.copy_(mended.view(module.weight.shape))
-    return network
-
-
-def _check_plain(model: nn.Module) -> None:
-    for layer in models.layers(model.spec):
-        stored = encoding.encoded(model.get_submodule(layer.name))
-        if not isinstance(stored, encoding.Dense) or stored.mask is not None:
-            raise ValueError(f"{layer.name} is masked or quantized: give the network before anything was cut")

@@ -18,13 +18,8 @@ SAMPLE = 2**16  # values kept of each tensor of a batch, for percentile and mse
 def affine_range(low: float, high: float) -> tuple[float, int]:
     """Scale and zero-point that put [low, high] on 0..255: ``x = scale * (q - zero_point)``.
 
-    The range is widened to contain 0, which is then represented exactly (Jacob et al., 2018,
-    section 3); after a ReLU the zero-point is 0, so that clamping at 0 is the ReLU.
-
-    Raises
-    ------
-    ValueError
-        When low or high is not finite, or low is above high.
+    Widened to contain 0, which is then exact (Jacob et al., 2018, section 3); after a ReLU the zero-point
+    is 0, so that clamping at 0 is the ReLU.
     """
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"no range from {low} to {high}: two finite bounds in order are needed")
@@ -38,20 +33,10 @@ def calibrate(model: nn.Module, images: Tensor, *, clip: str = "max", batch_size
 
     Parameters
     ----------
-    model : a network of `models.build`; not changed.
+    model : a network of `models.build`; not changed. Each `models.Activation` of the copy has a range.
     images : normalized float images of the training split, (n, channels, size, size).
-    clip : "max" (from the smallest to the largest value seen), "percentile" (one value in a thousand is
-        outside) or "mse" (the one of 17 ranges with the smallest squared error).
-    batch_size : images a forward pass.
-
-    Returns
-    -------
-    The copy, with a scale and zero-point at every `models.Activation`.
-
-    Raises
-    ------
-    ValueError
-        For an empty calibration set, images of another shape, activations that are not finite.
+    clip : as in `uniform.quantize`; "percentile" takes half of what is outside from each end of a signed
+        tensor, and all of it from the top behind a ReLU.
     """
     models.check_images(model, images)
     if clip not in CLIPS:
@@ -63,23 +48,20 @@ def calibrate(model: nn.Module, images: Tensor, *, clip: str = "max", batch_size
     samples: dict[str, list[Tensor]] = {name: [] for name in places}
 
     def watch(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            module.scale = None  # the ranges of the float network
             low, high = (float(bound) for bound in torch.aminmax(inputs[0]))
             if not math.isfinite(low + high):
-                raise ValueError(
-                    f"{name}: activations are not finite: the network or the images hold NaN or inf"
-                )
+                raise ValueError(f"{name}: activations are not finite: the network or images hold NaN or inf")
             before = bounds.get(name, (low, high))
-            bounds[name] = (min(low, before[0]), max(high, before[1]))
+            bounds[name] = min(low, before[0]), max(high, before[1])
             if clip != "max":
                 values = inputs[0].flatten()
                 samples[name].append(values[:: max(1, len(values) // SAMPLE)].clone())
 
         return hook
 
-    for place in places.values():
-        place.scale = None
-    hooks = [place.register_forward_hook(watch(name)) for name, place in places.items()]
+    hooks = [place.register_forward_pre_hook(watch(name)) for name, place in places.items()]
     with torch.inference_mode():
         for batch in images.split(batch_size):
             calibrated(batch.to(device).contiguous(memory_format=torch.channels_last))
@@ -96,9 +78,9 @@ def calibrate(model: nn.Module, images: Tensor, *, clip: str = "max", batch_size
 def _clipped(values: Tensor, low: float, high: float, clip: str) -> tuple[float, float]:
     if clip == "percentile":
         outside = int(len(values) * (1 - PERCENTILE))
-        shares = (outside, 0) if low >= 0 else (outside - outside // 2, outside // 2)
+        below = 0 if low >= 0 else outside // 2
         ordered = values.sort().values
-        return float(ordered[shares[1]]), float(ordered[len(values) - 1 - shares[0]])
+        return float(ordered[below]), float(ordered[len(values) - 1 - (outside - below)])
 
     def error(shrink: float) -> float:
         scale, zero_point = affine_range(shrink * low, shrink * high)

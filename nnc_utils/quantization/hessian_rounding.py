@@ -1,9 +1,7 @@
-"""Second-order rounding: each weight's error is made up for by the weights that are rounded after it.
+"""Second-order rounding: each weight's error is compensated by the weights that are rounded after it.
 
-What a changed weight does to the loss depends on the others. Per layer the loss is taken as that of
-`curvature.Curvature`, for D = rounded - weight. Errors are made up for along both its sides: within a row by
-the columns that follow, as in OBQ and GPTQ (Frantar et al., 2022), and within a column by the blocks of
-rows that follow.
+The loss is that of `curvature.Curvature`, for D = rounded - weight. Errors are compensated within a row by
+the columns that follow, as in OBQ and GPTQ (Frantar et al., 2022), and by the blocks of rows that follow.
 """
 
 from __future__ import annotations
@@ -18,109 +16,78 @@ from nnc_utils import encoding
 from nnc_utils.curvature import Curvature, upper_factor
 from nnc_utils.encoding import Uniform
 from nnc_utils.quantization.networks import quantized
+from nnc_utils.quantization.uniform import check_weight
 
 BITS = 8
 # Seven bits of the eight: more would let the 16-bit sums of processors without VNNI saturate, and an
 # entropy coder takes nothing for codes that do not occur.
-LARGEST = encoding.largest_code(7)
+LARGEST = encoding.code_range(7, affine=False)[1]
 COLUMNS = 128  # columns between two updates of the later ones' sums, and of the prices of bits
-ROWS = 64  # rows that are rounded at a time, without making up for each other
-# Of the inputs and of the gradients; chosen among eight pairs on validation pictures of the quick baseline.
+ROWS = 64  # rows that are rounded at a time, without compensating each other
+# Of the inputs and of the gradients; chosen among eight pairs on validation images of the quick baseline.
 DAMPING = (0.05, 0.3)
 
 
 def quantize(
-    weight: Tensor,
-    curvature: Curvature,
-    *,
-    rate: float,
-    damping: tuple[float, float] = DAMPING,
-    mask: Tensor | None = None,
+    weight: Tensor, curvature: Curvature, *, lambda_: float, damping=DAMPING, mask: Tensor | None = None
 ) -> Uniform:
-    """Round a weight so that loss and coded bits together are smallest: ``loss + rate * bits``.
+    """Round a weight so that loss and coded bits together are smallest: ``loss + lambda_ * bits``.
 
     Parameters
     ----------
     weight : (out, in) or (out, in, kernel, kernel).
     curvature : of this layer.
-    rate : the loss, in nats an image, that one saved bit may cost; sets the steps, too.
+    lambda_ : the loss, in nats an image, that one saved bit may cost; sets the steps, too.
     damping : of H and of G (see `upper_factor`); more trusts the images less.
-    mask : bool in the weight's shape, True = kept; the other weights are 0 and stay it.
+    mask : bool in the weight's shape, True = kept; the others stay 0.
 
-    Returns
-    -------
-    8-bit codes in ±63, entropy-coded far below 8 bits, and a scale for each output channel.
+    Returns 8-bit codes in ±63, entropy-coded far below 8 bits, and a scale for each output channel.
 
-    Raises
-    ------
-    ValueError
-        For a rate that is not positive, weights that are not finite, a curvature of another shape.
-
-    Notes
-    -----
     With ``H = R @ R.T`` and ``G = S @ S.T``, both upper triangular, the loss is half the square of
     ``S.T @ D @ R``. Its entry at a row and a column holds only errors of rows and columns up to there,
-    so that each weight in turn can bring its own entry near 0. With rows alone that is the error
-    compensation of GPTQ, written with the factor of H instead of its inverse's; with both, the two-sided
-    one of Tseng et al., 2025 ("Model-preserving adaptive rounding"), here for blocks of rows.
-
-    A weight may take the nearest code, the next one towards 0, or 0, each at its price in bits:
-    entropy-constrained quantization (Chou et al., 1989) with the counts so far. The step is the one
-    whose next bit is worth its price: ``loss = h * step**2 / 24`` a weight falls by a factor of 4 for each
-    bit, so ``loss * log(4) = rate``. A row has one step, for the geometric mean of its columns' h.
+    so that each weight in turn can bring its own entry near 0: GPTQ's compensation with the factor of H
+    instead of its inverse's; for rows, too, it is two-sided (Tseng et al., 2025, "Model-preserving
+    adaptive rounding"), here in blocks. A weight takes the nearest code, the next one towards 0, or 0,
+    each at its price in bits: entropy-constrained quantization (Chou et al., 1989) with the counts so far.
+    The step is that whose next bit is worth its price: ``loss = h * step**2 / 24`` a weight falls by a
+    factor of 4 for each bit, so ``loss * log(4) = lambda_``, h the geometric mean of a row's columns.
     """
-    if not 0 < rate < math.inf:
-        raise ValueError(f"rate is {rate!r}: a positive number of nats a bit is needed, such as 1e-9")
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weights are not finite: the training diverged")
+    if not 0 < lambda_ < math.inf:
+        raise ValueError(f"lambda_ is {lambda_!r}: a positive number of nats a bit is needed, such as 1e-9")
+    check_weight(weight)
     rows = weight.detach().flatten(1)
-    if (len(curvature.outputs), len(curvature.inputs)) != tuple(rows.shape):
+    if (sizes := (len(curvature.outputs), len(curvature.inputs))) != tuple(rows.shape):
         raise ValueError(
-            f"the weight has shape {tuple(weight.shape)}, the curvature is of "
-            f"({len(curvature.outputs)}, {len(curvature.inputs)}): both have to be of one layer"
+            f"the weight has shape {tuple(weight.shape)}, the curvature is of a layer of {sizes}"
         )
     along, across = (
         upper_factor(moment, share) for moment, share in zip((curvature.inputs, curvature.outputs), damping)
     )
     blocks = [slice(start, start + ROWS) for start in range(0, len(rows), ROWS)]
-    # What a row's error costs when later blocks make up for it, those of its own block do not.
+    # What a row's error costs when later blocks compensate it, those of its own block do not.
     outputs = torch.cat([across[block, block].square().sum(1) for block in blocks])
     outputs = outputs.clamp(min=1e-3 * float(outputs.mean()) + 1e-30)
     typical = torch.exp(2 * along.diagonal().log().mean())
-    scale = (24 * rate / (math.log(4) * outputs * typical)).sqrt()
+    scale = (24 * lambda_ / (math.log(4) * outputs * typical)).sqrt()
     scale = torch.maximum(scale, rows.abs().amax(1) / LARGEST)
     counts = _count((rows / scale[:, None]).round().clamp(-LARGEST, LARGEST).numpy())
     counts = counts * (rows.numel() / 8 / counts.sum()) + 1e-3  # a guess, soon outweighed
     kept = torch.ones_like(rows) if mask is None else mask.flatten(1).float()
     codes, felt = torch.zeros_like(rows), torch.zeros_like(rows)
     for block in blocks:
-        own, before = across[block, block], slice(0, block.start)
-        wanted = torch.linalg.solve_triangular(
-            own.T.contiguous(), -across[before, block].T @ felt[before], upper=False
-        )
-        columns = [x[block].T.contiguous().numpy() for x in (rows, kept)]
-        columns.append(wanted.T.contiguous().numpy())
-        found = _round_columns(*columns, along, outputs[block].numpy(), scale[block].numpy(), rate, counts)
-        codes[block] = torch.from_numpy(found).T
+        pushed = -across[: block.start, block].T @ felt[: block.start]
+        wanted = torch.linalg.solve_triangular(across[block, block].T.contiguous(), pushed, upper=False)
+        columns = [x.T.contiguous().numpy() for x in (rows[block], kept[block], wanted)]
+        steps = {"outputs": outputs[block].numpy(), "scale": scale[block].numpy()}
+        rounded = _round_columns(*columns, along, **steps, lambda_=lambda_, counts=counts)
+        codes[block] = torch.from_numpy(rounded).T
         felt[block] = (rows[block] - codes[block] * scale[block, None]) @ along
     return Uniform(codes.reshape(weight.shape).to(torch.int16), scale, axis=0, bits=BITS, mask=mask)
 
 
-def _round_columns(
-    columns: np.ndarray,
-    kept: np.ndarray,
-    wanted: np.ndarray,
-    factor: Tensor,
-    outputs: np.ndarray,
-    scale: np.ndarray,
-    rate: float,
-    counts: np.ndarray,
-) -> np.ndarray:
-    """The codes of some rows, (n, rows) as are the weights, what is kept, and ``errors.T @ R`` wanted.
-
-    In units of each row's scale, and by numpy, whose small operations take a fraction of torch's time.
-    Adds to the counts in place.
-    """
+def _round_columns(columns, kept, wanted, factor: Tensor, *, outputs, scale, lambda_: float, counts):
+    """The codes of some rows, (n, rows) as are the weights, what is kept, and ``errors.T @ R`` wanted."""
+    # By numpy, whose small operations take a fraction of torch's time. Adds to the counts in place.
     columns, wanted = columns / scale, wanted / scale
     codes, errors = np.zeros_like(columns), np.zeros_like(columns)
     trials, rows = np.zeros((3, columns.shape[1]), columns.dtype), np.arange(columns.shape[1])
@@ -133,19 +100,15 @@ def _round_columns(
         targets = columns[block] + (carried - wanted[block]) / own
         local = local / own
         curve = 0.5 * outputs * (scale * own) ** 2
-        price = rate * -np.log2(counts / counts.sum())
-        price = np.roll(price, -LARGEST)  # so that a code below 0 is an index from the end
+        # rolled, so that a code below 0 is an index from the end
+        price = np.roll(lambda_ * -np.log2(counts / counts.sum()), -LARGEST)
         for i, j in enumerate(range(start, start + len(local))):
             target = targets[i] + np.dot(local[i, :i], errors[start:j])
-            np.rint(target, out=trials[0])
-            np.maximum(trials[0], -LARGEST, out=trials[0])
-            np.minimum(trials[0], LARGEST, out=trials[0])
+            np.clip(np.rint(target), -LARGEST, LARGEST, out=trials[0])
             np.subtract(trials[0], np.sign(trials[0]), out=trials[1])
-            cost = np.square(target - trials)
-            cost *= curve[i]
-            cost += price[trials.astype(np.intp)]
-            np.multiply(kept[j], trials[cost.argmin(0), rows], out=codes[j])
-            np.subtract(columns[j], codes[j], out=errors[j])
+            cost = curve[i] * np.square(target - trials) + price[trials.astype(np.intp)]
+            codes[j] = kept[j] * trials[cost.argmin(0), rows]
+            errors[j] = columns[j] - codes[j]
         counts += _count(codes[block])
     return codes
 
@@ -155,23 +118,12 @@ def _count(codes: np.ndarray) -> np.ndarray:
 
 
 def quantize_network(
-    model: nn.Module,
-    curvature: dict[str, Curvature],
-    *,
-    rate: float,
-    damping: tuple[float, float] = DAMPING,
+    model: nn.Module, curvature: dict[str, Curvature], *, lambda_: float, damping=DAMPING
 ) -> nn.Module:
-    """A copy of a network with every layer rounded by `quantize`, at the same price of a bit in all.
-
-    Parameters
-    ----------
-    model : a network of `models.build`; not changed. An `encoding.ZeroMask` of it stays.
-    curvature : of each layer, from `curvature.curvatures`.
-    rate, damping : see `quantize`.
-    """
+    """A copy of a network with every layer rounded by `quantize`, at one price of a bit; a mask stays."""
 
     def rule(name: str, layer: nn.Module) -> Uniform:
-        mask = encoding.mask_of(layer)
-        return quantize(layer.weight, curvature[name], rate=rate, damping=damping, mask=mask)
+        options = {"lambda_": lambda_, "damping": damping, "mask": encoding.mask_of(layer)}
+        return quantize(layer.weight, curvature[name], **options)
 
     return quantized(model, rule)

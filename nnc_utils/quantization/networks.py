@@ -15,17 +15,10 @@ Value = TypeVar("Value")
 
 
 def for_each_layer(model: nn.Module, what: str, given: Value | Mapping[str, Value]) -> dict[str, Value]:
-    """One value for all convolutions and the classifier, or a value for each by name, as a dict.
-
-    Raises
-    ------
-    ValueError
-        For unknown or missing layer names.
-    """
+    """One value for all convolutions and the classifier, or a value for each by name, as a dict."""
     names = [layer.name for layer in models.layers(model.spec)]
     values = dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, given)
-    if set(values) != set(names):
-        odd = sorted(set(values) ^ set(names))
+    if odd := sorted(set(values) ^ set(names)):
         raise ValueError(f"{what} must name each layer once; unknown or missing: {', '.join(odd)}")
     return {name: values[name] for name in names}
 
@@ -33,10 +26,7 @@ def for_each_layer(model: nn.Module, what: str, given: Value | Mapping[str, Valu
 def quantized(model: nn.Module, rule: Callable[[str, nn.Module], encoding.Encoding]) -> nn.Module:
     """A copy of a network with a rule's encoding attached to each convolution and the classifier.
 
-    Parameters
-    ----------
-    model : a network of `models.build`; not changed.
-    rule : (layer's name, module) -> encoding of its weight; a ValueError gets the layer's name.
+    The rule maps a layer's name and module to the encoding of its weight; a ValueError gets the name.
     """
     network = copy.deepcopy(model)
     for layer in progress(models.layers(model.spec), "rounding"):

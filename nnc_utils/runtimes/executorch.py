@@ -20,7 +20,8 @@ from nnc_utils.artifact import Artifact
 
 PRECISIONS = ("fp32", "int8")
 INTEGER = ("conv", "linear", "add")
-MOST = 64  # pictures at once; larger batches are cut
+SUFFIX = ".pte"
+MOST = 64  # images at once; larger batches are split
 KINDS = {"XNNConv2d": "conv", "XNNDepthwiseConv2d": "conv", "XNNFullyConnected": "linear", "XNNAdd": "add"}
 
 
@@ -28,10 +29,10 @@ class ExecuTorchSession:
     """A loaded program; see `runtimes.Session`.
 
     The thread pool belongs to the process, and a program keeps a pointer to the pool it was loaded with. So
-    a session that finds another pool makes one of its own size and loads its program again.
+    a session that finds another pool creates one of its own size and loads its program again.
     """
 
-    _pools = 0  # so many have been made in this process
+    _pools = 0  # so many have been created in this process
 
     def __init__(self, path: Path, threads: int) -> None:
         self._content, self._threads, self._pool = path.read_bytes(), threads, -1
@@ -61,10 +62,9 @@ class ExecuTorchSession:
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Normalized float32 (batch, C, H, W) -> float32 logits (batch, classes)."""
-        program, parts = self._loaded(), torch.from_numpy(np.ascontiguousarray(images)).split(MOST)
+        program, batches = self._loaded(), torch.from_numpy(np.ascontiguousarray(images)).split(MOST)
         # a program's output lies in memory that its next run writes to
-        logits = [program.forward((part,))[0].clone() for part in parts]
-        return torch.cat(logits).numpy()
+        return torch.cat([program.forward((batch,))[0].clone() for batch in batches]).numpy()
 
 
 def count_operators(content: bytes) -> dict[str, int]:
@@ -76,12 +76,9 @@ def count_operators(content: bytes) -> dict[str, int]:
     for plan in program.execution_plan:
         counts.update(f"float {operator.name}" for operator in plan.operators)
         for delegate in plan.delegates:
-            graph = _xnnpack_graph(program.backend_delegate_data[delegate.processed.index].data)
-            integers = {
-                i
-                for i, value in enumerate(graph["xvalues"])
-                if value["xvalue_union_type"] == "XNNQuantizedTensorValue"
-            }
+            graph = xnnpack_graph(program.backend_delegate_data[delegate.processed.index].data)
+            kinds = [value["xvalue_union_type"] for value in graph["xvalues"]]
+            integers = {i for i, kind in enumerate(kinds) if kind == "XNNQuantizedTensorValue"}
             for node in graph["xnodes"]:
                 kind = KINDS.get(node["xnode_union_type"].removeprefix("_"))
                 read = {node["xnode_union"].get(key) for key in ("input1_id", "input2_id", "filter_id")}
@@ -90,7 +87,8 @@ def count_operators(content: bytes) -> dict[str, int]:
     return dict(counts)
 
 
-def _xnnpack_graph(data: bytes) -> dict:
+def xnnpack_graph(data: bytes) -> dict:
+    """The graph of XNNPACK in a delegate's data, as its schema's JSON."""
     from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnnpack
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
 
@@ -105,7 +103,7 @@ def _xnnpack_graph(data: bytes) -> dict:
     return json.loads(re.sub(r": (-?)inf\b", r": \1Infinity", text))
 
 
-def _write(module: nn.Module, shape: tuple[int, ...], target: Path) -> Path:
+def _lower(module: nn.Module, shape: tuple[int, ...], target: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
@@ -117,41 +115,24 @@ def _write(module: nn.Module, shape: tuple[int, ...], target: Path) -> Path:
         target.write_bytes(lowered.to_executorch().buffer)
     except RuntimeError as error:  # "Missing out variants": there is no kernel for a pair that is left over
         raise RuntimeError(f"not an int8 network: XNNPACK did not take every operator ({error})") from None
-    return target
 
 
-def prepare(artifact: Artifact, precision: str, threads: int) -> ExecuTorchSession:
-    """An artifact as .pte, loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        return load(_lowered(artifact, precision, Path(folder)), precision, threads)
-
-
-def convert(source: Path, precision: str, folder: Path) -> Path:
-    """Write the .pte of an artifact's file."""
-    from nnc_utils import artifact as artifacts
-
-    return _lowered(artifacts.read(source), precision, Path(folder))
-
-
-def _lowered(artifact: Artifact, precision: str, folder: Path) -> Path:
+def write(artifact: Artifact, precision: str, target: Path) -> None:
+    """Write an artifact as .pte."""
     from nnc_utils.runtimes import exported
 
-    spec, target = artifact.spec, folder / f"{artifact.sha256[:16]}.{precision}.pte"
+    spec = artifact.spec
     module = exported.Network(artifact, precision, signed=precision == "int8")
-    return _write(module, (spec.channels, spec.size, spec.size), target)
+    _lower(module, (spec.channels, spec.size, spec.size), target)
+
+
+def write_identity(shape: tuple[int, int, int], target: Path) -> None:
+    """Write a program that copies its input."""
+    from nnc_utils.runtimes import exported
+
+    _lower(exported.Copy(), shape, target)
 
 
 def load(path: Path, precision: str, threads: int) -> ExecuTorchSession:
     """A session of a .pte file."""
     return ExecuTorchSession(Path(path), threads)
-
-
-def identity(shape: tuple[int, int], threads: int, folder: Path) -> ExecuTorchSession:
-    """A program that copies its input."""
-    channels, size = shape
-    target = folder / f"identity_{channels}_{size}.pte"
-    if not target.exists():
-        from nnc_utils.runtimes import exported
-
-        _write(exported.Copy(), (channels, size, size), target)
-    return load(target, "fp32", threads)

@@ -20,12 +20,9 @@ OPERATORS = torch.ops.quantized_decomposed
 class Network(nn.Module):
     """The steps of a network, floats (batch, C, H, W) -> float logits (batch, classes).
 
-    Parameters
-    ----------
-    artifact : decoded for "fp32", lowered for "int8".
-    precision : "fp32" or "int8".
-    signed : S8 activations, as XNNPACK has them, instead of U8. XNNPACK gives float logits only where
-        it finds the classifier's range anew for each picture, so that input is rounded once more.
+    An artifact is decoded for "fp32", lowered for "int8". `signed`: S8 activations, as XNNPACK has them,
+    instead of U8. XNNPACK gives float logits only where it finds the classifier's range anew for each image,
+    so that input is rounded once more.
     """
 
     def __init__(self, artifact: Artifact, precision: str, *, signed: bool = False) -> None:
@@ -68,14 +65,12 @@ class Network(nn.Module):
         return tensors["logits"]
 
     def _quantize(self, tensor: Tensor, name: str) -> Tensor:
-        if name not in self._ranges:
-            return tensor
-        return OPERATORS.quantize_per_tensor.default(tensor, *self._ranges[name])
+        rounding = self._ranges.get(name)
+        return OPERATORS.quantize_per_tensor.default(tensor, *rounding) if rounding else tensor
 
     def _dequantize(self, tensor: Tensor, name: str) -> Tensor:
-        if name not in self._ranges:
-            return tensor
-        return OPERATORS.dequantize_per_tensor.default(tensor, *self._ranges[name])
+        rounding = self._ranges.get(name)
+        return OPERATORS.dequantize_per_tensor.default(tensor, *rounding) if rounding else tensor
 
     def _compute(self, step: qdq.Step, *inputs: Tensor) -> Tensor:
         if step.kind == "add":
@@ -96,8 +91,7 @@ class Network(nn.Module):
     def _weight(self, layer: str) -> Tensor:
         if not self._ranges:
             return self._kept(layer, "weight")
-        parts = (self._kept(layer, part) for part in ("codes", "scale", "zero_point"))
-        codes, scale, zero_point = parts
+        codes, scale, zero_point = (self._kept(layer, part) for part in ("codes", "scale", "zero_point"))
         return OPERATORS.dequantize_per_channel.default(codes, scale, zero_point, 0, -127, 127, torch.int8)
 
     def _rounded_again(self, features: Tensor, name: str) -> Tensor:
@@ -106,20 +100,20 @@ class Network(nn.Module):
             return self._dequantize(self._quantize(features, name), name)
         low, high, kind = -128, 127, torch.int8
         smallest = torch.finfo(torch.float32).eps
-        found = OPERATORS.choose_qparams.tensor(features, low, high, smallest, kind)
-        codes = OPERATORS.quantize_per_tensor.tensor(features, *found, low, high, kind)
-        return OPERATORS.dequantize_per_tensor.tensor(codes, *found, low, high, kind)
+        rounding = (*OPERATORS.choose_qparams.tensor(features, low, high, smallest, kind), low, high, kind)
+        codes = OPERATORS.quantize_per_tensor.tensor(features, *rounding)
+        return OPERATORS.dequantize_per_tensor.tensor(codes, *rounding)
 
 
 class Copy(nn.Module):
-    """Gives a copy of its input: the identity network of a compiler."""
+    """Returns a copy of its input: the identity network of a compiler."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.clone()
 
 
 def export(module: nn.Module, shape: tuple[int, ...], *, batch: int, dynamic: bool = False):
-    """A `torch.export.ExportedProgram` for pictures of (C, H, W) in batches of this size, or any up to it."""
+    """A `torch.export.ExportedProgram` for images (C, H, W) in batches of this size, or any up to it."""
     example = (torch.zeros(batch, *shape),)
     shapes = ({0: torch.export.Dim("batch", min=1, max=batch)},) if dynamic else None
     with torch.no_grad():

@@ -28,22 +28,10 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "int8", "s8s8")
 INTEGER = ("conv", "linear", "add")
-KINDS = {
-    "QLinearConv": "conv",
-    "QGemm": "linear",
-    "QLinearAdd": "add",
-    "QLinearGlobalAveragePool": "average_pool",
-}
+SUFFIX = ".onnx"
+INTEGER_KERNELS = {"QLinearConv": "conv", "QGemm": "linear", "QLinearAdd": "add"}
+INTEGER_KERNELS |= {"QLinearGlobalAveragePool": "average_pool"}
 FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Sum", "GlobalAveragePool", "Relu")
-
-
-def session_options(threads: int) -> ort.SessionOptions:
-    """Options of a session with so many threads."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # a graph optimized for this machine is wanted, no warning needed
-    return options
 
 
 @cache
@@ -53,6 +41,15 @@ def _may_saturate() -> bool:
         return "vnni" not in Path("/proc/cpuinfo").read_text()
     except OSError:
         return True
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """Options of a session with so many threads."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # a graph optimized for this machine is wanted, no warning needed
+    return options
 
 
 def _options(precision: str, threads: int) -> ort.SessionOptions:
@@ -65,12 +62,11 @@ def _options(precision: str, threads: int) -> ort.SessionOptions:
 
 
 class OnnxRuntimeSession:
-    """An inference session; see `runtimes.Session`. `model` is a file, or a serialized model."""
+    """An inference session of a file, or of a serialized model; see `runtimes.Session`."""
 
     def __init__(self, model: Path | bytes, precision: str, threads: int) -> None:
         self._model, self._precision = model if isinstance(model, bytes) else str(model), precision
         self._session = self._open(_options(precision, threads))
-        self._input = self._session.get_inputs()[0].name
         self.runtime_bytes = len(model) if isinstance(model, bytes) else model.stat().st_size
 
     def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -83,7 +79,7 @@ class OnnxRuntimeSession:
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Normalized float32 (batch, C, H, W) -> float32 logits (batch, classes)."""
-        return self._session.run(None, {self._input: images})[0]
+        return self._session.run(None, {"images": images})[0]
 
     @cached_property
     def integer_operators(self) -> dict[str, int]:
@@ -94,33 +90,25 @@ class OnnxRuntimeSession:
             options = _options(self._precision, 1)
             options.optimized_model_filepath = os.path.join(folder, "executed.onnx")
             self._open(options)
-            executed = onnx.load(options.optimized_model_filepath)
-        return count_operators(executed)
+            return count_operators(onnx.load(options.optimized_model_filepath))
 
     def profile(self, images: np.ndarray, runs: int = 50) -> dict[str, dict[str, float]]:
-        """Where the time of a prediction goes: operator -> calls and milliseconds of one prediction.
-
-        Parameters
-        ----------
-        images : normalized float32 (batch, C, H, W).
-        runs : predictions that count; as many go before them.
-        """
+        """Operator -> calls and milliseconds of one prediction; so many runs count, as many go before."""
         with tempfile.TemporaryDirectory() as folder:
             options = _options(self._precision, self.threads)
             options.enable_profiling = True
             options.profile_file_prefix = os.path.join(folder, "profile")
             session = self._open(options)
             for _ in range(2 * runs):
-                session.run(None, {self._input: images})
-            with open(session.end_profiling(), encoding="utf-8") as stream:
-                events = json.load(stream)
+                session.run(None, {"images": images})
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         calls = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-        found: dict[str, dict[str, float]] = {}
+        times: dict[str, dict[str, float]] = {}
         for event in calls[len(calls) // 2 :]:
-            entry = found.setdefault(event["args"]["op_name"], {"calls": 0.0, "ms": 0.0})
+            entry = times.setdefault(event["args"]["op_name"], {"calls": 0.0, "ms": 0.0})
             entry["calls"] += 1 / runs
             entry["ms"] += event["dur"] / 1e3 / runs
-        return found
+        return times
 
 
 def count_operators(executed: onnx.ModelProto) -> dict[str, int]:
@@ -128,11 +116,11 @@ def count_operators(executed: onnx.ModelProto) -> dict[str, int]:
     producers = {output: node for node in executed.graph.node for output in node.output}
     counts: Counter[str] = Counter()
     for node in executed.graph.node:
-        if node.op_type in KINDS:
-            counts[KINDS[node.op_type]] += 1
+        if node.op_type in INTEGER_KERNELS:
+            counts[INTEGER_KERNELS[node.op_type]] += 1
         elif node.op_type in FLOAT:
             counts[f"float {node.op_type}"] += 1
-        elif node.op_type.endswith("MaxPool"):  # takes either; what made its input tells
+        elif node.op_type.endswith("MaxPool"):  # takes either; what wrote its input tells
             source = producers.get(node.input[0])
             while source is not None and source.op_type in ("Transpose", "ReorderInput"):
                 source = producers.get(source.input[0])
@@ -141,46 +129,20 @@ def count_operators(executed: onnx.ModelProto) -> dict[str, int]:
     return dict(counts)
 
 
-def prepare(artifact: Artifact, precision: str, threads: int) -> OnnxRuntimeSession:
-    """An artifact as ONNX, loaded."""
+def write(artifact: Artifact, precision: str, target: Path) -> None:
+    """Write an artifact as ONNX."""
     from nnc_utils.runtimes import qdq
 
-    return OnnxRuntimeSession(qdq.onnx_model(artifact, precision).SerializeToString(), precision, threads)
-
-
-def convert(source: Path, precision: str, folder: Path) -> Path:
-    """Write the ONNX model of an artifact's file."""
-    from nnc_utils import artifact as artifacts
-    from nnc_utils.runtimes import qdq
-
-    artifact = artifacts.read(source)
-    target = Path(folder) / f"{artifact.sha256[:16]}.{precision}.onnx"
     target.write_bytes(qdq.onnx_model(artifact, precision).SerializeToString())
-    return target
+
+
+def write_identity(shape: tuple[int, int, int], target: Path) -> None:
+    """Write a graph with one Identity node."""
+    from nnc_utils.runtimes import qdq
+
+    target.write_bytes(qdq.identity_model(shape).SerializeToString())
 
 
 def load(path: Path, precision: str, threads: int) -> OnnxRuntimeSession:
     """A session of an ONNX file."""
     return OnnxRuntimeSession(Path(path), precision, threads)
-
-
-def identity(shape: tuple[int, int], threads: int, folder: Path) -> OnnxRuntimeSession:
-    """A session of `identity_model`."""
-    return OnnxRuntimeSession(identity_model(shape).SerializeToString(), "fp32", threads)
-
-
-def identity_model(shape: tuple[int, int]) -> onnx.ModelProto:
-    """A graph with one Identity node, for pictures of (channels, size)."""
-    from onnx import TensorProto, helper
-
-    from nnc_utils.runtimes import IR_VERSION, OPSET
-
-    channels, size = shape
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, size, size])
-        for name in ("images", "same")
-    ]
-    node = helper.make_node("Identity", ["images"], ["same"])
-    graph = helper.make_graph([node], "identity", ends[:1], ends[1:])
-    opset = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)

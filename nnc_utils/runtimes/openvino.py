@@ -26,29 +26,32 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16", "int8")
 FLOATS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "int8": openvino.Type.f32}
 INTEGER = ("conv", "linear")  # an add is computed where the convolution before it writes its output
+SUFFIX = ".xml"
 
 
 def missing(precision: str) -> str:
     """bf16 needs a processor that has it."""
-    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return "no bf16 in this processor" if precision == "bf16" and "BF16" not in able else ""
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "no bf16 in this processor" if precision == "bf16" and "BF16" not in capabilities else ""
+
+
+def files(path: Path) -> list[Path]:
+    """The graph and its weights."""
+    return [path, path.with_suffix(".bin")]
 
 
 class OpenVinoSession:
     """A compiled model; see `runtimes.Session`."""
 
-    def __init__(self, model: Path | openvino.Model, precision: str, threads: int) -> None:
-        options = {
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": FLOATS[precision],
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+    def __init__(self, model: Path, precision: str, threads: int) -> None:
+        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        options["INFERENCE_PRECISION_HINT"] = FLOATS[precision]
         self._compiled = openvino.Core().compile_model(model, "CPU", options)
         used = self._compiled.get_property("INFERENCE_PRECISION_HINT")
         if used != FLOATS[precision]:
             raise RuntimeError(f"OpenVINO was told to use {FLOATS[precision]} and uses {used}")
         self._request = self._compiled.create_infer_request()
-        self.runtime_bytes = sum(f.stat().st_size for f in files(model)) if isinstance(model, Path) else 0
+        self.runtime_bytes = sum(file.stat().st_size for file in files(model))
 
     @property
     def threads(self) -> int:
@@ -70,10 +73,10 @@ def count_operators(compiled: openvino.CompiledModel) -> dict[str, int]:
     """Kinds of layers that a compiled model computes in integers, and those in floats."""
     counts: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
-        about = node.get_rt_info()
-        kind = {"Convolution": "conv", "FullyConnected": "linear"}.get(_text(about["layerType"]))
+        attributes = node.get_rt_info()
+        kind = {"Convolution": "conv", "FullyConnected": "linear"}.get(_text(attributes["layerType"]))
         if kind:
-            integer = _text(about["runtimePrecision"]) in ("u8", "i8")
+            integer = _text(attributes["runtimePrecision"]) in ("u8", "i8")
             counts[kind if integer else f"float {kind}"] += 1
     return dict(counts)
 
@@ -82,47 +85,27 @@ def _text(value: object) -> str:
     return str(getattr(value, "astype", lambda kind: value)(str))
 
 
-def files(path: Path) -> list[Path]:
-    """The graph and its weights."""
-    return [path, path.with_suffix(".bin")]
-
-
-def _model(model: onnx.ModelProto) -> openvino.Model:
+def _save(model: onnx.ModelProto, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        given = Path(folder) / "given.onnx"
-        given.write_bytes(model.SerializeToString())
-        return openvino.convert_model(given)
+        source = Path(folder) / "source.onnx"
+        source.write_bytes(model.SerializeToString())
+        openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
 
 
-def prepare(artifact: Artifact, precision: str, threads: int) -> OpenVinoSession:
-    """An artifact as OpenVINO's model, compiled."""
-    with tempfile.TemporaryDirectory() as folder:
-        return load(_write(artifact, precision, Path(folder)), precision, threads)
-
-
-def convert(source: Path, precision: str, folder: Path) -> Path:
-    """Write the .xml and .bin files of an artifact's file."""
-    from nnc_utils import artifact as artifacts
-
-    return _write(artifacts.read(source), precision, Path(folder))
-
-
-def _write(artifact: Artifact, precision: str, folder: Path) -> Path:
+def write(artifact: Artifact, precision: str, target: Path) -> None:
+    """Write an artifact as OpenVINO's .xml and .bin files."""
     from nnc_utils.runtimes import qdq
 
-    model = qdq.onnx_model(artifact, "int8" if precision == "int8" else "fp32")
-    target = folder / f"{artifact.sha256[:16]}.{precision}.xml"
-    openvino.save_model(_model(model), target, compress_to_fp16=False)
-    return target
+    _save(qdq.onnx_model(artifact, "int8" if precision == "int8" else "fp32"), target)
+
+
+def write_identity(shape: tuple[int, int, int], target: Path) -> None:
+    """Write a model whose output is its input."""
+    from nnc_utils.runtimes import qdq
+
+    _save(qdq.identity_model(shape), target)
 
 
 def load(path: Path, precision: str, threads: int) -> OpenVinoSession:
     """A session of an .xml file, whose .bin lies beside it."""
     return OpenVinoSession(Path(path), precision, threads)
-
-
-def identity(shape: tuple[int, int], threads: int, folder: Path) -> OpenVinoSession:
-    """A model whose output is its input."""
-    from nnc_utils.runtimes import onnxruntime
-
-    return OpenVinoSession(_model(onnxruntime.identity_model(shape)), "fp32", threads)

@@ -17,9 +17,9 @@ from torch import Tensor
 from nnc_utils import encoding, models
 from nnc_utils.artifact import Artifact
 from nnc_utils.models import Layer, Spec
-from nnc_utils.runtimes import IR_VERSION, OPSET
 
 PRECISIONS = ("fp32", "int8", "s8s8")
+OPSET, IR_VERSION = 17, 8  # of the ONNX that is written: read by ONNX Runtime and OpenVINO since 2022
 # A bias above this could carry the 32-bit sum over its end; products alone stay far below.
 BIAS_LIMIT = 2**30
 SIGNED_SHIFT = 128  # from U8 codes to the S8 codes that mean the same
@@ -35,68 +35,52 @@ class LoweringError(ValueError):
 class Step:
     """One operation. Tensors are called as the `models.Activation` that rounds them.
 
-    Parameters
-    ----------
-    kind : "conv", "linear", "add", "max_pool" or "average_pool".
-    name : the layer's, or the block's and ".add".
-    inputs, output : names of tensors. The max-pool has no rounding of its own: its output, "maxpool",
-        has the range of its input.
-    relu : whether a ReLU follows.
-    layer : shape of a convolution or linear layer, else None.
+    The max-pool has no rounding of its own: its output, "maxpool", has the range of its input.
     """
 
-    kind: str
-    name: str
+    kind: str  # "conv", "linear", "add", "max_pool" or "average_pool"
+    name: str  # the layer's, or the block's and ".add"
     inputs: tuple[str, ...]
     output: str
-    relu: bool = False
-    layer: Layer | None = None
+    relu: bool = False  # whether a ReLU follows
+    layer: Layer | None = None  # shape of a convolution or linear layer
 
 
 def steps(spec: Spec) -> list[Step]:
     """What a network computes between "quant_input" and "logits", in order."""
     shapes = {layer.name: layer for layer in models.layers(spec)}
-    found = [Step("conv", "conv1", ("quant_input",), "quant_stem", True, shapes["conv1"])]
+    order = [Step("conv", "conv1", ("quant_input",), "quant_stem", True, shapes["conv1"])]
     if models.STEMS[spec.stem][2]:
-        found.append(Step("max_pool", "maxpool", ("quant_stem",), "maxpool"))
+        order.append(Step("max_pool", "maxpool", ("quant_stem",), "maxpool"))
     for name, block in models.named_blocks(spec):
-        skip = tensor = found[-1].output
+        skip = tensor = order[-1].output
         last = len(block.widths)
         for i in range(1, last + 1):
             added = i == last and block.connection != "none"
             output = f"{name}.quant{i}" if i < last or added else f"{name}.quant_out"
             conv = f"{name}.conv{i}"
-            found.append(Step("conv", conv, (tensor,), output, not added, shapes[conv]))
+            order.append(Step("conv", conv, (tensor,), output, not added, shapes[conv]))
             tensor = output
         if block.connection == "projection":
             conv, output = f"{name}.downsample.0", f"{name}.quant_downsample"
-            found.append(Step("conv", conv, (skip,), output, False, shapes[conv]))
+            order.append(Step("conv", conv, (skip,), output, False, shapes[conv]))
             skip = output
         if block.connection != "none":
-            found.append(Step("add", f"{name}.add", (tensor, skip), f"{name}.quant_out", True))
-    found.append(Step("average_pool", "avgpool", (found[-1].output,), "quant_pool"))
-    found.append(Step("linear", "fc", ("quant_pool",), "logits", False, shapes["fc"]))
-    return found
+            order.append(Step("add", f"{name}.add", (tensor, skip), f"{name}.quant_out", True))
+    order.append(Step("average_pool", "avgpool", (order[-1].output,), "quant_pool"))
+    order.append(Step("linear", "fc", ("quant_pool",), "logits", False, shapes["fc"]))
+    return order
 
 
 def check_integer(
     spec: Spec, counts: Mapping[str, int], kinds: Iterable[str] = ("conv", "linear", "add")
 ) -> None:
-    """Make sure that a runtime computes every convolution, linear layer and add in integers.
+    """RuntimeError unless a runtime computes every convolution, linear layer and add in integers.
 
-    Parameters
-    ----------
-    spec : the network's.
-    counts : kind of step -> how many the runtime runs in integers (a session's `integer_operators`).
-    kinds : that the runtime has integer kernels for.
-
-    Raises
-    ------
-    RuntimeError
-        Names each kind whose count differs, and what the runtime says of the rest.
+    `counts` is a session's `integer_operators`, `kinds` what the runtime has integer kernels for.
     """
-    found = [step.kind for step in steps(spec)]
-    wanted = {kind: found.count(kind) for kind in kinds}
+    all_kinds = [step.kind for step in steps(spec)]
+    wanted = {kind: all_kinds.count(kind) for kind in kinds}
     wrong = [f"{counts.get(k, 0)} of {n} {k}" for k, n in wanted.items() if counts.get(k, 0) != n]
     if wrong:
         raise RuntimeError(
@@ -145,31 +129,26 @@ def lower(artifact: Artifact) -> IntegerNetwork:
     Folding batch-norm multiplies a channel's scale by γ/√(σ²+ε) and leaves its codes alone but for
     their sign, so symmetric codes of at most 8 bits stay those of the file. Any other encoding
     (floats, wider or affine codes, codebooks) is rounded anew, each channel over its largest weight.
-
-    Raises
-    ------
-    LoweringError
-        When activation ranges are missing or cannot stand for a ReLU, or a number is not finite.
+    LoweringError where activation ranges are missing or cannot stand for a ReLU, or a number is not finite.
     """
     order = tuple(steps(artifact.spec))
-    ranges = _ranges(artifact, order)
-    integer_layers = {}
+    ranges, layers = _ranges(artifact, order), {}
     for step in order:
         if step.layer is not None:
             factor, bias = _fold(artifact, step.layer)
             input_scale = ranges[step.inputs[0]][0]
-            integer_layers[step.name] = _integers(artifact.weights[step.name], factor, bias, input_scale)
-    return IntegerNetwork(artifact.spec, order, integer_layers, ranges)
+            layers[step.name] = _integers(artifact.weights[step.name], factor, bias, input_scale)
+    return IntegerNetwork(artifact.spec, order, layers, ranges)
 
 
 def float_layers(artifact: Artifact) -> dict[str, tuple[Tensor, Tensor]]:
     """Weight and bias of each layer with its batch-norm folded in, float32: never rounded but decoded."""
-    found = {}
+    folded = {}
     for layer in models.layers(artifact.spec):
         factor, bias = _fold(artifact, layer)
         weight = encoding.decode(artifact.weights[layer.name]).double()
-        found[layer.name] = ((weight * _column(factor, weight)).float(), bias.float())
-    return found
+        folded[layer.name] = ((weight * _column(factor, weight)).float(), bias.float())
+    return folded
 
 
 def _ranges(artifact: Artifact, order: tuple[Step, ...]) -> dict[str, tuple[float, int]]:
@@ -177,10 +156,10 @@ def _ranges(artifact: Artifact, order: tuple[Step, ...]) -> dict[str, tuple[floa
     rounded = ["quant_input", *(s.output for s in order if s.output not in ("maxpool", "logits"))]
     missing = [name for name in rounded if name not in artifact.ranges]
     if missing:
+        others = " and others" if len(missing) > 3 else ""
         raise LoweringError(
-            f"the artifact has no activation range for {', '.join(missing[:3])}"
-            f"{' and others' if len(missing) > 3 else ''}: calibrate the network and save it again, "
-            "or ask for precision 'fp32'"
+            f"the artifact has no activation range for {', '.join(missing[:3])}{others}: calibrate the "
+            "network and save it again, or ask for precision 'fp32'"
         )
     ranges = {name: artifact.ranges[name] for name in rounded}
     for step in order:
@@ -233,16 +212,8 @@ def _column(vector: Tensor, like: Tensor) -> Tensor:
 def onnx_model(artifact: Artifact, precision: str) -> onnx.ModelProto:
     """An artifact as an ONNX model: float32 "images" (batch, C, H, W) -> float32 "logits".
 
-    Parameters
-    ----------
-    artifact : an `artifact.Artifact`.
-    precision : "fp32": decoded weights, batch-norm folded, activations never rounded. "int8": the
-        integers of `lower`, each tensor between a quantize and a dequantize node. "s8s8": the same with
-        signed activations.
-
-    Raises
-    ------
-    LoweringError
+    "fp32" has decoded weights, batch-norm folded, activations never rounded; "int8" the integers of `lower`,
+    each tensor between a quantize and a dequantize node; "s8s8" the same with signed activations.
     """
     if precision == "fp32":
         return _float_model(artifact)
@@ -269,10 +240,7 @@ def _float_model(artifact: Artifact) -> onnx.ModelProto:
 
 
 def integer_model(network: IntegerNetwork, *, signed: bool = False) -> onnx.ModelProto:
-    """What `onnx_model` writes for int8, of a network that is lowered already.
-
-    With `signed` activations are S8, the same codes less 128: slow on x86, whose fast kernels are U8S8.
-    """
+    """What `onnx_model` writes for int8; signed activations are slow on x86, whose fast kernels are U8S8."""
     nodes, constants = [], {}
     kind, shift = (torch.int8, SIGNED_SHIFT) if signed else (torch.uint8, 0)
 
@@ -326,14 +294,24 @@ def _operator(step: Step, inputs: list[str], output: str) -> onnx.NodeProto:
     return helper.make_node(operator, inputs, [output], name=step.name, **attributes)
 
 
+def identity_model(shape: tuple[int, int, int]) -> onnx.ModelProto:
+    """A graph with one Identity node, for images (C, H, W): what calling a runtime costs."""
+    return _graph([helper.make_node("Identity", ["images"], ["same"])], shape, {"same": shape})
+
+
 def _model(spec: Spec, nodes: list[onnx.NodeProto], constants: dict[str, Tensor]) -> onnx.ModelProto:
-    pictures = ["batch", spec.channels, spec.size, spec.size]
-    graph = helper.make_graph(
-        nodes,
-        "nnc_utils",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, pictures)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", spec.classes])],
-        [numpy_helper.from_array(t.contiguous().numpy(), name) for name, t in constants.items()],
-    )
+    stored = [numpy_helper.from_array(t.contiguous().numpy(), name) for name, t in constants.items()]
+    return _graph(nodes, (spec.channels, spec.size, spec.size), {"logits": (spec.classes,)}, stored)
+
+
+def _graph(nodes, shape, outputs, constants=()) -> onnx.ModelProto:
+    ends = [
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+            for name, shape in end.items()
+        ]
+        for end in ({"images": shape}, outputs)
+    ]
+    graph = helper.make_graph(nodes, "nnc_utils", *ends, constants)
     opset = [helper.make_opsetid("", OPSET)]
     return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="nnc_utils")

@@ -1,58 +1,68 @@
-"""A process with one runtime in it, which loads, times and predicts as it is told.
+"""``python -m nnc_utils.runtimes.worker NAME``: a process with one runtime, which loads, times and predicts.
 
-``python -m nnc_utils.runtimes.worker NAME`` reads a JSON object a line from stdin and answers each with
-one on stdout. Between orders it is blocked, so it takes nothing from another worker that is being timed.
-It imports its runtime and nothing else, so that its memory is the runtime's, and ends with stdin.
+It imports its runtime and nothing else, so that its memory is the runtime's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import json
-import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import psutil
 
 from nnc_utils import runtimes
+from nnc_utils.runtimes.children import Child, child, serve
 
 FEWEST, MOST = 2, 1000  # samples a visit
 SPREAD = 0.05  # seconds in which Linux gives each of a session's threads a core; until then they share one
+
+
+def worker(
+    runtime: str, temporary: Path | None = None, *, beside_others: bool = False
+) -> contextlib.AbstractContextManager[Child]:
+    """Start one; what the runtime leaves behind when it ends lies in the temporary folder.
+
+    What works `beside_others` does so with one thread: OpenMP's threads are slow where they have to share.
+    """
+    environment = {"TMPDIR": str(temporary)} if temporary else {}
+    environment |= {"OMP_NUM_THREADS": "1"} if beside_others else {}
+    return child("nnc_utils.runtimes.worker", runtime, **environment)
 
 
 class Worker:
     """The sessions of one runtime by key; each public method is an order."""
 
     def __init__(self, runtime: str) -> None:
-        self._adapter = runtimes.adapter(runtime)
-        self._sessions: dict[str, runtimes.Session] = {}
-        self._images: dict[str, np.ndarray] = {}
+        runtimes.adapter(runtime)
+        self._runtime, self._sessions, self._images = runtime, {}, {}
 
     def convert(self, *, source: str, precision: str, folder: str) -> str:
-        """The file that the runtime loads, made of an artifact."""
-        return str(self._adapter.convert(Path(source), precision, Path(folder)))
+        """The file that the runtime loads, written from an artifact."""
+        return str(runtimes.convert(self._runtime, Path(source), precision, Path(folder)))
 
     def load(self, *, key: str, path: str, precision: str, threads: int) -> dict[str, Any]:
-        """Load what `convert` made; `load_ms` is the time of that."""
+        """Load what `convert` wrote; `load_ms` is the time of that."""
         start = time.perf_counter_ns()
-        session = self._adapter.load(Path(path), precision, threads)
+        session = runtimes.adapter(self._runtime).load(Path(path), precision, threads)
         load_ms = (time.perf_counter_ns() - start) / 1e6
-        self._sessions[key] = session
-        _settle()
+        self._keep(key, session)
         return {"load_ms": load_ms, "threads": session.threads, "runtime_bytes": session.runtime_bytes}
 
     def identity(self, *, key: str, shape: list[int], threads: int, folder: str) -> dict[str, Any]:
-        """Make a network that gives its input back; what it is compiled to stays in the folder."""
-        self._sessions[key] = self._adapter.identity(tuple(shape), threads, Path(folder))
-        _settle()
-        return {"threads": self._sessions[key].threads}
+        """Load a network that returns its input; its file stays in the folder."""
+        session = runtimes.identity(self._runtime, tuple(shape), threads, Path(folder))
+        self._keep(key, session)
+        return {"threads": session.threads}
+
+    def _keep(self, key: str, session: runtimes.Session) -> None:
+        self._sessions[key] = session
+        gc.collect()
+        gc.freeze()  # what is there by now stays: later collections need not look through it again
 
     def operators(self, *, key: str) -> dict[str, int]:
         """The integer operators of a session."""
@@ -80,32 +90,23 @@ class Worker:
         gc.enable()
         return samples
 
-    def predict(
-        self, *, key: str, images: str, batch: int, target: str, first: int | None = None
-    ) -> dict[str, Any]:
+    def predict(self, *, key: str, images: str, batch: int, target: str, first: int | None = None) -> None:
         """Write the class of every image, or of the first ones, uint8, as predicted batch by batch."""
-        session, pictures = self._sessions[key], self._read(images)[:first]
-        batches = (pictures[start : start + batch] for start in range(0, len(pictures), batch))
-        logits = np.concatenate([session.predict(np.ascontiguousarray(inputs)) for inputs in batches])
+        session, inputs = self._sessions[key], self._read(images)[:first]
+        batches = (inputs[start : start + batch] for start in range(0, len(inputs), batch))
+        logits = np.concatenate([session.predict(np.ascontiguousarray(part)) for part in batches])
         if not np.isfinite(logits).all():
             raise ValueError("the runtime's logits are not finite")
         np.save(target, logits.argmax(1).astype(np.uint8))
-        return {}
 
-    def memory(self) -> dict[str, float]:
+    def memory(self) -> float:
         """The most memory this process has had, in MB (10**6 bytes)."""
-        return {"peak_rss_mb": peak_rss() / 1e6}
+        return peak_rss() / 1e6
 
     def _read(self, images: str) -> np.ndarray:
         if images not in self._images:
             self._images[images] = np.load(images, mmap_mode="r")
         return self._images[images]
-
-
-def _settle() -> None:
-    """What is there by now stays: later collections need not look through it again."""
-    gc.collect()
-    gc.freeze()
 
 
 def peak_rss() -> int:
@@ -121,39 +122,5 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _orders() -> Iterator[dict[str, Any]]:
-    """Orders as they come; a thread waits for them, so that stdin's end ends a long order, too."""
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            waiting.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield json.loads(waiting.get())
-
-
-def only_answers() -> TextIO:
-    """This process's stdout for answers alone: what anything else prints there goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)
-    return answers
-
-
-def main(runtime: str) -> None:
-    """Serve until stdin ends."""
-    answers = only_answers()
-    worker = Worker(runtime)
-    for order in _orders():
-        act: Callable[..., Any] = getattr(worker, order.pop("order"))
-        try:
-            answer = {"answer": act(**order)}
-        except Exception as error:  # told to whoever gave the order
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve(Worker(sys.argv[1]))

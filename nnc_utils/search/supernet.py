@@ -1,8 +1,8 @@
-"""One network that contains all others: shared weights, the sandwich rule, and how to cut a network out."""
+"""One network that contains all others: shared weights, the sandwich rule, and how to take a network out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,15 +16,20 @@ from nnc_utils.training import Loss
 Draw = Callable[[np.random.Generator], Architecture]
 
 
+def sliced(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The part that a smaller network takes: the first channels, and the middle of a kernel."""
+    part = tensor[tuple(slice(length) for length in shape[:2])]
+    if tensor.ndim < 4:
+        return part
+    edge = (tensor.shape[2] - shape[2]) // 2
+    return part[:, :, edge : edge + shape[2], edge : edge + shape[2]]
+
+
 class Supernet(nn.Module):
     """The largest network of a space; each smaller one works with the first channels of its weights.
 
-    A 3x3 kernel is the middle of the 5x5 one. Batch-norm always takes the statistics of the batch, since
-    those of one network are wrong for another; a network that was `cut` out gets its own.
-
-    Parameters
-    ----------
-    space : of the networks.
+    A 3x3 kernel is the middle of the 5x5 one. Batch-norm takes the statistics of the batch, since those of
+    one network are wrong for another; a network that was taken out (`extract`) gets its own.
     """
 
     def __init__(self, space: Space) -> None:
@@ -36,8 +41,7 @@ class Supernet(nn.Module):
 
     def forward(self, images: Tensor, architecture: Architecture | None = None) -> Tensor:
         """Logits (images, classes) of one of the networks, the largest if none is given."""
-        space = self.space
-        spec = self.spec if architecture is None else space.spec(architecture)
+        spec = self.spec if architecture is None else self.space.spec(architecture)
         kernel, stride, _ = models.STEMS[spec.stem]
         out = functional.relu(self._convolve("conv1", images, spec.stem_width, kernel, stride))
         out = self.largest.maxpool(out)
@@ -55,7 +59,7 @@ class Supernet(nn.Module):
 
     def _convolve(self, name: str, inputs: Tensor, width: int, kernel: int, stride: int) -> Tensor:
         kernel = min(kernel, 2 * inputs.shape[2] - 1)  # what lies further out sees nothing but padding
-        weight = sliced(self.largest.get_submodule(name).weight, width, inputs.shape[1], kernel)
+        weight = sliced(self.largest.get_submodule(name).weight, (width, inputs.shape[1], kernel))
         if kernel == 1 and stride > 1:  # see models.PickingConv2d
             inputs, stride = inputs[:, :, ::stride, ::stride], 1
         out = functional.conv2d(inputs, weight, stride=stride, padding=kernel // 2)
@@ -63,60 +67,36 @@ class Supernet(nn.Module):
         scale, shift = norm.weight[:width], norm.bias[:width]
         return functional.batch_norm(out, None, None, scale, shift, True, 0.0, models.BATCH_NORM_EPSILON)
 
-    def cut(self, architecture: Architecture) -> models.ResNet:
-        """A network of its own with a copy of its part of the weights, in eval mode.
+    def extract(self, architecture: Architecture) -> models.ResNet:
+        """A network of its own, in eval mode, with a copy of its part of the weights.
 
         Its batch-norm statistics are those of nothing yet: `batch_norm.take_statistics` gives it some.
         """
-        spec = self.space.spec(architecture)
         with torch.device("meta"):  # no weights are drawn that are thrown away
-            network = models.ResNet(spec)
-        whole = self.largest.state_dict()
-        state = {
-            name: fitted(whole[name], tensor.shape).contiguous(
-                memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-            )
-            for name, tensor in network.state_dict().items()
-        }
-        network.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+            network = models.ResNet(self.space.spec(architecture))
+        whole, state = self.largest.state_dict(), {}
+        for name, tensor in network.state_dict().items():
+            order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+            state[name] = sliced(whole[name], tensor.shape).clone(memory_format=order)
+        network.load_state_dict(state, assign=True)
         return network.eval()
 
 
-def sliced(weight: Tensor, out: int, inputs: int, kernel: int) -> Tensor:
-    """The first channels of a convolution's weight and the middle of its kernel."""
-    edge = (weight.shape[2] - kernel) // 2
-    middle = slice(edge, edge + kernel)
-    return weight[:out, :inputs, middle, middle]
-
-
-def fitted(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """The part of a tensor of the largest network that one of this shape takes."""
-    if tensor.ndim == 4:
-        return sliced(tensor, shape[0], shape[1], shape[2])
-    return tensor[tuple(slice(length) for length in shape)]
-
-
 def sandwich(space: Space, draw: Draw, *, between: int = 2) -> Loss:
-    """The loss of a supernet: the largest, a narrowest, and some between (Yu and Huang, 2019).
+    """The sandwich rule: the largest, a narrowest, some between (Yu and Huang, 2019, arXiv:1903.05134).
 
-    The largest learns from the labels; the others from what it says (in-place distillation). Were it always
-    the same smallest network, that one would be trained more than any other, and a search would find it.
-
-    Parameters
-    ----------
-    space : of the supernet.
-    draw : gives an architecture between the two, such as `Costs.draw` with constraints; its randomness is
-        seeded from torch's global generator.
-    between : how many of those a step.
+    The largest learns from the labels, the others from its soft labels. Were it always the same smallest
+    network, that one would be trained more than any other, and a search would find it. `draw` gives those
+    `between`, such as `Costs.draw`; its randomness is seeded by torch's global generator.
     """
 
     def sandwich_rule(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         random = np.random.default_rng(int(torch.randint(2**31, ())))
         largest = model(images).float()
         value = functional.cross_entropy(largest, labels)
-        taught = largest.detach().softmax(1)
+        soft_labels = largest.detach().softmax(1)
         for architecture in (space.narrow(random), *(draw(random) for _ in range(between))):
-            value = value + functional.cross_entropy(model(images, architecture).float(), taught)
+            value = value + functional.cross_entropy(model(images, architecture).float(), soft_labels)
         return value / (2 + between)
 
     return sandwich_rule

@@ -16,242 +16,279 @@
 # %% [markdown]
 # # 01 · The baseline: what "small", "fast" and "accurate" mean
 #
-# Compression is a claim about three numbers: bytes, milliseconds and accuracy. Before anything is
-# compressed, this notebook trains the network that everything is compared with, and makes each of
-# the three numbers by hand once. In every section you **predict** a number first, then **measure**
-# it, then look at the **ratio** of the two. A ratio of 1 means that you understood; another ratio
-# is where you learn something.
+# Compression is a claim about three numbers: bytes, milliseconds and accuracy. Before anything is compressed, this
+# notebook trains the network that everything is compared with. It counts each of the three numbers by hand once. In
+# every section you **predict** a number, then **measure** it, then look at the **ratio** of the two. A ratio of 1 means
+# that you understood. Another ratio is where you learn something.
 #
-# You need: Python, and a rough idea of what a convolution is. With the defaults below everything
-# runs on scikit-learn's digits, 8×8 pictures that come with the library, in under a minute.
+# **You will be able to** count parameters and MACs, train a network that has converged, and say how accurate, how small
+# and how fast it is, and how sure you are. **You need** Python and a rough idea of a convolution. **Time:** about a
+# minute with the defaults, which use scikit-learn's digits: 8×8 images that come with the library.
+#
+# 1. The images. 2. The network. 3. Parameters. 4. MACs. 5. Training. 6. Bytes. 7. Milliseconds. 8. Accuracy. Then the
+# benchmark, and the committed results.
 
 # %% tags=["parameters"]
 dataset: str = "digits"  # name: digits, fashion_mnist, cifar10, cifar100 or imagefolder:PATH
-size: int = 0  # [0, 1024] pixels the pictures are resized to; 0: as they are (your own: 32)
-depth: int = 18  # {18, 34, 50} layers of the residual network; 50 is the teacher
 stem: str = "small"  # {imagenet, small, small_stride2} the first convolution
 width: float = 1.0  # [0.01, 4] factor on every number of channels
-weights: str = ""  # start from these: imagenet, or a file in torchvision's format; empty: from chance
-epochs: float = 4.0  # [0.01, 1000] passes over the training pictures; the last may be a part
-batch_size: int = 32  # [1, 4096] pictures a step
+epochs: float = 8.0  # [0.01, 1000] passes over the training images; the last may be a part
 learning_rate: float = 0.05  # [1e-6, 10] peak of the one-cycle schedule
-augment: bool = False  # shift and mirror the training pictures; pays when there are many epochs
 seed: int = 1  # [0, 1000000] of the weights, the order and the augmentation
+# what the benchmark also sets
+size: int = 0  # [0, 1024] pixels the images are resized to; 0: as they are (your own: 32)
+depth: int = 18  # {18, 34, 50} layers of the residual network; 50 is the teacher
+weights: str = ""  # start from these: imagenet, or a file in torchvision's format; empty: new weights
+batch_size: int = 32  # [1, 4096] images a step
+augment: bool = False  # shift and mirror the training images; pays when there are many epochs
 profile: str = "smoke"  # where the result belongs: smoke, quick, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/01_baseline
 
-# %%
-import statistics
-import timeit
-
+# %% tags=["setup"]
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from IPython.display import display
-from torch.utils.flop_counter import FlopCounterMode
 
-from nnc_utils import artifact, data, evaluation, figures, models, results, scoring, training
-from nnc_utils.run import start
+from bench.session import Bench
+from nnc_utils import artifact, data, evaluation, figures, models, training
+from nnc_utils.baseline import Train
 
-run = start("01_baseline", globals())
-torch.manual_seed(seed)
 figures.style()
+bench = Bench("01_baseline", globals())
 
 # %% [markdown]
-# ## What are the pictures?
+# ## 1 · What are the images?
 #
-# Each data set is split three ways. The network learns from **train**; every choice (how long to
-# train, how many bits, which layers) is made on **validation**; **test** is looked at once, for the
-# number that is reported. Choosing on the test set is the quietest way to fool yourself: the best of
-# ten networks on one test set looks better than any of them is.
+# Each data set is split three ways. The network learns from **train**. Every choice (how long to train, how many bits,
+# which layers) is made on **validation**. **Test** is looked at once, for the number that is reported. Choosing on the
+# test set is the quietest way to fool yourself: the best of ten networks on one test set looks better than any of them
+# is.
 
-# %%
-pictures = data.load(dataset, size=size or None)
-counts = {name: len(getattr(pictures, name)) for name in ("train", "validation", "test")}
-print(f"{pictures.name}: {counts}, {pictures.channels} x {pictures.size} x {pictures.size} pixels")
+# %% tags=["nbval-check-output"]
+images = bench.images
+for name in ("train", "validation", "test"):
+    split = getattr(images, name)
+    print(f"{name:10} {len(split):6,} images of {images.channels} × {images.size} × {images.size} pixels")
+print(f"{len(images.classes)} classes: {', '.join(images.classes)}")
 
 # %%
 figure, panels = plt.subplots(1, 10, figsize=(11, 1.6))
-for axes, image, label in zip(panels, pictures.train.images, pictures.train.labels, strict=False):
+for axes, image, label in zip(panels, images.train.images, images.train.labels, strict=False):
     axes.imshow(image.permute(1, 2, 0).squeeze(), cmap=None if len(image) == 3 else "gray")
-    axes.set_title(pictures.classes[label], fontsize=9)
+    axes.set_title(images.classes[label], fontsize=9)
     axes.axis("off")
-figures.show(figure, f"Ten training pictures of {dataset} with their classes")
+figures.show(figure, f"Ten training images of {dataset} with their classes")
 
 # %% [markdown]
-# ## What is the network?
+# ## 2 · What is the network?
 #
-# A network's architecture is data: a **Spec** lists the stem, the blocks of each stage, the width and
-# kernel of every convolution and how each block is connected. `build(spec)` turns it into a module.
-# A pruned or searched network will be nothing but another Spec.
-
-# %%
-spec = models.resnet(
-    depth,
-    channels=pictures.channels,
-    size=pictures.size,
-    classes=len(pictures.classes),
-    stem=stem,
-    width=width,
-)
-model = models.build(spec)
-if weights:
-    print("not in these weights, so new:", ", ".join(models.load_pretrained(model, weights)) or "nothing")
-pd.DataFrame(
-    {"layer": x.name, "in": x.in_channels, "out": x.out_channels, "kernel": x.kernel, "size out": x.size_out}
-    for x in models.layers(spec)
-).head(6)
-
-# %% [markdown]
-# ### Predict: how many parameters?
-#
-# A convolution from $c$ to $d$ channels with a $k \times k$ kernel has $c \cdot d \cdot k^2$ weights, and the
-# batch-norm behind it has $2d$ parameters. From stage to stage the width doubles, so a convolution's
-# weights grow fourfold. Before you run the cell: what share of all parameters do you expect in the last
-# of the four stages?
+# The network is a ResNet-18 ([He et al., 2016](https://arxiv.org/abs/1512.03385)): a stem, four stages of two residual
+# blocks, and a classifier. Its architecture is data. A **Spec** lists the stem, the blocks of each stage, the width and
+# kernel of every convolution, and how each block is connected. `build(spec)` turns it into a module. A pruned or
+# searched network will be nothing but another Spec.
 
 # %% tags=["nbval-check-output"]
-shapes = models.layers(spec)
-by_stage = pd.Series(
-    [torch.Size(x.weight_shape).numel() for x in shapes], index=[x.name.split(".")[0] for x in shapes]
+shape = {"channels": images.channels, "size": images.size, "classes": len(images.classes)}
+spec = models.resnet(depth, width=width, stem=stem, **shape)
+torch.manual_seed(seed)
+model = models.build(spec)
+layers = models.layers(spec)
+print(f"{len(layers)} layers, of which {sum(x.kind == 'conv' for x in layers)} convolutions; the first six:")
+fields = {
+    "in": "in_channels",
+    "out": "out_channels",
+    "kernel": "kernel",
+    "stride": "stride",
+    "pixels": "size_out",
+}
+pd.DataFrame({name: [getattr(x, field) for x in layers[:6]] for name, field in fields.items()}).set_index(
+    pd.Index([x.name for x in layers[:6]], name="layer")
 )
-predicted_parameters = models.parameters(spec)
+
+# %% tags=["nbval-check-output"]
+if weights:
+    from nnc_utils.pretrained import load_pretrained
+
+    fresh = load_pretrained(model, weights)
+    print(f"weights from {weights}; new, because their shapes differ: {', '.join(fresh) or 'none'}")
+else:
+    print("all weights are new")
+
+# %% [markdown]
+# ## 3 · How many parameters, and where?
+#
+# A convolution from $c$ to $d$ channels with a $k \times k$ kernel has $c \cdot d \cdot k^2$ weights, and the batch-norm
+# behind it has $2d$ parameters. From stage to stage the width doubles.
+#
+# *Predict*: what share of all parameters is in the last of the four stages? A naive guess stands there; put yours.
+
+# %%
+my_share = 25  # percent of all parameters that you expect in layer4
+
+# %% tags=["nbval-check-output"]
+predicted_parameters = 0
+for layer in layers:
+    kernel = layer.kernel**2 if layer.kind == "conv" else 1
+    weight = layer.in_channels * layer.out_channels * kernel
+    predicted_parameters += weight + (2 * layer.out_channels if layer.batch_norm else layer.out_channels)
 counted = sum(p.numel() for p in model.parameters())
 print(
     f"predicted {predicted_parameters:,}   counted {counted:,}   ratio {counted / predicted_parameters:.3f}"
 )
-print((by_stage.groupby(level=0, sort=False).sum() / by_stage.sum() * 100).round(1).to_string())
-
-# %% [markdown]
-# **What it means.** Nearly all parameters sit in the last stage, where the pictures have become tiny:
-# a method that shrinks the *file* must work there. Keep that in mind for the next count.
-#
-# ## What does one picture cost?
-#
-# The work is counted in **MACs**: multiplications of convolutions and linear layers for one picture,
-# $c \cdot d \cdot k^2 \cdot h \cdot w$ for each convolution, with the *output* size $h \times w$. PyTorch's own counter reports
-# floating-point operations, two for each MAC. Predict the MACs from the Spec, then let PyTorch count.
+print(f"the package says the same: {models.parameters(spec) == counted}")
 
 # %% tags=["nbval-check-output"]
-predicted_macs = models.macs(spec)
-with FlopCounterMode(display=False) as counter, torch.inference_mode():
-    model.eval()(torch.zeros(1, pictures.channels, pictures.size, pictures.size))
-counted_macs = counter.get_total_flops() // 2
-print(f"predicted {predicted_macs:,}   counted {counted_macs:,}   ratio {counted_macs / predicted_macs:.3f}")
-work = pd.Series([x.macs for x in shapes], index=[x.name.split(".")[0] for x in shapes])
-print((work.groupby(level=0, sort=False).sum() / work.sum() * 100).round(1).to_string())
+stages = [layer.name.split(".")[0] for layer in layers]
+shares = pd.DataFrame(
+    {"parameters": [x.parameters for x in layers], "MACs": [x.macs for x in layers]}, index=stages
+)
+shares = shares.groupby(level=0, sort=False).sum()
+shares = 100 * shares / shares.sum()
+last = shares.loc["layer4", "parameters"]
+print(f"in the last stage: predicted {my_share:g} %, counted {last:.1f} %, ratio {last / my_share:.2f}")
 
 # %% [markdown]
-# **What would fool you.** Parameters and MACs disagree about which layers matter: pruning can make a
-# file much smaller and no faster, or the other way round. And a ratio of MACs is not a speed-up: we
-# will measure milliseconds.
+# **What it means.** Nearly all parameters are in the last stage, where the images have become tiny. A method that
+# shrinks the *file* must work there. Keep that in mind for the next count.
 #
-# ## Train it
+# ## 4 · What does one image cost?
 #
-# One loop trains every network of this course; the loss is its argument. It uses stochastic gradient
-# descent with momentum and a *one-cycle* learning rate: up to `learning_rate`, then down to almost
-# nothing. This is the whole of a step, and [`training.py`](../nnc_utils/training.py) adds little more
-# than the augmentation, the progress line and a checkpoint after each epoch:
+# Work is counted in **MACs**, multiply-accumulate operations of convolutions and linear layers for one image. A convolution with an
+# output of $h \times w$ pixels takes $c \cdot d \cdot k^2 \cdot h \cdot w$ of them. PyTorch's own counter reports
+# floating-point operations, two for each MAC.
 #
-# ```python
-# loss = loss_function(model, images, labels)
-# optimizer.zero_grad()
-# loss.backward()
-# optimizer.step()
-# schedule.step()
-# ```
+# *Predict*: is the last stage's share of the MACs larger or smaller than its share of the parameters?
+
+# %% tags=["nbval-check-output"]
+from torch.utils.flop_counter import FlopCounterMode
+
+predicted_macs = sum(x.in_channels * x.out_channels * x.kernel**2 * x.size_out**2 for x in layers)
+with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    model.eval()(torch.zeros(1, images.channels, images.size, images.size))
+counted_macs = counter.get_total_flops() // 2
+print(f"predicted {predicted_macs:,}   counted {counted_macs:,}   ratio {counted_macs / predicted_macs:.3f}")
+print(f"the last stage: {last:.1f} % of the parameters, {shares.loc['layer4', 'MACs']:.1f} % of the MACs")
 
 # %%
-history = training.fit(
-    model,
-    pictures,
-    epochs=epochs,
-    batch_size=batch_size,
-    learning_rate=learning_rate,
-    augment=augment,
-    seed=seed,
-    validate=True,
-    checkpoint=run.path("checkpoint.pt"),
-)
+figure, axes = plt.subplots(figsize=(8, 2.8))
+shares.plot.bar(ax=axes, rot=0, color=["C0", "C1"])
+for bars in axes.containers:
+    axes.bar_label(bars, fmt="%.0f %%", fontsize=8)
+axes.set(title="Where are the parameters, and where is the work?", ylabel="share (%)", xlabel="")
+axes.legend(ncols=2, loc="upper left")
+axes.margins(y=0.3)
+figures.show(figure, "Shares of parameters and MACs of each stage: parameters grow towards the last stage")
+
+# %% [markdown]
+# **What would fool you.** Parameters and MACs disagree about which layers matter. Pruning can make a file much smaller
+# and no faster, or the other way round. And a ratio of MACs is not a speed-up: we will measure milliseconds.
+#
+# ## 5 · How is it trained, and has it converged?
+#
+# Stochastic gradient descent with Nesterov momentum lowers the cross-entropy of a batch. The learning rate makes *one
+# cycle* ([Smith, 2018](https://arxiv.org/abs/1803.09820)): up to `learning_rate`, then down to almost nothing.
+# Weight decay acts on the weights of convolutions and classifier, not on batch-norm or biases. This is the whole loop.
 
 # %%
+from torch.nn import functional
+from torch.optim.lr_scheduler import OneCycleLR
+
+
+def train(network: torch.nn.Module, some: data.Data, passes: int) -> torch.nn.Module:
+    """One cycle of Nesterov's SGD on the processor."""
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True, fused=True)
+    steps = passes * (len(some.train) // batch_size)
+    schedule = OneCycleLR(optimizer, learning_rate, total_steps=steps, cycle_momentum=False)
+    device = torch.device("cpu")
+    network.train().to(memory_format=torch.channels_last)
+    for epoch in range(1, passes + 1):
+        for batch, labels in training.batches(some, epoch, seed, batch_size, augment, device):
+            with torch.autocast("cpu", torch.bfloat16, enabled=training.fast_bf16(device)):
+                loss = functional.cross_entropy(network(batch).float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval()
+
+
+# %% [markdown]
+# [`training.fit`](../nnc_utils/training.py) is this loop with a progress line, and with a checkpoint after each epoch.
+# Every network of the course is trained by it; the loss is its argument. Does it give the same network? We ask with a
+# narrow one and nine batches.
+
+# %% tags=["checks", "machine-dependent"]
+from dataclasses import replace
+
+train_split = data.Split(images.train.images[: 9 * batch_size], images.train.labels[: 9 * batch_size])
+few, narrow = replace(images, train=train_split), models.resnet(18, width=width / 8, stem=stem, **shape)
+recipe = {"learning_rate": learning_rate, "batch_size": batch_size, "augment": augment, "seed": seed}
+twins = []
+for _ in range(2):
+    torch.manual_seed(seed)
+    twins.append(models.build(narrow))
+train(twins[0], few, 2)
+training.fit(twins[1], few, epochs=2, device="cpu", **recipe)
+ours, theirs = (torch.cat([p.flatten() for p in twin.parameters()]) for twin in twins)
+print(f"the same weights, bit for bit: {torch.equal(ours, theirs)}")
+
+# %% [markdown]
+# Now the baseline. *Predict*: at which epoch will the validation accuracy stop rising?
+
+# %% tags=["machine-dependent"]
+history = bench.fit(model, "train", epochs=epochs, validate=True, **recipe)
+
+# %% tags=["machine-dependent"]
 curve = history.to_frame()
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
 left.plot(curve["epoch"], curve["loss"], marker="o")
 left.set(title="Does the loss still fall?", xlabel="epoch", ylabel="cross-entropy on train")
 right.plot(curve["epoch"], curve["validation"], marker="s", color="C1")
 right.set(title="Does accuracy still rise?", xlabel="epoch", ylabel="validation accuracy (%)")
 figures.show(figure, "Training loss falling and validation accuracy rising with the epochs")
+rise = curve["validation"].iloc[-1] - curve["validation"].iloc[-max(2, len(curve) // 4) :].iloc[0]
+verdict = "has converged" if abs(rise) <= 0.5 else "has not converged: train longer"
+print(f"over the last quarter of the epochs accuracy changed by {rise:+.2f} pp: the network {verdict}")
 
 # %% [markdown]
-# **What would fool you.** An under-trained baseline. If accuracy still rises at the end, any method
-# that trains a little longer "improves" the network while compressing it. The protocol therefore
-# compares retrained networks with the dense network *trained on as long*.
+# **What would fool you.** An under-trained baseline. If accuracy still rises at the end, any method that trains a little
+# longer "improves" the network while compressing it. Retrained networks are therefore compared with the dense network
+# that got **the same additional training**.
 #
-# ## How many bytes?
+# ## 6 · How many bytes?
 #
-# A float32 takes four bytes. Predict the file from the parameters alone, save the network as an
-# **artifact** (one safetensors file: Spec, weights, batch-norm statistics, preprocessing, class
-# names), and ask the file system.
+# A float32 takes four bytes. The network is saved as an **artifact**: one safetensors file with Spec, weights,
+# batch-norm statistics, preprocessing and class names. *Predict* its length from the parameters alone; then ask the
+# file system. Is the *file* the network? Only if loading it gives the same logits, bit for bit.
 
-# %%
-path = run.path("artifacts/fp32.safetensors")
-saved = artifact.save(model, path, mean=pictures.mean, std=pictures.std, classes=pictures.classes)
-predicted_bytes = 4 * predicted_parameters
-print(f"predicted {predicted_bytes:,} bytes   measured {path.stat().st_size:,} bytes")
-print(f"ratio {path.stat().st_size / predicted_bytes:.4f}")
+# %% tags=["machine-dependent"]
+path = bench.path("scratch/by_hand.safetensors")
+artifact.save(model, path, mean=images.mean, std=images.std, classes=images.classes)
+predicted_bytes, measured_bytes = 4 * counted, path.stat().st_size
+print(f"predicted {predicted_bytes:,} bytes   measured {measured_bytes:,}   ", end="")
+print(f"ratio {measured_bytes / predicted_bytes:.4f}")
+statistics = 4 * 2 * sum(layer.out_channels for layer in layers if layer.batch_norm)
+rest = measured_bytes - predicted_bytes - statistics
+print(f"the rest: {statistics:,} bytes of batch-norm's running means and variances, {rest:,} of description")
 
-# %% [markdown]
-# The rest are batch-norm's running means and variances (two more numbers a channel, which are not
-# trained but needed) and the description of the network. Is the *file* the network? Only if loading
-# it gives the same logits, bit for bit.
-
-# %% tags=["nbval-check-output"]
-some = pictures.normalize(pictures.validation.images[:64])
+some = images.normalize(images.validation.images[:64])
 with torch.inference_mode():
-    same = torch.equal(model.eval()(some), artifact.load(path)(some))
-print("same logits after reloading:", same)
+    print("the same logits after reloading:", torch.equal(model(some), artifact.load(path)(some)))
 
 # %% [markdown]
-# ## How accurate is it, and how sure are we?
+# ## 7 · How fast is it?
 #
-# Accuracy is correct ÷ number of pictures, of the network that a *fresh process* loads from the file.
-# With $n$ test pictures an accuracy $p$ has the standard error $\sqrt{p(1-p)/n}$: predict the width of
-# the interval before you see the number.
+# *Predict*: the time of one image is at least its MACs divided by the MACs a second that this processor reaches in a
+# large matrix product. Then measure one image in plain ("eager") PyTorch.
 
-# %%
-[score] = scoring.score([path], dataset=dataset, folder=run.path("predictions"))
-accuracy = score["correct"] / score["total"]
-expected = history[-1].validation / 100
-predicted_error = (expected * (1 - expected) / score["total"]) ** 0.5
-measured_error = (accuracy * (1 - accuracy) / score["total"]) ** 0.5
-print(
-    f"validation {100 * expected:.2f} %, test {100 * accuracy:.2f} % ({score['correct']} of {score['total']})"
-)
-print(f"95 % interval: ±{196 * predicted_error:.2f} points predicted, ±{196 * measured_error:.2f} measured")
+# %% tags=["machine-dependent"]
+import statistics
+import timeit
 
-# %% [markdown]
-# **What it means.** Two networks measured on *different* pictures could not be told apart within this
-# interval. Scored on the *same* pictures they can: most pictures are right or wrong for both, and
-# only the few on which they differ count. All later comparisons use that *paired* interval:
-#
-# $$\bar d \pm 1.96 \cdot \frac{\mathrm{sd}(d)}{\sqrt n}, \qquad d_i = \text{compressed right}_i - \text{reference right}_i$$
 
-# %% tags=["nbval-check-output"]
-reference = torch.ones(10_000)
-reference[:700] = 0  # a reference that is right on 93 % of the pictures
-other = reference.clone()
-other[:20], other[-30:] = 1, 0  # gains 20 pictures, loses 30
-interval = evaluation.paired_interval(compressed_correct=other.numpy(), reference_correct=reference.numpy())
-print(f"mean {interval.mean:+.2f} points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f}")
-
-# %% [markdown]
-# ## How fast is it?
-#
-# Predict: the time of one picture is at least its MACs divided by the MACs a second that this
-# processor reaches in a large matrix product. Then measure one picture in plain ("eager") PyTorch.
-
-# %%
 def median_seconds(work, repeats: int = 100) -> float:
     """The median time of a call, after a few that do not count."""
     timeit.repeat(work, number=1, repeat=10)
@@ -260,78 +297,136 @@ def median_seconds(work, repeats: int = 100) -> float:
 
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
-matrix, picture = torch.randn(512, 512), some[:1].contiguous(memory_format=torch.channels_last)
+matrix, one = torch.randn(512, 512), some[:1].contiguous(memory_format=torch.channels_last)
 with torch.inference_mode():
     macs_a_second = 512**3 / median_seconds(lambda: matrix @ matrix)
-    measured_ms = 1e3 * median_seconds(lambda: model(picture))
+    measured_ms = 1e3 * median_seconds(lambda: model(one))
 torch.set_num_threads(threads)
 predicted_ms = 1e3 * predicted_macs / macs_a_second
-print(f"predicted at least {predicted_ms:.3f} ms, measured {measured_ms:.3f} ms,", end=" ")
-print(f"ratio {measured_ms / predicted_ms:.1f}, one thread")
+print(f"one thread: predicted at least {predicted_ms:.3f} ms, measured {measured_ms:.3f} ms,", end=" ")
+print(f"ratio {measured_ms / predicted_ms:.1f}")
 
 # %% [markdown]
-# **What it means.** One picture does not fill the processor: launching dozens of operators one
-# by one from Python, small matrices and memory traffic take much of the time. A runtime that fuses the
-# operators removes part of it *without any compression*; so a speed-up "against eager PyTorch" says
-# little about a compression method. [07_deployment](07_deployment.ipynb) therefore always gives a
-# second ratio, against the fastest fp32 runtime.
+# **What it means.** One image does not fill the processor. Launching dozens of operators one by one from Python, small
+# matrices and memory traffic take much of the time. A runtime that fuses the operators removes part of it *without any
+# compression*. So a speed-up "against eager PyTorch" says little about a compression method.
+# [07_deployment](07_deployment.ipynb) always gives a second ratio, against the fastest fp32 runtime.
 #
-# **What would fool you.** The first call (it allocates and chooses kernels), another number of
-# threads, another batch size, a busy machine, a mean that one hiccup moves. The table of this course
-# has medians over interleaved rounds, at a fixed number of threads.
+# **What would fool you.** The first call (it allocates and chooses kernels), another number of threads, another batch
+# size, a busy machine, a mean that one hiccup moves. The tables of this course have medians over interleaved rounds, at
+# a fixed number of threads.
 #
-# ## The row
+# ## 8 · How accurate is it, and how sure are we?
 #
-# One measurement of one artifact is one row. The tables, figures and the README are made of rows only.
+# Accuracy is correct ÷ number of images. With $n$ test images an accuracy $p$ has the standard error $\sqrt{p(1-p)/n}$,
+# and a 95 % interval of ±1.96 of them. *Predict* the half-width of the interval from the validation accuracy, before the test
+# images are looked at.
 
-# %%
-row = results.compression_row(
-    score,
-    run=run,
-    dataset=dataset,
-    model=f"resnet{depth}",
-    technique="baseline",
-    method="train",
-    control="" if depth == 18 else "teacher",
-    train_images=history.images,
-    train_seconds=history.seconds,
+# %% tags=["machine-dependent"]
+p, n = history[-1].validation / 100, len(images.test)
+predicted_half = 196 * (p * (1 - p) / n) ** 0.5
+print(f"validation {100 * p:.2f} %: on {n:,} test images the interval will be ±{predicted_half:.2f} pp")
+
+# %% [markdown]
+# The network is now built once more from its parameters (the finished checkpoint is only loaded), saved, and scored by a
+# *fresh process*, which gets nothing but the file.
+
+# %% tags=["benchmark"]
+rows = bench.measure(bench.build([Train()]))
+
+# %% tags=["machine-dependent"]
+row = rows.iloc[0]
+p = row["accuracy"] / 100
+half = 196 * (p * (1 - p) / row["total"]) ** 0.5
+right, total = int(row["correct"]), int(row["total"])
+print(f"test {row['accuracy']:.2f} % ({right:,} of {total:,} right), 95 % interval ±{half:.2f} pp")
+print(f"predicted ±{predicted_half:.2f} pp, ratio {half / max(predicted_half, 1e-9):.2f}")
+
+# %% [markdown]
+# **What it means.** Two networks that are measured on *different* images cannot be told apart within this interval.
+# Scored on the *same* images they can: most images are right or wrong for both, and only the few on which they differ
+# count. All later comparisons use that **paired** interval:
+#
+# $$\bar d \pm 1.96 \cdot \frac{\mathrm{sd}(d)}{\sqrt n}, \qquad d_i = \text{compressed right}_i - \text{reference right}_i$$
+#
+# *Predict*: a reference is right on 93 % of 10,000 images; another network wins 20 of them and loses 30. Is the
+# difference of −0.10 pp real?
+
+# %% tags=["nbval-check-output"]
+reference = torch.ones(10_000)
+reference[:700] = 0
+other = reference.clone()
+other[:20], other[-30:] = 1, 0
+
+d = 100 * (other - reference)
+mean, half = d.mean().item(), 1.96 * d.std().item() / len(d) ** 0.5
+single = 196 * (0.93 * 0.07 / 10_000) ** 0.5
+print(f"paired: {mean:+.2f} pp, 95 % interval [{mean - half:+.2f}, {mean + half:+.2f}]")
+verdict = "worse" if mean + half < 0 else "not distinguishable"
+print(
+    f"the other network is {verdict}; an unpaired interval would be ±{single * 2**0.5:.2f}, not ±{half:.2f}"
 )
-finished = run.finish(compression=[row])
-print(f"{finished.run} is finished")
-pd.Series(
-    row.model_dump(include={"model", "params", "macs", "artifact_bytes", "correct", "total", "accuracy"})
-)
+
+# %% tags=["checks", "nbval-check-output"]
+package = evaluation.paired_interval(compressed_correct=other.numpy(), reference_correct=reference.numpy())
+print("the package says the same:", [round(v, 4) for v in (mean - half, mean, mean + half)], end=" ")
+print([round(v, 4) for v in (package.low, package.mean, package.high)])
+
+# %% [markdown]
+# **What would fool you.** Two networks that differ on *no* image of a small test set. The interval above then has no
+# width, but the truth may still differ. With $n$ images and no difference the **rule of three** allows ±300/n pp
+# ([Hanley and Lippman-Hand, 1983](https://doi.org/10.1001/jama.1983.03330370053031)).
+
+# %% tags=["nbval-check-output"]
+for count in (len(images.test), 10_000):
+    bound = 300 / count
+    said = "can" if bound <= 0.3 else "cannot"
+    print(
+        f"{count:,} images without a difference: within ±{bound:.2f} pp; they {said} show a loss below 0.3 pp"
+    )
+
+# %% [markdown]
+# ## Benchmark
+#
+# One measurement of one artifact is one **row**. Tables, figures and reports are made of rows only.
+
+# %% tags=["benchmark"]
+bench.finish()
+rows[["model", "params", "macs", "artifact_bytes", "correct", "total", "accuracy"]].T
 
 # %% [markdown]
 # ## The committed results
 #
-# The same notebook, run on all of Fashion-MNIST, gave the first row of this table.
+# The same notebook, run on all of Fashion-MNIST with longer trainings. How much do seeds differ?
 
-# %%
-committed = results.committed_profile()
-if committed is None:
-    print("No committed tables yet: `make benchmark` makes them.")
-else:
-    table = figures.read_table(committed / "compression.csv")
-    columns = [
-        "model",
-        "seed",
-        "params",
-        "macs",
-        "artifact_bytes",
-        "accuracy",
-        "train_images",
-        "train_seconds",
-    ]
-    display(table[table["technique"] == "baseline"][columns])
+# %% tags=["machine-dependent"]
+from bench.committed import committed
+
+table = committed("baseline").rows
+seeds = table[(table["method"] == "train") & (table["control"] == "")].set_index("seed")
+accuracies = seeds["accuracy"]
+spread = accuracies.max() - accuracies.min()
+print(f"{accuracies.mean():.2f} % over {len(seeds)} seeds, which differ by {spread:.2f} pp", end="; ")
+print(f"{seeds['artifact_bytes'].iloc[0]:,} bytes, {seeds['macs'].iloc[0]:,} MACs")
+seeds[["profile", "train_images", "train_seconds", "correct", "accuracy"]].round(2)
 
 # %% [markdown]
-# ## What you can now measure
+# ## Summary
 #
-# Parameters, MACs, bytes, accuracy with its interval, and milliseconds, of any network.
+# - Parameters are in the last stages, work is spread: bytes and MACs are different goals.
+# - A baseline has to have converged, or every later comparison flatters compression.
+# - The size is the length of a file that a fresh process can load. The accuracy is that of the file.
+# - Paired intervals on the same images tell networks apart that unpaired ones cannot.
 #
-# **Try it.** (1) Set `stem = "small_stride2"`: predict MACs and parameters before you run. Which one changes?
-# (2) Set `width = 0.5`: by which factor does each of the three numbers shrink, and why not by the
-# same? (3) Train with `epochs = 2` and look at the two curves again: would you accept this baseline?
+# **Questions.** (1) Why does halving every width not halve the parameters? (2) Which of the three numbers changes with
+# the size of the images? (3) A network loses 0.2 pp on 400 test images: what can you say?
+#
+# **Exercises.** (1) Set `stem = "small_stride2"`: predict MACs and parameters before you run. Which one changes? (2) Set
+# `width = 0.5`: by which factor does each of the three numbers shrink, and why not by the same? (3) Set `epochs = 2` and
+# read the verdict under the curves: would you accept this baseline?
+#
+# **Further reading.** [He et al., 2016](https://arxiv.org/abs/1512.03385), the network;
+# [Smith, 2018](https://arxiv.org/abs/1803.09820), the learning rate; [Sze et al., 2017](https://arxiv.org/abs/1703.09039),
+# how much of a network's energy is arithmetic.
 #
 # Next: [02_quantization](02_quantization.ipynb), fewer bits for each weight.

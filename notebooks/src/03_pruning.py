@@ -16,274 +16,254 @@
 # %% [markdown]
 # # 03 · Pruning: fewer weights, fewer channels, fewer layers
 #
-# What can be cut from a trained network? The order is a practitioner's: a baseline, a score of **importance**
-# for each part, the **cut**, **fine-tuning**, and all that once more. Some cuts make a *file* smaller and leave the
-# arithmetic as it was; others give an ordinary, smaller network that every runtime makes faster. Each
-# network ends as a file that a fresh process loads.
+# What can be removed from a trained network? A practitioner scores each part, removes the lowest, lets the rest make up
+# for it, and trains on. Some removals make a *file* smaller and leave the arithmetic as it was. Others give an ordinary,
+# smaller network that every runtime makes faster.
+#
+# **You will be able to** mask weights by magnitude, gradient and curvature; correct the weights that stay; remove
+# channels across residual connections; and tell a smaller file from a smaller computation. **You need**
+# [01](01_baseline.ipynb). **Time:** about a minute with the defaults.
+#
+# 1. What is a mask? 2. Which weights matter? 3. Can the others make up for it? 4. The same share for each layer?
+# 5. Two of four. 6. What does a mask save? 7. Removing channels. 8. Which channels? 9. Compensating the readers.
+# 10. Removing blocks. 11. When to prune, and fine-tuning. Then the benchmark, and the committed results.
 
 # %% tags=["parameters"]
-points: list = ["magnitude_global:sparsity=0.9 tuned", "channels_fisher:macs=4x mended tuned int8"]  # files
-peers: list = []  # production counterparts, such as torch_pruning_taylor:macs=4x even tuned
-scoring_images: int = 128  # [2, 100000] training pictures for gradients, curvature and batch-norm
-train_epochs: float = 0.5  # [0.001, 1000] of fine-tuning, all steps together, and of the dense control
-learning_rate: float = 0.02  # [0.00001, 1] peak of that training
-steps: int = 3  # [1, 100] cuts of an iterative or gradual schedule
+sparsity: float = 0.9  # (0, 1) share of the weights that a mask removes
+macs: float = 16.0  # [1, 1000] how many times fewer multiplications (MACs) removing channels leaves
+train_epochs: float = 2.0  # [0.001, 1000] of fine-tuning, all steps together, and of the dense control
+learning_rate: float = 0.002  # [0.00001, 1] peak of that training
+scoring_images: int = 128  # [2, 100000] training images for gradients, curvature and batch-norm
+seed: int = 1  # [0, 1000000] which images score, random scores, the order of training
+# what the benchmark at the end runs
+configurations: list = [
+    {"method": "weights", "sparsity": 0.9},
+    {"method": "weights", "sparsity": 0.9, "train": "finetune"},
+    {"method": "channels", "macs": 4},
+    {"method": "channels", "macs": 4, "compensate": True},
+    {"method": "channels", "macs": 4, "compensate": True, "train": "finetune"},
+    {"method": "channels", "macs": 4, "compensate": True, "train": "finetune", "int8": True},
+]  # pruned networks, each fine-tuned one beside what it was before
+peers: list = []  # other tools, such as {"method": "torch_pruning", "macs": 4, "uniform": True}
+steps: int = 3  # [1, 100] of an iterative or gradual schedule
 multiple: int = 8  # [1, 64] of which the number of channels is, as far as a layer has so many
-upstream: list = []  # run folders of 01_baseline and of the first part; empty: 01 with its defaults
-part: str = ""  # name of this part of a divided benchmark; empty: it is not divided
-claim: bool = True  # whether its points may be claimed
-seed: int = 1  # [0, 1000000] which pictures score, random scores, the order of training
+upstream: list = []  # run folders of 01_baseline and of earlier shards; empty: 01 with its defaults
+part: str = ""  # name of this shard of a divided benchmark; empty: it is not divided
+claim: bool = True  # whether its configurations may be claimed
 profile: str = "smoke"  # where the result belongs: smoke, quick, medium, standard or full
 run_dir: str = ""  # folder of this run; empty: results/smoke/03_pruning
 
-# %%
-import copy
-import functools
-import itertools
-import math
-from pathlib import Path
-
+# %% tags=["setup"]
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
-from scipy.stats import spearmanr
 
-# %%
-from nnc_utils import (
-    allocation,
-    artifact,
-    batch_norm,
-    claims,
-    curvature,
-    data,
-    encoding,
-    evaluation,
-    figures,
-    models,
-    results,
-    scoring,
-    sensitivity,
-)
-from nnc_utils import peers as counterparts
-from nnc_utils.devices import exact_device
-from nnc_utils.distillation import teaching
-from nnc_utils.pruning import channels, obs, schedules, structured, unstructured
-from nnc_utils.quantization import activations, uniform
-from nnc_utils.run import start
-from nnc_utils.training import TrainingError, cross_entropy, fit
+from bench.session import Bench
+from nnc_utils import figures, models
+
+bench = Bench("03_pruning", globals())
+model, images = bench.dense, bench.images
+seen, seen_labels = bench.sample(scoring_images)
+
+# %% [markdown]
+# ## 1 · What is a mask?
+#
+# A mask $m$ says which weights stay: the network computes with $m \odot w$. Most weights are small. If they were spread
+# like a bell curve, $|w| < \tfrac12\sigma$ would hold for $\operatorname{erf}(0.5/\sqrt 2)$ of them.
+#
+# *Predict*: which share is that? Is the measured share of a trained network above or below?
+
+# %% tags=["machine-dependent"]
+import math
 
 figures.style()
-# %%
-run = start("03_pruning", globals(), needs=("01_baseline",))
-baseline, *before = run.upstream
-for earlier, name in itertools.product(before, ("train_epochs", "learning_rate")):
-    if (given := earlier.record.parameters[name]) != globals()[name]:
-        raise ValueError(f"{name} is {globals()[name]}, but {given} in {earlier.run}: parts share it")
-reference = baseline.baseline
-model = artifact.load(baseline.artifact("fp32"), trainable=True).eval()
-spec = model.spec
-pictures = data.load(reference.dataset, size=spec.size)
-order = torch.randperm(len(pictures.train.labels), generator=torch.Generator().manual_seed(seed))
-chosen = order[:scoring_images]
-seen, seen_labels = pictures.normalize(pictures.train.images[chosen]), pictures.train.labels[chosen].long()
-print(f"{reference.model} on {reference.dataset}, made by {baseline.run}")
-
-# %%
-WEIGHTS = {f"{kind}_global": kind for kind in ("magnitude", "random")}
-WEIGHTS |= {kind: kind for kind in ("gradient", "taylor", "obd_fisher", "obd_hessian")}
-CHANNELS = {f"channels_{kind}": kind for kind in channels.SCORES}
-PEERS = {f"torch_pruning_{kind}": kind for kind in ("magnitude", "taylor", "bn_scale")}
-CONTROLS = {name: name for name in ("dense_finetuned", "from_scratch", "small_dense")}
-CONTROLS |= dict.fromkeys(("random_global", "channels_random"), "random")
-TRAINED, CUTS = ("tuned", "taught"), ("iterative", "gradual")  # flags
-MASK = (*TRAINED, "bn")
-SETTINGS = dict.fromkeys(WEIGHTS, (("sparsity",), (*MASK, *CUTS))) | {"obs_block": (("sparsity",), MASK)}
-SETTINGS |= {"magnitude_layerwise": (("sparsity", "rates"), (*MASK, "scanned")), "nm_2_4": (("keep",), MASK)}
-SETTINGS |= dict.fromkeys(CHANNELS, (("macs",), (*TRAINED, *CUTS, "mended", "even", "int8")))
-SETTINGS |= dict.fromkeys(PEERS, (("macs",), (*TRAINED, "even"))) | {"blocks": (("removed",), TRAINED)}
-SETTINGS |= {"from_scratch": (("macs",), ()), "small_dense": (("macs",), ("int8",))}
-RATES = (0.5, 0.8, 0.9, 0.95, 0.98)  # of the sensitivity scan
-
-
-def parsed(point: str) -> tuple[str, str, dict[str, str]]:
-    """ "taylor:sparsity=0.9 bn" -> "taylor", "sparsity=0.9 bn", {"sparsity": "0.9", "bn": ""}."""
-    method, _, setting = point.partition(":")
-    values = dict(part.partition("=")[::2] for part in setting.split())
-    if point == "dense_finetuned":
-        return point, "", {}
-    keys, flags = SETTINGS.get(method, ((), ()))
-    if not set(values) <= {*keys, *flags} or len(set(values) & set(keys)) != 1:
-        known = ", ".join(f"{name}:{' or '.join(found)}" for name, (found, _) in SETTINGS.items())
-        own = f"; flags of {method}: {', '.join(flags) or 'none'}" if keys else ""
-        raise ValueError(f"unknown point {point!r}: one of {known}, with = and a value{own}")
-    return method, setting, values
-
-
-# %%
-widths = {}  # MACs -> the Spec that a method of channels found, for from_scratch
-for row, path in ((row, made.artifact(row.artifact_sha256)) for made in before for row in made.compression):
-    if row.method in CHANNELS and not row.control:
-        widths.setdefault(parsed(f"{row.method}:{row.point}")[2]["macs"], artifact.read(path).spec)
-
-# %%
-ALLOWED = {  # whether a value makes sense, and what would
-    "sparsity": (lambda text: 0 <= float(text) < 1, "a share of zeros in [0, 1), such as 0.9"),
-    "macs": (lambda text: text[-1] == "x" and float(text[:-1]) >= 1, "how many times fewer, such as 4x"),
-    "rates": (lambda text: text == "hand", "hand"),
-    "keep": (lambda text: text == "2of4", "2of4"),
-    "removed": (lambda text: 1 <= int(text) <= sum(len(stage) - 1 for stage in spec.stages), "whole blocks"),
-}
-for place, point in enumerate([*points, *peers]):  # before any work
-    method, _, values = parsed(point)
-    if (method in PEERS) != (place >= len(points)):
-        raise ValueError(f"{point!r}: methods belong into points, production counterparts into peers")
-    for key in set(values) & set(ALLOWED):
-        fits, needed = ALLOWED[key]
-        try:
-            sensible = fits(values[key])
-        except (ValueError, IndexError):
-            sensible = False
-        if not sensible:
-            raise ValueError(f"{point!r}: {key} is {values[key]!r}, needed is {needed}")
-    if set(TRAINED) <= set(values):
-        raise ValueError(f"{point!r}: either tuned or taught, which is tuned with a teacher")
-    if set(CUTS) & set(values) and not set(TRAINED) & set(values):
-        raise ValueError(f"{point!r}: a schedule trains between its cuts, add 'tuned'")
-    if "scanned" in values and float(values.get("sparsity", 0)) not in RATES:
-        raise ValueError(f"{point!r}: the scan knows the rates {', '.join(map(str, RATES))}")
-    cut = [parsed(p) for p in points[:place]]
-    cut = [v["macs"] for name, _, v in cut if name in CHANNELS and name not in CONTROLS]
-    if method == "from_scratch" and values["macs"] not in {*cut, *widths}:
-        raise ValueError(f"{point!r}: name the point of channels whose widths it takes before it")
-
-# %% [markdown]
-# ## 1 · What can be cut?
-#
-# Most weights are small. If they were spread like a bell curve, $|w| < \tfrac12\sigma$ would hold for
-# $\operatorname{erf}(0.5/\sqrt 2)$ of them. *Predict* that share, then count it in three layers.
-
-# %%
-weights = {x.name: model.get_submodule(x.name).weight.detach() for x in models.layers(spec)}
+weights = {x.name: model.get_submodule(x.name).weight.detach() for x in models.layers(model.spec)}
 predicted = math.erf(0.5 / 2**0.5)
-rows = []
 for name in ("conv1", "layer2.0.conv1", "layer4.1.conv2"):
     measured = float((weights[name].abs() < 0.5 * weights[name].std()).float().mean())
-    rows.append({"layer": name, "predicted share": predicted, "measured": measured})
-    rows[-1]["ratio"] = measured / predicted
-pd.DataFrame(rows).round(3)
+    print(f"{name:15} predicted {predicted:.2f}, measured {measured:.2f}, ratio {measured / predicted:.2f}")
 
 # %% [markdown]
-# A **mask** $m$ says which weights stay: the network computes with $m \odot w$. Cut the smallest
-# 60 % of a 5×5 tensor by hand before you run the cell: which values stay?
+# **Magnitude pruning** removes the smallest weights ([Han et al., 2015](https://arxiv.org/abs/1506.02626)). A
+# **threshold** does it: the largest score that goes. Remove 60 % of a 5×5 tensor by
+# hand before you run the cell: which values stay?
+
+# %% tags=["nbval-check-output"]
+def mask_of(score: torch.Tensor, share: float) -> torch.Tensor:
+    """True where a weight stays: all but the lowest share of the scores."""
+    lowest = round(share * score.numel())  # so many go
+    threshold = score.flatten().kthvalue(lowest).values
+    return score > threshold
+
+
+small = torch.linspace(-0.9, 1.2, 25).view(5, 5)
+kept = mask_of(small.abs(), 0.6)
+print((small * kept).numpy().round(2) + 0.0)
 
 # %%
-small = torch.linspace(-0.9, 1.2, 25).view(5, 5)
-kept = unstructured.masks({"small": small.abs()}, 0.6)["small"]
 figure, panels = plt.subplots(1, 3, figsize=(10, 3))
-for axes, values, title in zip(
-    panels, (small, kept.float(), small * kept), ("weights", "mask", "masked"), strict=True
-):
+shown = {"weights": small, "mask": kept.float(), "masked weights": small * kept}
+for axes, (title, values) in zip(panels, shown.items(), strict=True):
     axes.imshow(values, cmap="coolwarm", vmin=-1.2, vmax=1.2)
-    for (y, x), value in np.ndenumerate(values.numpy()):
-        axes.text(x, y, f"{value + 0.0:.2g}", ha="center", va="center", fontsize=8)
+    for y, x in torch.cartesian_prod(torch.arange(5), torch.arange(5)).tolist():
+        axes.text(x, y, f"{float(values[y, x]) + 0.0:.2g}", ha="center", va="center", fontsize=8)
     axes.set_title(title)
     axes.axis("off")
 figures.show(figure, "A 5x5 tensor: its weights, a mask that keeps the ten largest, and the masked weights")
 
 # %% [markdown]
-# ## 2 · Importance: what would the loss say?
+# A whole network has many layers. **Global** pruning has one threshold for all of them. **Layer-wise** pruning has one
+# for each. Both are the function above: on all scores together, or on those of a layer.
+
+# %% tags=["nbval-check-output"]
+from nnc_utils.pruning import unstructured
+
+
+def global_masks(scores: dict, share: float) -> dict:
+    """One threshold for all layers."""
+    everything = mask_of(torch.cat([score.flatten() for score in scores.values()]), share)
+    parts = everything.split([score.numel() for score in scores.values()])
+    return {name: part.view_as(scores[name]) for name, part in zip(scores, parts, strict=True)}
+
+
+magnitude = {name: weight.abs() for name, weight in weights.items()}
+ours = {"global": global_masks(magnitude, sparsity)}
+ours["layer-wise"] = {name: mask_of(score, sparsity) for name, score in magnitude.items()}
+package = (
+    unstructured.masks(magnitude, sparsity),
+    unstructured.masks(magnitude, dict.fromkeys(weights, sparsity)),
+)
+for (name, masks), theirs in zip(ours.items(), package, strict=True):
+    print(f"the package's {name} masks are the same:", all(torch.equal(masks[n], theirs[n]) for n in masks))
+
+# %% [markdown]
+# **What would fool you.** "90 % pruned" says nothing of where. Look at the layers: one threshold may leave a layer
+# nearly empty.
 #
-# A weight is important if the loss minds its absence. To second order, for a change $\delta$ of the weights
+# ## 2 · Which weights matter?
+#
+# A weight matters if the loss rises without it. For a change $\delta$ of the weights, to second order,
 #
 # $$\Delta L \approx g^\top \delta + \tfrac12\, \delta^\top H \delta, \qquad g = \partial L/\partial w$$
 #
-# and cutting one weight is $\delta = -w$. So there are scores of three orders: **magnitude** $|w|$ takes
-# every slope and curvature as equal; **Taylor** $|w \cdot g|$ is the first term; **Optimal Brain Damage** $\tfrac12 h w^2$
-# is the second, with the diagonal of $H$ alone, measured itself or as Fisher information. The **gradient's size**
-# $|g|$ is often called second-order. It is not: it holds no curvature, nor the weight. *Predict*: which
-# ranks single weights of the classifier as the loss does when they are cut, one at a time?
+# and removing one weight is $\delta = -w$. **Magnitude** $|w|$ takes every slope and curvature as equal. **Taylor**
+# $|w \cdot g|$ is the first term ([Molchanov et al., 2017](https://arxiv.org/abs/1611.06440)). **Optimal Brain Damage**
+# $\tfrac12 h w^2$ is the second, with the diagonal of $H$ alone
+# ([LeCun et al., 1989](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html)).
+# The Fisher information stands for $H$: the mean square of the gradient, with labels drawn from the network's own
+# predictions.
 
 # %%
-layer = "fc"
-places = torch.randperm(weights[layer].numel(), generator=torch.Generator().manual_seed(seed))[:30]
-known = {
-    kind: unstructured.scores(model, kind, images=seen[:64], labels=seen_labels[:64], seed=seed)
-    for kind in ("magnitude", "gradient", "taylor", "obd_fisher", "obd_hessian")
+from torch.nn import functional
+
+
+def importance(network: models.ResNet, inputs: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Three scores of each weight, from the gradients of one image after the other."""
+    layers = {x.name: network.get_submodule(x.name).weight for x in models.layers(network.spec)}
+    slope, fisher = ({name: torch.zeros_like(w) for name, w in layers.items()} for _ in range(2))
+    generator = torch.Generator().manual_seed(seed)
+    for image, label in zip(inputs.split(1), labels.split(1), strict=True):
+        logits = network(image)
+        drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator).flatten()
+        for total, truth, power in ((slope, label, 1), (fisher, drawn, 2)):
+            loss = functional.cross_entropy(logits, truth)
+            gradients = torch.autograd.grad(loss, list(layers.values()), retain_graph=True)
+            for name, gradient in zip(layers, gradients, strict=True):
+                total[name] += gradient**power / len(inputs)
+    taylor = {name: (w * slope[name]).detach().abs() for name, w in layers.items()}
+    damage = {name: (w**2 * fisher[name]).detach() / 2 for name, w in layers.items()}
+    return {"magnitude": magnitude, "Taylor": taylor, "OBD": damage}
+
+
+some = seen[:32], seen_labels[:32]
+scores = importance(model, *some)
+
+# %% tags=["nbval-check-output"]
+from nnc_utils import sensitivity
+
+theirs = {
+    kind: unstructured.scores(model, kind, images=some[0], labels=some[1]) for kind in ("magnitude", "taylor")
 }
-cut_one = {}
-for place in places.tolist():
-    cut_one[place] = weights[layer].clone()
-    cut_one[place].view(-1)[place] = 0
-harm = sensitivity.loss_increase(model, {layer: cut_one}, seen[:64], seen_labels[:64])[layer]
-measured = [abs(harm[place]) for place in places.tolist()]
-pd.DataFrame(
-    {"score": kind, "rank correlation": spearmanr(found[layer].flatten()[places], measured).statistic}
-    for kind, found in known.items()
-).round(2)
+fisher = sensitivity.fisher_diagonal(model, some[0], batch_size=1, seed=seed)
+pairs = {"magnitude": theirs["magnitude"], "Taylor": theirs["taylor"]}
+pairs["OBD"] = {name: weight**2 * fisher[name] / 2 for name, weight in weights.items()}
+for kind, package in pairs.items():
+    close = all(torch.allclose(scores[kind][n], package[n], rtol=1e-2, atol=1e-9) for n in package)
+    print(f"{kind}: the package's scores are the same: {close}")
 
 # %% [markdown]
-# **What it means.** The scores that know the loss rank single weights well, magnitude does not. That was easy: one small
-# change, on the pictures that made the scores. But cuts come in millions, and slopes of either sign then cancel while curvatures add up. So look at many: cut 50 to 90 % at
-# one stroke, without any training, and count right answers on validation pictures.
+# *Predict*: which of the three ranks single weights as the loss does? The judge removes 30 weights of the classifier,
+# one at a time, and measures.
+
+# %% tags=["machine-dependent"]
+from scipy.stats import spearmanr
+
+places = torch.randperm(weights["fc"].numel(), generator=torch.Generator().manual_seed(seed))[:30].tolist()
+without = {}
+for place in places:
+    without[place] = weights["fc"].clone()
+    without[place].view(-1)[place] = 0
+harm = sensitivity.loss_increase(model, {"fc": without}, *some)["fc"]
+measured = [abs(harm[place]) for place in places]
+ranks = {kind: float(spearmanr(s["fc"].flatten()[places], measured).statistic) for kind, s in scores.items()}
+print({kind: round(rank, 2) for kind, rank in ranks.items()})
+print(f"{max(ranks, key=ranks.get)} ranks single weights best, {min(ranks, key=ranks.get)} worst")
+
+# %% [markdown]
+# That was easy: one small change, on the images that made the scores. But weights go in thousands. *Predict*: does the
+# same score win when it decides which half of all weights goes, or which nine tenths?
 
 # %%
-some = data.Split(pictures.validation.images[:500], pictures.validation.labels[:500])
+def accuracy(network: models.ResNet, count: int = 200) -> float:
+    """Percent of right answers on the first validation images."""
+    split = images.validation
+    inputs = images.normalize(split.images[:count])
+    with torch.inference_mode():
+        logits = torch.cat([network(batch) for batch in inputs.split(100)])
+    return 100 * float((logits.argmax(1) == split.labels[:count]).float().mean())
 
 
-def accuracy(network: torch.nn.Module, count: int = 250) -> float:
-    """Percent of the first validation pictures."""
-    first = data.Split(some.images[:count], some.labels[:count])
-    predictions = evaluation.predict(network, first, normalize=pictures.normalize, device=exact_device())
-    return evaluation.accuracy(predictions, first.labels)
-
-
-shares = (0.5, 0.8, 0.9)
-curves = {kind: [] for kind in ("magnitude", "taylor", "obd_fisher")}
-for kind, share in ((kind, share) for kind in curves for share in shares):
-    try:
-        curves[kind].append(accuracy(unstructured.masked(model, unstructured.masks(known[kind], share))))
-    except ValueError as error:  # a layer would be empty: no network
-        print(kind, share, error)
-        curves[kind].append(np.nan)
-figure, axes = plt.subplots()
+shares, curves = (0.5, 0.8, 0.9), {}
+for kind, score in scores.items():
+    masks = (global_masks(score, share) for share in shares)
+    curves[kind] = [accuracy(unstructured.masked(model, mask)) for mask in masks]
+figure, axes = plt.subplots(figsize=(7, 3.5))
 for (kind, values), marker in zip(curves.items(), figures.MARKERS, strict=False):
-    axes.plot(shares, values, marker=marker, label=kind)
+    axes.plot(shares, values, marker=marker)
+    axes.annotate(kind, (shares[-1], values[-1]), (8, 0), textcoords="offset points")
 axes.axhline(accuracy(model), color="grey", linewidth=1)
-axes.set(
-    xlabel="share of zeros", ylabel="validation accuracy (%)", title="One cut, no training: what is left?"
-)
-axes.legend()
+axes.set(xlabel="share of zeros", ylabel="validation accuracy (%)", xlim=(0.48, 1))
+axes.set_title("Pruned at once, no training: what is left?")
 figures.show(
-    figure, "Accuracy after cutting a share of all weights at once, by three scores, falling with the share"
+    figure,
+    "Accuracy after removing a share of all weights at once, by three scores, and of the dense network",
 )
 
-# %% [markdown]
-# A global threshold compares layers, and each score has its own idea of them. Where a score is small in all of a layer, the
-# layer is emptied: that is an error here and not a network. What do three of them keep of each stage at 90 %?
-
-# %%
-left = {}
-for kind in ("magnitude", "taylor", "gradient"):
-    scores = torch.cat([values.flatten() for values in known[kind].values()])
-    threshold = scores.kthvalue(round(0.9 * len(scores))).values
-    stages = {}
-    for name, values in known[kind].items():
-        stages.setdefault(name.split(".")[0], []).append((values > threshold).flatten())
-    left[kind] = {stage: 100 * float(torch.cat(parts).float().mean()) for stage, parts in stages.items()}
-pd.DataFrame(left).round(1)
+# %% tags=["machine-dependent"]
+for number, share in enumerate(shares):
+    ends = {kind: values[number] for kind, values in curves.items()}
+    told = ", ".join(f"{kind} {value:.1f} %" for kind, value in ends.items())
+    print(f"at {share:.0%} zeros: {told}; {max(ends, key=ends.get)} is ahead")
 
 # %% [markdown]
-# ## 3 · Optimal Brain Surgeon: the others make up for it
+# **What it means.** A score says what *one* weight costs close to the trained network. Nine of ten weights are far from
+# there: what they cost together is not the sum of what each costs alone. Look at the committed results below before you
+# trust a second-order score.
 #
-# A weight that is cut need not be missed if the others take over. With the whole matrix $H$, the best answer to
-# cutting weight $q$ and what it costs are (Hassibi and Stork, 1993)
+# **What would fool you.** The **gradient's size** $|g|$ is often called second-order. It holds no curvature, nor the
+# weight.
+#
+# ## 3 · Can the others make up for it?
+#
+# A weight that is removed need not be missed if the others take over. With the whole matrix $H$, the best answer to
+# removing weight $q$, and what it costs, are
+# ([Hassibi and Stork, 1993](https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-Abstract.html),
+# **Optimal Brain Surgeon**)
 #
 # $$\delta = -\frac{w_q}{[H^{-1}]_{qq}}\, H^{-1} e_q, \qquad \Delta L = \frac{w_q^2}{2\,[H^{-1}]_{qq}}$$
 #
-# Two weights of 1 whose inputs are correlated by 0.9. By hand: what does the second one become when the first is cut,
-# and how much of the damage is left?
+# Two weights of 1 whose inputs are correlated by 0.9. *Predict* by hand: what does the second become when the first
+# goes, and how much of the damage is left?
 
 # %% tags=["nbval-check-output"]
 moment = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
@@ -293,537 +273,538 @@ print(f"the second weight becomes {1 + float(delta[1]):.2f}")
 print(f"loss {float(delta @ moment @ delta) / 2:.3f} instead of {float(moment[0, 0]) / 2:.3f}")
 
 # %% [markdown]
-# For a layer, $H$ is the Kronecker product of two second moments, of its inputs and of the loss's gradient at its
-# outputs ([`curvature`](../nnc_utils/curvature.py)); the surviving weights of all rows at once are found by
-# conjugate gradients ([`obs`](../nnc_utils/pruning/obs.py)). Cut 90 % of one layer. *Predict* the loss with and without
-# the correction, then measure it on pictures that the curvature has not seen.
+# Many weights at once: split $H$ into those that stay, $S$, and those that go, $R$. The minimum over $w_S$ is a linear
+# system. For a layer, $H$ is the Kronecker product $G \otimes A$ of two small matrices: the second moments of the loss's
+# gradient at its outputs and of its inputs ([Martens and Grosse, 2015](https://arxiv.org/abs/1503.05671)).
+#
+# $$\delta_S = H_{SS}^{-1} H_{SR}\, w_R$$
 
-# %%
-curved = curvature.curvatures(model, seen, seed=seed)
-layer = "layer3.0.conv2"
-kept = unstructured.masks({layer: obs.scores({layer: weights[layer]}, curved)[layer]}, {layer: 0.9})[layer]
-candidates = {0: weights[layer] * kept, 1: obs.corrected(weights[layer], kept, curved[layer])}
-unseen = pictures.normalize(some.images[:128]), some.labels[:128].long()
-measured = sensitivity.loss_increase(model, {layer: candidates}, *unseen)[layer]
-pd.DataFrame(
-    {
-        "weights that stay": "as they are" if number == 0 else "corrected",
-        "predicted loss": curved[layer].loss(candidate - weights[layer]),
-        "measured": measured[number],
-    }
-    for number, candidate in candidates.items()
-).round(5)
+# %% tags=["nbval-check-output"]
+from nnc_utils import curvature
+from nnc_utils.pruning import obs
+
+
+def survivors_corrected(weight, kept, outputs, inputs) -> torch.Tensor:
+    """The weights that stay after they have made up for those that go, exactly."""
+    hessian = torch.kron(outputs, inputs)
+    stay, gone, flat = kept.flatten(), ~kept.flatten(), weight.flatten()
+    corrected = flat * stay
+    corrected[stay] += torch.linalg.solve(hessian[stay][:, stay], hessian[stay][:, gone] @ flat[gone])
+    return corrected.view_as(weight)
+
+
+generator = torch.Generator().manual_seed(0)
+toy = torch.randn(4, 6, generator=generator)
+outputs, inputs = (torch.cov(torch.randn(n, 40, generator=generator)) for n in toy.shape)
+kept = mask_of(toy.abs(), 0.5)
+corrected = survivors_corrected(toy, kept, outputs, inputs)
+curved = curvature.Curvature(inputs, outputs)
+package = obs.corrected(toy, kept, curved, damping=(0.0, 0.0), iterations=200)
+without, with_it = curved.loss(toy * kept - toy), curved.loss(corrected - toy)
+print(f"loss {without:.2f} without the correction, {with_it:.2f} with it")
+print("the package's weights are the same:", torch.allclose(corrected, package, atol=1e-3))
 
 # %% [markdown]
-# **What would fool you.** The prediction holds for small changes around a minimum. And a correction fitted to few
-# pictures fits their noise, too: damping keeps it in check.
-#
-# ## 4 · One threshold, or a rate for each layer?
-#
-# **Global**: one threshold for all layers together. **Layer-wise**: a rate for each: the same everywhere, set by hand
-# (tutorials raise it from stage to stage), or from a **sensitivity scan**: cut one layer at several rates, the
-# others whole, and look at the loss on validation pictures. *Predict*: which stage minds most?
+# The package needs no such matrix: it solves for all rows at once by conjugate gradients. Now a real layer. *Predict*
+# the loss with and without the correction, then measure it on images that the curvature has not seen.
 
-# %%
-HAND = {"conv1": 0.5, "layer1": 0.3, "layer2": 0.4, "layer3": 0.5, "layer4": 0.6, "fc": 0.7}
-
-
-@functools.cache
-def scan() -> tuple[dict[str, dict[float, float]], dict[str, dict[float, float]]]:
-    """Bytes of each layer at each rate (fp16 survivors), and the loss that it adds."""
-    candidates, cost = {}, {}
-    for name, weight in weights.items():
-        masks = {r: unstructured.masks({name: weight.abs()}, {name: r})[name] for r in RATES}
-        candidates[name] = {rate: weight * mask for rate, mask in masks.items()}
-        stored = {r: encoding.Dense((weight * mask).half(), mask) for r, mask in masks.items()}
-        cost[name] = {rate: encoding.payload_bits(dense) / 8 for rate, dense in stored.items()}
-    images, labels = pictures.normalize(some.images[:64]), some.labels[:64].long()
-    return cost, sensitivity.loss_increase(model, candidates, images, labels)
-
-
-def rates(values: dict[str, str]) -> dict[str, float]:
-    """A share of zeros for each layer."""
-    if "rates" in values:
-        return {name: HAND[name.split(".")[0]] for name in weights}
-    share = float(values["sparsity"])
-    if "scanned" not in values:
-        return dict.fromkeys(weights, share)
-    cost, harm = scan()
-    return allocation.allocate(cost, harm, budget=sum(costs[share] for costs in cost.values()))
-
-
-# %%
-cost, harm = scan()
-by_scan = rates({"sparsity": "0.9", "scanned": ""})
-figure, panels = plt.subplots(1, 2, figsize=(11, 3.4))
-for name, colour in zip(weights, sns.color_palette("viridis", len(weights)), strict=True):
-    panels[0].plot(RATES, [harm[name][rate] for rate in RATES], color=colour, marker=".")
-panels[0].set(xlabel="share of zeros in one layer", ylabel="loss added (nats)", title="Which layer minds?")
-handles = [plt.Line2D([], [], color=c, label=n) for n, c in zip(("first", "last"), ("#440154", "#fde725"))]
-panels[0].legend(handles=handles, title="layer")
-names = list(weights)
-panels[1].plot(names, [by_scan[name] for name in names], marker="o", label="scanned, bytes of 0.9 everywhere")
-panels[1].plot(names, [HAND[name.split(".")[0]] for name in names], marker="s", label="by hand, other bytes")
-panels[1].tick_params(axis="x", rotation=70, labelsize=7)
-panels[1].set(ylabel="share of zeros", title="Rates for each layer")
-panels[1].legend(fontsize=8, loc="lower right")
-figures.show(
-    figure, "Left: loss against the share of zeros, a line a layer. Right: rates from the scan, and by hand"
-)
+# %% tags=["machine-dependent"]
+layer, split = "layer3.0.conv2", images.validation
+unseen = images.normalize(split.images[:64]), split.labels[:64].long()
+moments = curvature.curvatures(model, seen, seed=seed)
+kept = mask_of(obs.scores({layer: weights[layer]}, moments)[layer], sparsity)
+changed = {0: weights[layer] * kept, 1: obs.corrected(weights[layer], kept, moments[layer])}
+measured = sensitivity.loss_increase(model, {layer: changed}, *unseen)[layer]
+for number, name in enumerate(("as they are", "corrected")):
+    predicted = moments[layer].loss(changed[number] - weights[layer])
+    print(f"weights that stay {name:12} predicted loss {predicted:.4f}, measured {measured[number]:+.4f}")
+print("the correction " + ("helps" if measured[1] < measured[0] else "does not help") + " on unseen images")
 
 # %% [markdown]
-# ### A pattern that hardware likes: two of four
+# **What would fool you.** The prediction holds for small changes around a minimum. At 90 % zeros in *all* layers the
+# changes are large. A correction fitted to few images fits their noise, too; damping holds it back.
 #
-# Sparse tensor cores skip zeros if of four neighbouring inputs exactly two stay. The mask is then no free choice.
-# What does the restriction cost: what share of the squared weights is lost, against the best free half?
+# ## 4 · The same share for each layer?
+#
+# Layers differ in what they can lose. A **sensitivity scan** prunes one layer at several shares, the others whole, and
+# looks at the loss on validation images. *Predict*: which of the five layers suffers most?
 
 # %%
-free = unstructured.masks({layer: weights[layer].abs()}, 0.5)[layer]
-pattern = unstructured.two_of_four({layer: weights[layer].abs()})[layer]
-energy = float(weights[layer].square().sum())
-lost = {
-    n: float((weights[layer] * ~m).square().sum()) / energy for n, m in (("free", free), ("2:4", pattern))
+TRIED = (0.5, 0.8, 0.9, 0.95, 0.98)
+
+
+def scan(name: str) -> dict[float, float]:
+    """The loss that pruning one layer adds, at each share."""
+    pruned = {share: weights[name] * mask_of(magnitude[name], share) for share in TRIED}
+    return sensitivity.loss_increase(model, {name: pruned}, *unseen)[name]
+
+
+harm = {name: scan(name) for name in ("conv1", "layer1.0.conv1", "layer2.0.conv1", "layer4.1.conv2", "fc")}
+figure, axes = plt.subplots(figsize=(7, 3.5))
+for (name, added), marker in zip(harm.items(), figures.MARKERS, strict=False):
+    axes.plot(TRIED, list(added.values()), marker=marker, label=name)
+axes.set(xlabel="share of zeros in one layer", ylabel="loss added (nats)", title="Which layer suffers?")
+axes.set_yscale("symlog", linthresh=0.01)
+axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+figures.show(figure, "Loss added against the share of zeros in one layer, for five layers")
+
+# %% [markdown]
+# With as many bytes as the same share everywhere, which shares have the least loss? That is the allocation of
+# [02](02_quantization.ipynb), with shares in the place of bits. Tutorials raise the share by hand from stage to stage.
+
+# %% tags=["machine-dependent"]
+from nnc_utils import allocation
+
+cost = {name: {share: 2 * (1 - share) * weights[name].numel() for share in TRIED} for name in harm}  # fp16
+budget = sum(prices[0.9] for prices in cost.values())
+chosen = allocation.allocate(cost, harm, budget=budget)
+print("shares of zeros:", chosen)
+added = {
+    "0.9 everywhere": sum(h[0.9] for h in harm.values()),
+    "these": sum(harm[n][z] for n, z in chosen.items()),
 }
-print({name: f"{share:.1%} of the squares lost" for name, share in lost.items()})
-print("first fours:", pattern[0, :8, 0, 0].int().tolist(), "two of each stay")
+print(", ".join(f"{name}: {loss:.3f} nats added" for name, loss in added.items()))
+print(f"{max(harm, key=lambda name: harm[name][0.98])} suffers most of these five")
 
 # %% [markdown]
-# **What would fool you.** Fewer non-zeros are no speed-up. A runtime needs kernels that skip zeros;
-# [07_deployment](07_deployment.ipynb) times a masked network.
+# **What it means.** Layers of few weights mind most and cost least, so they keep more. The package scans all layers
+# (`candidates.scan`). The sum of the layers' losses is a guess: pruned together, they do not add up.
 #
-# ## 5 · What does a mask save in the file?
+# ## 5 · Two of four: a pattern that hardware likes
 #
-# The file holds which weights stay and their values, as fp16. With a share $z$ of zeros, an entropy coder needs
+# Sparse tensor cores skip zeros if of four neighbouring inputs exactly two stay
+# ([Mishra et al., 2021](https://arxiv.org/abs/2104.08378)). The mask is then no free choice. *Predict*: which share of
+# the squared weights does the pattern lose, against the best free half?
+
+# %% tags=["nbval-check-output"]
+def two_of_four(score: torch.Tensor) -> torch.Tensor:
+    """True for the best two of each four neighbouring inputs."""
+    fours = score.unflatten(1, (-1, 4))
+    second = fours.sort(dim=2, descending=True).values[:, :, 1:2]
+    return (fours >= second).flatten(1, 2)
+
+
+row = torch.tensor([[0.9, 0.1, 0.3, 0.2, 0.8, 0.7, 0.6, 0.5]])
+print("kept:", two_of_four(row).int().tolist()[0], "free half:", mask_of(row, 0.5).int().tolist()[0])
+pattern = {name: two_of_four(score) for name, score in magnitude.items() if score.shape[1] % 4 == 0}
+package = unstructured.two_of_four(magnitude)
+print("the package's masks are the same:", all(torch.equal(pattern[name], package[name]) for name in pattern))
+
+# %% tags=["machine-dependent"]
+squares = weights[layer].square()
+lost = {"free": ~mask_of(magnitude[layer], 0.5), "two of four": ~pattern[layer]}
+lost = {name: float(squares[gone].sum() / squares.sum()) for name, gone in lost.items()}
+print(", ".join(f"{name} loses {share:.1%} of the squares" for name, share in lost.items()))
+print(f"the pattern costs {lost['two of four'] / lost['free']:.1f} times as much")
+
+# %% [markdown]
+# **What would fool you.** Fewer non-zeros are no speed-up. A runtime needs kernels that skip them;
+# [07](07_deployment.ipynb) times a masked network.
+#
+# ## 6 · What does a mask save?
+#
+# The file holds which weights stay, and their values as fp16. With a share $z$ of zeros, an entropy coder needs
 # $H(z) = -z\log_2 z - (1-z)\log_2(1-z)$ bits a weight for the mask, and $16\,(1-z)$ for the values:
 #
-# $$\text{ratio} = \frac{32}{H(z) + 16\,(1 - z)}$$
+# $$\text{times smaller} = \frac{32}{H(z) + 16\,(1 - z)}$$
 #
 # *Predict* it for 90 %, then write the file.
 
-# %%
-saving = {"mean": pictures.mean, "std": pictures.std, "classes": pictures.classes, "dtype": torch.float16}
-masked = unstructured.masked(model, unstructured.masks(known["magnitude"], 0.9))
-saved = artifact.save(masked, run.path("scratch/masked.safetensors"), **saving)
-entropy = -0.9 * math.log2(0.9) - 0.1 * math.log2(0.1)
-predicted = 32 / (entropy + 1.6)
-measured = artifact.fp32_bytes(spec) / saved.nbytes
+# %% tags=["machine-dependent"]
+from nnc_utils import artifact
+
+masked = unstructured.masked(model, ours["global"])
+preprocessing = {"mean": images.mean, "std": images.std, "classes": images.classes}
+saved = artifact.save(masked, bench.path("scratch/masked.safetensors"), dtype=torch.float16, **preprocessing)
+entropy = -sparsity * math.log2(sparsity) - (1 - sparsity) * math.log2(1 - sparsity)
+predicted = 32 / (entropy + 16 * (1 - sparsity))
+measured = artifact.fp32_bytes(model.spec) / saved.nbytes
 print(f"predicted {predicted:.1f} times smaller, measured {measured:.1f}, ratio {measured / predicted:.2f}")
+print(f"MACs: {models.macs(masked.spec) / models.macs(model.spec):.0%} of before")
 
 # %% [markdown]
-# **What it means.** The formula knows one share for all; the file has a mask with its own entropy for each layer, and
-# batch-norm and the header, too.
+# **What it means.** The formula knows one share for all layers. In the file each layer's mask has its own entropy; the
+# header and batch-norm need bytes, too. The MACs did not move.
 #
-# ## 6 · Channels: a cut that makes an ordinary network
+# ## 7 · Removing channels: a smaller network
 #
-# Take a whole output channel away, and the layers that read it lose an input: the arithmetic shrinks on both sides.
-# But a residual addition needs the same channels from both its inputs, so layers are cut in **coupled groups**.
-# Before you look: which layers share their channels with the first convolution?
+# Remove an output channel of one convolution, and the next one loses an input. Inside a residual block that is all:
+# rows go where the channel is **written**, columns go where it is **read**. The judge is a **masked twin**, which keeps
+# all channels but multiplies the removed ones by 0. *Predict*: how far apart are the two outputs?
 
-# %%
-groups = structured.groups(spec)
-names = [x.name for x in models.layers(spec)]
-figure, axes = plt.subplots(figsize=(10, 3.4))
-colours = dict(zip(groups, sns.color_palette("colorblind", 4) * len(groups), strict=False))
-for level, (group, members) in enumerate(groups.items()):
-    places = [names.index(writer) for writer in members.writers]
-    axes.plot(places, [level] * len(places), color=colours[group], marker="o", linewidth=2)
-    readers = [names.index(reader) for reader in members.readers]
-    axes.scatter(readers, [level] * len(readers), marker="|", s=120, color=colours[group])
-axes.set_xticks(range(len(names)), names, rotation=70, fontsize=7)
-axes.set_yticks(range(len(groups)), groups, fontsize=7)
-axes.set_title("Coupled groups: ● layers that write the same channels, | layers that read them")
-figures.show(
-    figure, "For each group of coupled channels, the layers that write them and those that read them"
+# %% tags=["nbval-check-output"]
+import copy
+
+from torch import nn
+
+
+def without_channels(block: nn.Module, kept: torch.Tensor) -> nn.Module:
+    """The block with only some of the channels between its two convolutions."""
+    narrow = copy.deepcopy(block)
+    narrow.conv1.weight = nn.Parameter(block.conv1.weight[kept])  # writes them
+    for part in ("weight", "bias"):
+        setattr(narrow.bn1, part, nn.Parameter(getattr(block.bn1, part)[kept]))
+    for part in ("running_mean", "running_var"):
+        setattr(narrow.bn1, part, getattr(block.bn1, part)[kept])
+    narrow.conv2.weight = nn.Parameter(block.conv2.weight[:, kept])  # reads them
+    return narrow
+
+
+def silenced(network: nn.Module, norm: str, kept: torch.Tensor) -> nn.Module:
+    """The masked twin: the other channels of one batch-norm are 0."""
+    twin = copy.deepcopy(network)
+    gone = torch.ones(twin.get_submodule(norm).num_features, dtype=torch.bool)
+    gone[kept] = False
+    for part in ("weight", "bias"):
+        getattr(twin.get_submodule(norm), part).data[gone] = 0
+    return twin
+
+
+block = model.layer1[0]
+kept = torch.arange(0, len(block.bn1.weight), 2)
+features = torch.randn(2, block.conv1.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+with torch.inference_mode():
+    apart = (without_channels(block, kept)(features) - silenced(block, "bn1", kept)(features)).abs().max()
+print(f"narrow block and masked twin agree within 1e-4: {bool(apart < 1e-4)}")
+
+# %% [markdown]
+# Now the *outputs* of a block. A residual connection adds two tensors, which must have the same channels. *Predict*:
+# which other layers lose a channel when the first convolution does?
+
+# %% tags=["nbval-check-output"]
+def streams(spec: models.Spec) -> dict[str, list[str]]:
+    """First writer -> all layers that write the same residual stream."""
+    writers, stream = {"conv1": ["conv1"]}, "conv1"
+    for name, block in models.named_blocks(spec):
+        last = f"{name}.conv{len(block.widths)}"
+        if block.connection == "identity":  # its output is added to the stream: the same channels
+            writers[stream].append(last)
+            continue
+        stream = last  # a new stream begins, and the projection writes it, too
+        writers[stream] = [last] + [f"{name}.downsample.0"] * (block.connection == "projection")
+    return writers
+
+
+from nnc_utils.pruning import structured
+
+groups = structured.groups(model.spec)
+print("with conv1 go:", ", ".join(streams(model.spec)["conv1"][1:]))
+print("they are read by:", ", ".join(groups["conv1"].readers))
+same = all(list(groups[name].writers) == own for name, own in streams(model.spec).items())
+print(f"the package's groups are the same: {same}; {len(groups)} groups with those inside blocks")
+
+# %% [markdown]
+# `remove_channels` does both for every group: out comes a narrower Spec with its weights, an ordinary network. Keep half
+# of each group. *Predict*: how many MACs are left? (Inputs times outputs.)
+
+# %% tags=["nbval-check-output"]
+half = {name: torch.arange(len(weights[name]))[::2] for name in groups}
+narrow, twin = structured.remove_channels(model, half), model
+norms = {x.name: x.batch_norm for x in models.layers(model.spec)}
+for name, kept in half.items():
+    for writer in groups[name].writers:
+        twin = silenced(twin, norms[writer], kept)
+with torch.inference_mode():
+    apart = (narrow(seen[:8]) - twin(seen[:8])).abs().max()
+print(f"narrow network and masked twin agree within 1e-3: {bool(apart < 1e-3)}")
+left = models.macs(narrow.spec) / models.macs(model.spec)
+print(f"MACs left: predicted {0.5 * 0.5:.3f}, measured {left:.3f}, ratio {left / 0.25:.3f}")
+
+# %% [markdown]
+# ## 8 · Which channels?
+#
+# Put a **gate**, a factor of 1, behind each channel. The derivative of an image's loss by the gate says what the loss
+# would do if the channel became a little weaker. Its mean square, halved, is the **Fisher** score
+# ([Theis et al., 2018](https://arxiv.org/abs/1801.05787)); its mean size is the Taylor score. A gate stands behind every
+# layer that writes the channel.
+
+# %% tags=["nbval-check-output"]
+from nnc_utils.pruning import channels
+
+
+def fisher_scores(network: models.ResNet, inputs: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Half the mean square of the loss's derivative by each channel's gate."""
+    network = copy.deepcopy(network)
+    gates = {name: torch.ones(len(inputs), len(weights[name]), 1, 1, requires_grad=True) for name in groups}
+    for name, group in groups.items():
+        for writer in group.writers:
+            norm = network.get_submodule(norms[writer])
+            norm.register_forward_hook(lambda module, inputs, output, name=name: output * gates[name])
+    loss = functional.cross_entropy(network(inputs), labels, reduction="sum")
+    slopes = torch.autograd.grad(loss, list(gates.values()))
+    return {name: slope.flatten(1).square().mean(0) / 2 for name, slope in zip(gates, slopes, strict=True)}
+
+
+fisher = fisher_scores(model, *some)
+package = channels.scores(model, "fisher", images=some[0], labels=some[1])
+print(
+    "the package's scores are the same:",
+    all(torch.allclose(fisher[n], package[n], rtol=1e-3) for n in fisher),
 )
 
 # %% [markdown]
-# Now remove half of the channels of every group, for good: out comes a narrower Spec with its weights. MACs are
-# inputs times outputs. *Predict* how many are left; and predict how far its logits are from those of a twin that
-# keeps all channels but multiplies the removed ones by 0.
+# A budget of MACs needs a threshold: scores are divided by their group's mean, and one threshold for all groups is
+# searched by bisection (`channels.within_macs`). *Predict*: do early or late groups lose more?
 
-# %%
+# %% tags=["machine-dependent"]
 fisher = channels.scores(model, "fisher", images=seen, labels=seen_labels)
-half = {name: values.topk(len(values) // 2).indices.sort().values for name, values in fisher.items()}
-narrow = structured.remove_channels(model, half)
-twin = copy.deepcopy(model)
-norms = {x.name: x.batch_norm for x in models.layers(spec)}
-for name, kept in half.items():
-    for writer in groups[name].writers:
-        gone = torch.ones(len(fisher[name]), dtype=torch.bool)
-        gone[kept] = False
-        norm = twin.get_submodule(norms[writer])
-        norm.weight.data[gone], norm.bias.data[gone] = 0.0, 0.0
-with torch.inference_mode():
-    apart = float((narrow(seen[:32]) - twin(seen[:32])).abs().max())
-predicted, measured = 0.5 * 0.5, models.macs(narrow.spec) / models.macs(spec)  # inputs times outputs
-print(f"MACs left: predicted {predicted:.3f}, measured {measured:.3f}; logits apart by {apart:.0e}")
+budget = models.macs(model.spec) / macs
+chosen = channels.within_macs(model.spec, fisher, macs=budget, multiple=multiple)
+shares = pd.Series({name: len(kept) / len(fisher[name]) for name, kept in chosen.items()})
+stages = shares.groupby(lambda name: name.split(".")[0], sort=False).mean()
+print("share of channels that stays:", stages.round(2).to_dict())
+print(f"{stages.idxmin()} loses most, {stages.idxmax()} least")
 
 # %% [markdown]
-# ### The readers make up for it
+# ## 9 · Compensating the readers
 #
-# Cut half of everything: is the network lost? Batch-norm re-estimated on some pictures brings part of it back. And what a
-# removed channel said may be said by those that stay: for each layer that reads the group, least squares gives the weights that come nearest to
-# the old sums, $W' = W H_{\cdot S} H_{SS}^{-1}$ with $H$ the second moment of its inputs and $S$ the channels that stay
-# (He et al., 2017). No gradient step is taken. How much of the accuracy comes back by each? (Re-estimating alone moves the
-# dense network, too: it stands beside.)
+# What a removed channel said may be said by those that stay. For each layer that reads the group, least squares gives
+# the weights that come nearest to the old sums ([He et al., 2017](https://arxiv.org/abs/1707.06168)). With $A$ the second
+# moment of its inputs and $S$ the channels that stay,
+#
+# $$W' = W A_{\cdot S}\, A_{SS}^{-1}$$
 
-# %%
-def narrowed(network, score, budget: float, known: dict | None = None, even: bool = False):
-    """Channels removed until the MACs are within the budget; with a curvature, the readers mended."""
-    kept = channels.within_macs(network.spec, score, macs=budget, everywhere=even, multiple=multiple)
-    network = network if known is None else obs.compensated(network, kept, known)
-    return structured.remove_channels(network, kept)
+# %% tags=["nbval-check-output"]
+def compensated(weight: torch.Tensor, moment: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
+    """Weights for the inputs that stay, nearest to the old sums."""
+    return torch.linalg.solve(moment[stay][:, stay], moment[stay] @ weight.T).T
 
 
-rows = []
-for times in (2, 4, 8):
-    budget = models.macs(spec) / times
-    plain, mended = narrowed(model, fisher, budget), narrowed(model, fisher, budget, curved)
-    rows.append({"fewer MACs": f"{times}x", "cut": accuracy(plain)})
-    rows[-1]["batch-norm re-estimated"] = accuracy(batch_norm.reestimate(plain, seen))
-    rows[-1]["mended, too"] = accuracy(batch_norm.reestimate(mended, seen))
-again = accuracy(batch_norm.reestimate(model, seen))
-print(f"dense: {accuracy(model):.1f} % of these pictures, batch-norm re-estimated {again:.1f} %")
-pd.DataFrame(rows).round(1)
+inputs = torch.randn(200, 5, generator=generator) @ torch.randn(5, 5, generator=generator)  # correlated
+weight, stay = torch.randn(2, 5, generator=generator), torch.tensor([0, 2, 3])
+sums = inputs @ weight.T
+new = compensated(weight, inputs.T @ inputs / len(inputs), stay)
+for name, w in (("as they are", weight[:, stay]), ("compensated", new)):
+    error = float((inputs[:, stay] @ w.T - sums).square().mean() / sums.square().mean())
+    print(f"{name:12} {error:.1%} of the sums' squares lost")
+exact = torch.linalg.lstsq(inputs[:, stay], sums).solution
+print("torch's least squares gives the same:", torch.allclose(new.T, exact, atol=1e-4))
+
+# %% tags=["nbval-check-output"]
+group = next(name for name, group in groups.items() if "fc" in group.readers)
+moment, kept = moments["fc"].inputs, torch.arange(0, weights["fc"].shape[1], 2)
+raised = moment + 0.05 * moment.diagonal().mean() * torch.eye(len(moment))  # damping, as the package does
+new = compensated(weights["fc"], raised, kept)
+package = channels.compensated(model, {group: kept}, moments).fc.weight.detach()[:, kept]
+print("the package's weights of the classifier are the same:", torch.allclose(new, package, atol=1e-3))
 
 # %% [markdown]
-# ## 7 · Layers: whole residual blocks
-#
-# A block with an identity connection can go: its input then passes it by. *Predict* which one the network misses
-# least: one early or one late in a stage of many channels?
+# How much of the accuracy comes back? Re-estimating batch-norm on some training images helps, too, and no gradient step
+# is taken. *Predict* the order of the three columns.
 
-# %%
-able = [name for name, block in models.named_blocks(spec) if block.connection == "identity"]
+# %% tags=["machine-dependent"]
+from nnc_utils import batch_norm
 
-
-def without(network, gone: list[str]):
-    """The network without some blocks, its batch-norm re-estimated."""
-    return batch_norm.reestimate(structured.remove_blocks(network, gone), seen)
-
-
-def least_missed(count: int) -> list[str]:
-    """Blocks to remove, one after the other, each the one that validation pictures miss least."""
-    gone: list[str] = []
-    while len(gone) < count:
-        removable = [n for n in able if n not in gone and _stage_stays([*gone, n])]
-        gone.append(max(removable, key=lambda name: accuracy(without(model, [*gone, name]), 500)))
-    return gone
-
-
-def _stage_stays(gone: list[str]) -> bool:
-    left = [name.split(".")[0] for name, _ in models.named_blocks(spec) if name not in gone]
-    return len(set(left)) == len(spec.stages)
-
-
-rows = []
-for name in able:
-    shallow = without(model, [name])
-    rows.append({"removed": name, "MACs left (%)": 100 * models.macs(shallow.spec) / models.macs(spec)})
-    rows[-1] |= {"parameters left (%)": 100 * models.parameters(shallow.spec) / models.parameters(spec)}
-    rows[-1]["accuracy"] = accuracy(shallow)
-pd.DataFrame(rows).round(1)
+rows = {}
+for times in (2, macs):
+    kept = channels.within_macs(model.spec, fisher, macs=models.macs(model.spec) / times, multiple=multiple)
+    plain = structured.remove_channels(model, kept)
+    repaired = structured.remove_channels(channels.compensated(model, kept, moments), kept)
+    repaired = batch_norm.reestimate(repaired, seen)
+    rows[f"{times:g}× fewer MACs"] = {
+        "removed": accuracy(plain),
+        "batch-norm re-estimated": accuracy(batch_norm.reestimate(plain, seen)),
+        "compensated, too": accuracy(repaired),
+    }
+table = pd.DataFrame(rows).T
+print(f"dense: {accuracy(model):.1f} %; best at {macs:g}×: {table.iloc[-1].idxmax()}")
+table.round(1)
 
 # %% [markdown]
-# **What it means.** With a few hundred pictures each is a good part of a point, so these accuracies can hardly be ranked. What
-# differs for sure is the saving: every block has about as many MACs, but late ones hold nearly all of the parameters.
+# **What it means.** Most of what "pruning destroys" is not knowledge but scale: the next batch-norm expects other sums.
+# Measure without training first; then you know what training has to do.
 #
-# ## 8 · Fine-tune, and repeat
+# ## 10 · Removing blocks
 #
-# After the cut the network trains on, its zeros held. Cutting **iteratively**, a bit at a time with training in
-# between, lets it adapt; the **gradual** schedule $z_t = z_{\text{end}}(1-(1-t)^3)$ cuts much while much is superfluous, and
-# little in the end. All see the same number of training pictures. Predict from the formula: after half the steps, what
-# share of the zeros is there?
+# A block with an identity connection can go: its input then passes it by. *Predict*: which one saves most MACs, which
+# one most parameters?
+
+# %% tags=["machine-dependent"]
+def without_block(network: models.ResNet, name: str) -> models.ResNet:
+    """The layers of a shallower network; its Spec is left to the package."""
+    shallow, (stage, number) = copy.deepcopy(network), name.split(".")
+    blocks = [b for i, b in enumerate(getattr(shallow, stage)) if i != int(number)]
+    setattr(shallow, stage, nn.Sequential(*blocks))
+    return shallow
+
+
+rows = {}
+for name in (name for name, block in models.named_blocks(model.spec) if block.connection == "identity"):
+    shallow = structured.remove_blocks(model, [name])
+    with torch.inference_mode():
+        assert torch.equal(shallow(seen[:4]), without_block(model, name)(seen[:4])), "the package differs"
+    rows[name] = {"MACs left (%)": 100 * models.macs(shallow.spec) / models.macs(model.spec)}
+    rows[name]["parameters left (%)"] = 100 * models.parameters(shallow.spec) / models.parameters(model.spec)
+    rows[name]["accuracy (%)"] = accuracy(batch_norm.reestimate(shallow, seen))
+table = pd.DataFrame(rows).T
+print(f"{table['parameters left (%)'].idxmin()} saves most parameters; all save about as many MACs")
+table.round(1)
+
+# %% [markdown]
+# **What would fool you.** A few hundred validation images cannot rank these accuracies: 1 image of 200 is half a
+# percentage point. What differs for sure is the saving.
+#
+# ## 11 · When to prune, and fine-tuning
+#
+# After the removal the network trains on; its zeros are held. **One-shot** removes all at once, **iterative** a share of
+# what is left, with training in between. The **gradual** schedule removes much while much is superfluous
+# ([Zhu and Gupta, 2017](https://arxiv.org/abs/1710.01878)):
+#
+# $$z_t = z_{\text{end}}\,\bigl(1-(1-t)^3\bigr)$$
+#
+# *Predict*: after half of the steps, which share of the zeros is there?
+
+# %% tags=["nbval-check-output"]
+from nnc_utils.pruning import schedules
+
+
+def gradual(final: float, count: int) -> list[float]:
+    """The share of zeros after each step of a cubic schedule."""
+    return [final * (1 - (1 - step / count) ** 3) for step in range(1, count + 1)]
+
+
+ours = gradual(0.9, 6)
+print("shares of zeros:", [round(share, 3) for share in ours])
+print(f"after half of the steps {ours[2] / 0.9:.1%} of the zeros are there")
+theirs = schedules.sparsities(0.9, "gradual", 6)
+print(
+    "the package's shares are the same:", all(abs(a - b) < 1e-12 for a, b in zip(ours, theirs, strict=True))
+)
 
 # %%
-figure, axes = plt.subplots(figsize=(6, 3))
+figure, axes = plt.subplots(figsize=(7, 3))
 for kind, marker in (("one_shot", "o"), ("iterative", "s"), ("gradual", "^")):
-    times = 1 if kind == "one_shot" else 6
-    planned = schedules.sparsities(0.9, kind, times)
-    cuts = np.arange(times) / times  # each cut comes before its part of the training
-    axes.plot([0, *cuts, 1], [0, *planned, 0.9], marker=marker, label=kind, drawstyle="steps-post")
-axes.set(xlabel="share of the fine-tuning", ylabel="share of zeros", title="When is how much cut?")
-axes.legend()
+    count = 1 if kind == "one_shot" else 6
+    planned = schedules.sparsities(0.9, kind, count)
+    begins = [step / count for step in range(count)]  # each removal comes before its part of the training
+    shown = {"marker": marker, "drawstyle": "steps-post", "label": kind.replace("_", "-")}
+    axes.plot([0, *begins, 1], [0, *planned, 0.9], **shown)
+axes.set(
+    xlabel="share of the fine-tuning",
+    ylabel="share of zeros",
+    title="When is how much removed?",
+    xlim=(-0.02, 1.35),
+)
+axes.legend(loc="center right")
 figures.show(figure, "The share of zeros over the training for three schedules that end at 90 %")
 
 # %% [markdown]
-# ## Benchmark: the operating points
+# Does fine-tuning help? The compensated network of section 9 trains on for `train_epochs`, at a low and at a high peak
+# of the learning rate. The baseline has converged: a high peak first destroys what it knows. *Predict* the accuracy of
+# each row.
+
+# %% tags=["machine-dependent"]
+from nnc_utils import training
+
+table = {"before training": accuracy(repaired)}
+for peak in (learning_rate, 50 * learning_rate):
+    tried = copy.deepcopy(repaired)
+    options = {"augment": bench.recipe["augment"], "batch_size": bench.recipe["batch_size"], "seed": seed}
+    training.fit(tried, images, epochs=train_epochs, learning_rate=peak, **options)
+    table[f"fine-tuned, peak {peak:g}"] = accuracy(tried)
+before, low, high = table.values()
+print(f"the low peak {'helps' if low > before else 'does not help'}: {low - before:+.1f} percentage points")
+print(
+    f"the high peak {'helps' if high > before else 'does not help'}: {high - before:+.1f} percentage points"
+)
+pd.Series(table, name="validation accuracy (%)").round(1).to_frame()
+
+# %% [markdown]
+# **What would fool you.** Fine-tuning that cures an under-trained baseline. The dense network deserves the same extra
+# training; the benchmark has it as a row.
 #
-# A point is a method and its setting, such as `channels_fisher:macs=4x mended tuned`. Flags: `tuned`
-# fine-tunes (with `iterative` or `gradual` in several cuts); `taught`, too, and the network before the cut is its teacher
-# ([04_distillation](04_distillation.ipynb)); `bn` re-estimates a masked network's batch-norm (where channels or blocks go, ours
-# or a counterpart's, it always is); `mended` lets the readers make up for removed channels; `even` takes the same share of each
-# group; `scanned` takes rates from the scan; and `int8` adds the finished network in 7-bit integers, with which runtimes compute.
-# The other files hold fp16.
-
-# %%
-def one_cut(network, method: str, values: dict[str, str], share: float):
-    """The network after one cut: `share` of the weights at 0, or `share` of the dense network's MACs left."""
-    about = {"images": seen, "labels": seen_labels, "seed": seed}
-    if method in CHANNELS:
-        known = curvature.curvatures(network, seen, seed=seed) if "mended" in values else None
-        score = channels.scores(network, CHANNELS[method], **about)
-        return narrowed(network, score, share * models.macs(spec), known, "even" in values)
-    if method in PEERS:
-        options = {"images": seen, "labels": seen_labels, "everywhere": "even" in values}
-        pruner = counterparts.peer("torch_pruning")
-        return pruner.prune(network, PEERS[method], macs=share * models.macs(spec), **options)
-    if method == "blocks":
-        return structured.remove_blocks(network, least_missed(int(values["removed"])))
-    if method == "obs_block":
-        return obs.prune_network(network, curved, sparsity=share)
-    score = unstructured.scores(network, WEIGHTS.get(method, "magnitude"), **about)
-    if method == "nm_2_4":
-        return unstructured.masked(network, unstructured.two_of_four(score))
-    target = rates(values) if method == "magnitude_layerwise" else share
-    return unstructured.masked(network, unstructured.masks(score, target))
-
-
-# %%
-recipe = baseline.record.parameters
-training = {key: recipe[key] for key in ("augment", "batch_size")}
-
-
-def tuned(
-    network, name: str, part: int = 1, epochs=train_epochs, peak=learning_rate, loss=cross_entropy
-) -> dict:
-    """What it took to train the network on, in place; each part of a schedule sees other pictures."""
-    where, order = run.path(f"checkpoint_{name}_{part}.pt"), seed + 1_000_003 * (part - 1)
-    about = {"epochs": epochs, "learning_rate": peak, "loss": loss, "checkpoint": where, "seed": order}
-    history = fit(network, pictures, **about, **training)
-    return {"train_images": history.images, "train_seconds": history.seconds}
-
-
-def shares_of(values: dict[str, str]) -> list[float]:
-    """The share of each cut: of zeros, or of MACs that are left."""
-    kind = next((flag for flag in CUTS if flag in values), "one_shot")
-    count = 1 if kind == "one_shot" else steps
-    if "macs" in values:
-        return schedules.shares(1 / float(values["macs"][:-1]), kind, count)
-    return schedules.sparsities(float(values.get("sparsity", 0.5)), kind, count)
-
-
-# %%
-@functools.lru_cache(maxsize=2)  # int8 comes behind its float network
-def finished(method: str, setting: str) -> tuple[torch.nn.Module, dict]:
-    """A point's network but for its rounding, and what its training took."""
-    values = dict(part.partition("=")[::2] for part in setting.split())
-    network, took, name = copy.deepcopy(model), {}, f"{method}_{setting}".replace(" ", "_")
-    if method == "dense_finetuned":
-        return network, tuned(network.train(), name)
-    cuts = shares_of(values)
-    for number, share in enumerate(cuts, 1):
-        network = one_cut(network.eval(), method, values, share)
-        if network.spec != spec:
-            network = batch_norm.reestimate(network, seen)
-        if set(TRAINED) & set(values):
-            loss = cross_entropy
-            if "taught" in values:
-                loss = teaching.taught_by(copy.deepcopy(model), teaching.Recipe(), network.spec)
-            step = tuned(network.train(), name, number, train_epochs / len(cuts), loss=loss)
-            took = {key: took.get(key, 0) + value for key, value in step.items()}
-    if "bn" in values:
-        network = batch_norm.reestimate(network, seen, original=None if took else model)
-    if method in CHANNELS and method not in CONTROLS:
-        widths.setdefault(values["macs"], network.spec)
-    return network.eval(), took
-
-
-# %% [markdown]
-# The honest rivals: the dense network with the same extra training (`dense_finetuned`), random scores, the pruned
-# architecture **from scratch** with the baseline's training and the fine-tuning's together, and a plain narrow
-# network of as many MACs, trained as long (`small_dense`).
-
-# %%
-def from_the_start(method: str, times: str) -> tuple[torch.nn.Module, dict]:
-    """A network that was never pruned, trained for the whole budget."""
-    wanted = widths.get(times)
-    if method == "small_dense":
-        about = {key: getattr(spec, key) for key in ("channels", "size", "classes", "stem")}
-        plain = (
-            models.resnet(recipe["depth"], width=float(width), **about) for width in np.arange(1, 0, -0.005)
-        )
-        budget = models.macs(spec) / float(times[:-1])
-        wanted = next(candidate for candidate in plain if models.macs(candidate) <= budget)
-    if wanted is None:
-        raise ValueError(f"no network of channels with {times} fewer MACs was made")
-    torch.manual_seed(seed)
-    network, epochs = models.build(wanted), recipe["epochs"] + train_epochs
-    return network, tuned(network.train(), f"{method}_{times}", epochs=epochs, peak=recipe["learning_rate"])
-
-
-# %%
-TECHNIQUES = {"small_dense": "baseline"} | dict.fromkeys(PEERS, "peer")
-
-
-def candidate(point: str) -> dict:
-    """A point's network as a file, and what its row will say."""
-    method, setting, values = parsed(point)
-    row = {"technique": TECHNIQUES.get(method, "pruning"), "method": method, "point": setting}
-    row |= {"control": CONTROLS.get(method, "")}
-    if method in ("from_scratch", "small_dense"):
-        network, took = from_the_start(method, values["macs"])
-    else:
-        network, took = finished(method, " ".join(s for s in setting.split() if s != "int8"))
-    if "int8" in values:
-        rounded = uniform.quantize_network(network, bits=7, per_channel=True)
-        network = activations.calibrate(rounded, seen)
-    name = f"{method}_{setting}".replace("=", "").replace(" ", "_").rstrip("_")
-    path = run.path(f"artifacts/{name}.safetensors")
-    saved = artifact.save(network, path, **saving)
-    print(f"{point}: {saved.nbytes:,} bytes, {models.macs(network.spec):,} MACs", flush=True)
-    row |= {"division": "open" if took or network.spec != spec else "closed"} | took
-    return {"path": path, "bytes": saved.nbytes, "macs": models.macs(network.spec), "row": row}
-
-
-# %%
-missing = {}
-if peers and (why := counterparts.available("torch_pruning")):
-    missing = dict.fromkeys(peers, why)
-    print(f"Torch-Pruning: {why}")
-learned = any(set(TRAINED) & set(parsed(point)[2]) for point in (*points, *peers))
-plain = [[point.replace(" int8", ""), point] for point in points]  # int8 comes beside its float network
-wanted = list(dict.fromkeys(sum(plain, [])))
-has_dense = [made for made in before if "dense_finetuned" in {row.method for row in made.compression}]
-if learned and not has_dense:
-    wanted = list(dict.fromkeys(["dense_finetuned", *wanted]))
-candidates = []
-for point in wanted + ([] if missing else peers):
-    try:
-        candidates.append(candidate(point))
-    except (ValueError, TrainingError) as error:  # one point that cannot be made costs no other
-        missing[point] = str(error)
-        print(f"{point}: {error}", flush=True)
-
-# %% [markdown]
-# The **validation** pictures decide what is claimed, before the test set is looked at: in each division (closed: no
-# gradient step after the baseline; open: all else) the smallest masked file and the channel-pruned network with the fewest MACs that are likely without loss on test
-# ([`claims`](../nnc_utils/claims.py)); with three seeds, their pictures together
-# ([`chosen_over_seeds`](../nnc_utils/over_seeds.py)).
-
-# %%
-dense = next((c["path"] for c in candidates if c["row"]["method"] == "dense_finetuned"), None)
-if has_dense:  # an earlier part trained it
-    dense = has_dense[0].artifact("dense_finetuned")
-MASKS = (*WEIGHTS, "magnitude_layerwise", "obs_block", "nm_2_4")
-orders = {}
-for division, (counted, methods) in itertools.product(
-    ("closed", "open"), (("bytes", MASKS), ("macs", (*CHANNELS, "blocks")))
-):
-    able_to = [c for c in candidates if c["row"]["division"] == division and c["row"]["method"] in methods]
-    able_to = [c for c in able_to if not c["row"]["control"] and "int8" not in c["row"]["point"]]
-    able_to.sort(key=lambda c: (c[counted], c["bytes"]))
-    orders[division, counted] = [c["path"] for c in able_to if claim]
-decided = claims.choose(orders, baseline=baseline.artifact("fp32"), dense=dense, pictures=pictures)
-for (division, counted), path in decided.claimed.items():
-    print(f"claimed in the {division} division, fewest {counted}: {path.stem}")
-
-# %% [markdown]
-# Now the test set, once, in a fresh process that gets nothing but the files' names.
-
-# %%
-scores = scoring.score(
-    [c["path"] for c in candidates], dataset=reference.dataset, folder=run.path("predictions")
-)
-against = {"closed": baseline, "open": baseline}
-if decided.reference == dense:
-    of_dense = [made.score("dense_finetuned") for made in has_dense]
-    [against["open"]] = of_dense or [s for s in scores if Path(s["path"]) == dense]
-rows = [
-    results.compression_row(
-        score,
-        run=run,
-        dataset=reference.dataset,
-        model=reference.model,
-        reference=baseline if c["path"] == dense else against[c["row"]["division"]],
-        headline=c["path"] in decided.claimed.values(),
-        **c["row"],
-    )
-    for c, score in zip(candidates, scores, strict=True)
-]
-table = pd.DataFrame([row.model_dump() for row in rows])
-shown = ["method", "point", "control", "size_ratio", "macs", "nonzeros", "accuracy", "accuracy_delta"]
-table[[*shown, "delta_ci_low", "delta_ci_high", "headline"]].sort_values("macs", kind="stable")
-
-# %%
-everything = pd.concat([pd.DataFrame([reference.model_dump()]), table], ignore_index=True)
-figures.show(
-    figures.macs_against_accuracy(everything),
-    "Test accuracy against how many times fewer MACs, by method, with intervals",
-)
-
-# %% [markdown]
-# ### Who beats whom?
+# ## Benchmark
 #
-# At each number of MACs and with the same training, Fisher scores, mended or not, against each counterpart, random scores and
-# networks that were never cut, on the same test pictures; and each score of weights against their magnitudes, at as many zeros. Which of ours is compared was fixed before. "Beats" means that the paired interval is above 0, "below" that it is under 0; "not below" is neither: undecided.
+# A configuration is data: `{"method": "channels", "macs": 4, "compensate": True, "train": "finetune"}`.
+# [`candidates.py`](../nnc_utils/pruning/candidates.py) joins the steps above. Validation images decide what is claimed.
+# Then a fresh process scores the test images of each file, once.
 
-# %%
-versus = results.comparisons(everything, run.path("predictions"), dataset=reference.dataset)
-versus if len(versus) else "no two of these points are to be compared"
+# %% tags=["benchmark"]
+candidates = bench.build(configurations + peers)
+
+# %% tags=["benchmark"]
+rows = bench.measure(candidates)
+bench.show(rows)
+
+# %% tags=["benchmark"]
+figure = figures.size_against_accuracy(bench.with_reference(rows))
+figures.show(figure, "Test accuracy against times smaller: pruned networks before and after fine-tuning")
+
+# %% tags=["benchmark"]
+done = bench.finish()
 
 # %% [markdown]
-# **What would fool you.** A ratio of MACs is no speed-up, a mask is none at all; how many milliseconds a narrower network
-# takes is the question of [07_deployment](07_deployment.ipynb). A pruned network that beats an under-trained baseline: the
-# dense network deserves the same extra training. And "90 % pruned" may be 90 % of one large layer.
-
-# %%
-files = {f"{c['row']['method']}:{c['row']['point']}": f"artifacts/{c['path'].name}" for c in candidates}
-done = run.finish(
-    compression=rows, extra={"validation_delta": decided.looked, "files": files, "missing": missing}
-)
-print(f"{done.run} is finished: {len(rows)} rows")
-
-# %% [markdown]
+# **What it means.** Compare each fine-tuned row with the row before it. Where a repair without training is already at
+# the dense network's level, training has little left to bring. 1 of 400 test images is a quarter of a percentage point:
+# look at the intervals.
+#
+# **What would fool you.** A ratio of MACs is no speed-up, and a mask is none at all: milliseconds are measured in
+# [07](07_deployment.ipynb). "90 % pruned" may be 90 % of one large layer.
+#
 # ## The committed results
 #
-# The same cells, run on ResNet-18 trained on Fashion-MNIST, by the best profile that has these methods. Profiles train their
-# baseline for different times (quick and medium a little more than one epoch, standard twenty): compare a point with the grey
-# line of its own figure only.
+# The same cells, run on ResNet-18 and Fashion-MNIST. Who is above whom?
 
-# %%
-committed = results.committed_profile(profiles=results.ALL_PROFILES, technique="pruning")
-if committed is None:
-    print("No committed tables yet: `make benchmark` makes them.")
-else:
-    print(f"profile {committed.name}")
-    full = figures.read_table(committed / "compression.csv")
-    cut = full[full["technique"].isin(["baseline", "pruning"]) | full["method"].isin(PEERS)]
-    figures.show(
-        figures.macs_against_accuracy(cut),
-        f"The committed results of the {committed.name} profile: accuracy against MACs",
-    )
-    narrower = ("channels", "torch_pruning", "blocks", "from_scratch", "small_dense")
-    masks_only = cut[~cut["method"].str.startswith(narrower)]
-    if (masks_only["technique"] == "pruning").any():
-        figures.show(
-            figures.size_against_accuracy(masks_only),
-            f"The committed results of the {committed.name} profile: accuracy against size of masked files",
-        )
-    versus = results.comparisons(cut, committed / "predictions", dataset=full["dataset"].iloc[0])
-    display(versus if len(versus) else "no two of these points are to be compared")
+# %% tags=["machine-dependent"]
+from bench.committed import committed
+
+results = committed("pruning")
+print(f"profile {results.name}")
+figures.show(
+    results.figure(), "Committed test accuracy against times fewer MACs: pruned networks and their rivals"
+)
+
+# %% tags=["machine-dependent"]
+results.verdicts()
 
 # %% [markdown]
-# **Second order, in one shot.** Look again at section 2's figure, of digits: which score is ahead at 90 % zeros? Does the table above
-# agree? Where it has second-order scores *below* magnitudes, here is what to look at: such a score says what one weight
-# costs close to the trained network, while the others stay or make up for it. Nine of ten weights cut are far from there, and what
-# they cost together is not the sum of what each costs alone. One threshold over all layers then takes more than it should where single
-# weights are cheapest, in the last stage, which has most of them. The
-# [report of standard](../results/standard/report.md#where-do-the-zeros-lie) lists in which part of each masked network the
-# zeros lie, beside what it lost.
+# **Does a second-order score beat magnitudes there?** Nine tenths of all weights go at once, without training; only
+# batch-norm is re-estimated.
+
+# %% tags=["machine-dependent"]
+from nnc_utils import configurations as known
+from nnc_utils.provenance import root
+
+table = pd.read_csv(root() / "results" / results.name / "compression.csv").fillna("")
+table = table[table["method"].isin(["weights", "obs"])].drop_duplicates(["method", "settings"])
+accuracies = {}
+for row in table.itertuples():
+    one = known.of_row(row.method, row.settings)
+    if one.sparsity == 0.9 and one.reestimate and not one.trains:
+        name = one.title.split(" by ")[-1].split(",")[0] if row.method == "weights" else "OBS"
+        accuracies[name] = row.accuracy
+for name, value in accuracies.items():
+    print(f"{name:15} {value:6.2f} %   {value - accuracies['magnitude']:+7.2f} pp against magnitude")
+above = [name for name, value in accuracies.items() if value > accuracies["magnitude"]]
+print("above magnitude:", ", ".join(above) or "none: no loss-based score beats magnitude")
+
+# %% [markdown]
+# **What it means.** The formula holds for one weight, while all others stay. Here 90 % of the weights go at once, so the
+# costs no longer add up. One threshold over all layers then takes too many where single weights are cheapest: in the
+# last stage. The [report](../results/standard/report.md#where-do-the-zeros-lie) lists where the zeros lie.
 #
-# **Was the large network worth training?** The table holds `channels_fisher` against two that were never cut, where a profile has
-# them, trained for the large network's pictures and those of the fine-tuning together. `small_dense`, a plain narrow network, never saw
-# the large one; `from_scratch` has nothing of it but the widths. Elsewhere such networks were as good as pruned ones
-# (Liu et al., 2019). Does the verdict contradict that? "Not below" does not; nor does it show that they are equal: look at the width of the
-# interval and at the number of seeds. Where ours was `taught` it had a teacher besides, so even "beats" would not be due to pruning
-# alone. What pruning does save is time, if you have the large network already: its `train_seconds` in `compression.csv` count from
-# there. `channels_random` is the control of the scores: it differs in *which* channels go, and in how many of each layer.
+# **Was the large network worth training?** `from_scratch` copies the pruned architecture with new weights; the narrow
+# ResNet scales all widths equally. Both train for the large network's images and the fine-tuning's together. Elsewhere
+# such networks were as good as pruned ones ([Liu et al., 2019](https://arxiv.org/abs/1810.05270)). "Cannot tell" is no proof of equality: look at
+# the width of the interval. What pruning does save is time, if you have the large network already.
 #
-# ## What you can now measure
+# ## Summary
 #
-# What a weight, a channel or a block is worth to the loss; what a mask saves in the file, and what removing channels saves
-# in arithmetic; whether a pruned network is worse than the dense one with the same training.
+# - A mask makes a file smaller and leaves the arithmetic as it was. Removing channels and blocks shrinks both.
+# - Rows go where a channel is written, columns where it is read; a residual stream is one group.
+# - Least squares and batch-norm repair most of the damage without a gradient step.
+# - Scores of second order are right for one weight, and may be far off for millions at once.
 #
-# **Try it.** (1) Add `"obs_block:sparsity=0.9 bn"` and `"magnitude_global:sparsity=0.9 bn"`: predict what correcting is worth.
-# (2) Leave `mended` away. (3) `"channels_random:macs=4x mended tuned"`: how much is importance worth once the readers make up
-# for it? (4) Set `multiple = 1`: how many channels are left, and does the runtime like it?
+# **Questions.** (1) Why does a score by a global threshold empty layers that layer-wise masks keep? (2) Why must the
+# projection of a residual stream lose the same channels as its last convolution? (3) Why does the narrow rival get the
+# baseline's epochs, too?
+#
+# **Exercises.** (1) Add `{"method": "obs", "sparsity": 0.9, "reestimate": True}` to `configurations`, and the same of
+# `weights`: what is the correction worth? (2) Add `{"method": "channels", "score": "random", "macs": 4, "compensate":
+# True}`: how much is the score worth once the readers make up for it? (3) Set `multiple = 1`: how many channels are left,
+# and does the runtime of [07](07_deployment.ipynb) like it?
+#
+# **Further reading.** [What is the state of neural network pruning?](https://arxiv.org/abs/2003.03033) (Blalock et al.,
+# 2020); [oBERT](https://arxiv.org/abs/2203.07259) (Kurtic et al., 2022), Optimal Brain Surgeon in blocks.
+#
+# Next: [04_distillation](04_distillation.ipynb), learning from a teacher.

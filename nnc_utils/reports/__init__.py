@@ -1,1 +1,0 @@
-"""Committed tables as text: the headline, what is claimed, and report.md."""

@@ -1,0 +1,112 @@
+"""Pipelines: stages in any order, budgets that cannot be met, and what is shared between configurations."""
+
+import types
+
+import pytest
+import torch
+from small_networks import PLAIN
+
+from nnc_utils import artifact, data, models, pipeline, training
+from nnc_utils.configurations import read
+
+EPOCHS = {"prune_epochs": 0.1, "quantize_epochs": 0.1, "distill_epochs": 0.2}
+
+
+class Run(types.SimpleNamespace):
+    """What stages ask of a run."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A run on digits with an untrained network, which remembers what was trained."""
+    digits = data.load("digits")
+    torch.manual_seed(0)
+    dense, fits = models.build(PLAIN).eval(), []
+    parameters = {**EPOCHS, "scoring_images": 32, "multiple": 1, "copies": 0, "batch_size": 0, "claim": True}
+    parameters |= {"temperature": 4.0, "alpha": 0.5, "learning_rate": 0.01, "runtime": "onnxruntime"}
+    recipe = {
+        "depth": 18,
+        "width": 0.25,
+        "epochs": 0.1,
+        "learning_rate": 0.01,
+        "augment": False,
+        "batch_size": 64,
+    }
+
+    def fit(network, name, **options):
+        fits.append(name)
+        return training.fit(network, options.pop("images", digits), device=torch.device("cpu"), **options)
+
+    def path(name):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        return tmp_path / name
+
+    def sample(count):
+        return digits.normalize(digits.train.images[:count]), digits.train.labels[:count].long()
+
+    about = {"dense": dense, "images": digits, "parameters": parameters, "recipe": recipe, "seed": 1}
+    about |= {"others": [], "shards": [], "candidates": [], "extra": {}, "fits": fits}
+    about |= {"run": types.SimpleNamespace(upstream=[]), "fit": fit, "path": path, "sample": sample}
+    return Run(**about)
+
+
+def built(bench, **settings):
+    [configuration] = read([{"method": "pipeline", **settings}], "pipeline")
+    pipeline.check(configuration, bench)
+    return list(pipeline.build(configuration, bench))
+
+
+def test_each_stage_of_the_first_pipeline_is_kept_and_all_train_equally_long(bench):
+    stages = built(bench, macs=2, lambda_=1e-9)
+    assert [one.stage for one in stages] == ["prune", "distill", ""]
+    last = stages[-1]
+    assert models.macs(last.network.spec) <= models.macs(bench.dense.spec) / 2
+    assert pipeline.is_rounded(last.network) and not pipeline.is_rounded(stages[1].network)
+    assert 0 < stages[0].train_images < last.train_images == stages[1].train_images
+    other = built(bench, stages=["prune", "quantize"], macs=2, bits=4)[-1]
+    assert abs(other.train_images - last.train_images) <= 2 * 64  # a step of rounding for each stage
+
+
+def test_configurations_share_what_they_begin_with(bench):
+    bench.parameters["claim"] = False
+    built(bench, macs=2, lambda_=1e-9)
+    before = list(bench.fits)
+    built(bench, macs=2, lambda_=1e-8)
+    assert bench.fits == before and len(before) == 2
+
+
+def test_what_was_rounded_goes_back_to_floats_for_pruning_and_is_rounded_again(bench, tmp_path):
+    bench.parameters["claim"] = False
+    [one] = built(bench, stages=["quantize", "prune"], macs=2, lambda_=1e-9)
+    assert pipeline.is_rounded(one.network)
+    digits = bench.images
+    about = {"mean": digits.mean, "std": digits.std, "classes": digits.classes}
+    assert artifact.save(one.network, tmp_path / "a.safetensors", **about).bits_per_weight < 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"macs": 1e6, "lambda_": 1e-9}, "macs 1e[+]06 cannot be met: .* is the nearest"),
+        (
+            {"macs": 2, "size": 1e6},
+            "size 1e[+]06 cannot be met: .* is the nearest, with 2 bits",
+        ),
+        ({"macs": 2, "lambda_": 1e-9, "ensemble": True}, "ensemble needs the baselines of other seeds"),
+    ],
+)
+def test_a_budget_that_no_network_meets_is_refused_before_any_training(bench, settings, message):
+    with pytest.raises(ValueError, match=message):
+        built(bench, **settings)
+    assert not bench.fits
+
+
+def test_a_file_of_a_given_size_is_met(bench, tmp_path):
+    bench.parameters["claim"] = False
+    [one] = built(bench, stages=["quantize"], size=8)
+    digits = bench.images
+    about = {"mean": digits.mean, "std": digits.std, "classes": digits.classes, "dtype": torch.float16}
+    nbytes = artifact.save(one.network, tmp_path / "a.safetensors", **about).nbytes
+    assert 7.5 < artifact.fp32_bytes(bench.dense.spec) / nbytes < 12

@@ -1,0 +1,195 @@
+"""The goals of the course (``goals.yaml``), and what the tables say of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from bench.claims import SEEDS_OF_A_CLAIM
+from bench.pairs import LARGER, another_teacher, where
+from nnc_utils.rows import NO_LOSS, interval_text
+
+if TYPE_CHECKING:
+    from bench.committed import Tables
+
+YES, NO, UNCLAIMED = "yes", "no", "yes, but no claim"
+AGREEMENT = 99.0  # percent of the images on which a runtime's class is the artifact's
+UNITS = {
+    "size_ratio": "smaller",
+    "fewer": "fewer MACs",
+    "speedup_best_fp32": "the fastest fp32",
+    "speedup_eager_fp32": "fp32 in eager",
+}
+Answer = tuple[str, str] | None  # what was measured, and whether the goal is reached; None: not measured
+
+
+def answers(tables: Tables, smaller: list[Tables]) -> list[dict[str, str]]:
+    """Each goal with what was measured and whether it is reached, if not here then in a smaller profile."""
+    lines = []
+    for goal in read():
+        answer = ask(goal, tables)
+        for other in smaller if answer is None else ():
+            if (elsewhere := ask(goal, other)) is not None:
+                answer = f"in {other.profile}: {elsewhere[0]}", elsewhere[1]
+                break
+        measured, reached = answer or ("not measured", "–")
+        lines.append({"goal": goal["goal"], "measured": measured, "reached": reached})
+    return lines
+
+
+def read() -> list[dict[str, Any]]:
+    """The goals in their order."""
+    return yaml.safe_load(Path(__file__).with_name("goals.yaml").read_text(encoding="utf-8"))
+
+
+def ask(goal: dict[str, Any], tables: Tables) -> Answer:
+    """What the tables of one profile say of a goal."""
+    return {
+        "reach": _reach,
+        "pairs": _pairs,
+        "converged": _converged,
+        "searches": _searches,
+        "predicted": _predicted,
+        "no_rival": _no_rival,
+    }[goal["kind"]](goal, tables)
+
+
+def _reach(goal: dict[str, Any], tables: Tables) -> Answer:
+    column, loss = goal["column"], goal.get("loss", NO_LOSS)
+    points = tables.points[where(tables.points, goal["of"])].dropna(subset=[column]).sort_values(column)
+    if points.empty:
+        return None
+    alike = points["delta_ci_low"] >= loss
+    if column.startswith("speedup"):
+        alike &= (points["runtime_low"] >= loss) & (points["agreement"] >= AGREEMENT)
+    enough = points[column] >= goal["at_least"]
+    good = points[alike & enough]
+    claimed = good[(good["headline"] == 1) & (good["seeds"] >= SEEDS_OF_A_CLAIM)]
+    if len(claimed):
+        return _told(claimed.iloc[-1], column), YES
+    told = {"chosen": points[points["headline"] == 1].tail(1), "not chosen": good.tail(1)}
+    if good.empty:
+        told["nearest with so much"] = points[enough].sort_values("delta_ci_low").tail(1)
+        told["most within the limit"] = points[alike].tail(1)
+    text: dict[str, str] = {}
+    for word, rows in told.items():
+        for _, point in rows.iterrows():
+            text.setdefault(_told(point, column), word)
+    told_of = "; ".join(f"{word}: {point}" for point, word in text.items())
+    return told_of or "none within the limit", UNCLAIMED if len(good) else NO
+
+
+def _told(point: pd.Series, column: str) -> str:
+    amount = f"{point[column]:.2f}×" if point[column] < 10 else f"{point[column]:.1f}×"
+    delta = interval_text(point.rename({"delta_mean": "accuracy_delta"}))
+    where = ""
+    if column.startswith("speedup"):
+        where = f", {point['runtime']}: lower end {point['runtime_low']:+.2f}"
+    return f"{point['title']}: {amount} {UNITS[column]}, {delta} ({seeds_text(point['seeds'])}{where})"
+
+
+def seeds_text(count: int) -> str:
+    """ "3 seeds"."""
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def _pairs(goal: dict[str, Any], tables: Tables) -> Answer:
+    allowed = {"beats": ["beats"], "not below": ["beats", "not below", "equal"]}[goal["verdict"]]
+    known = {(p["method"], p["settings"]): p for _, p in tables.points.iterrows()}
+    met: dict[str, list[tuple[int, float, str]]] = {}
+    for pair in tables.pairs:
+        sides = [
+            where(pd.DataFrame([side]), goal[name]).all()
+            for name, side in (("ours", pair.ours), ("theirs", pair.theirs))
+        ]
+        mine = known.get((pair.ours["method"], pair.ours["settings"]))
+        if mine is None or pair.ours["control"] or not all(sides):
+            continue
+        verdict = pair.verdict if goal.get("bytes_count", True) else pair.verdict.removesuffix(LARGER)
+        claim = pair.seeds >= SEEDS_OF_A_CLAIM and (goal.get("fixed") or mine["headline"] == 1)
+        reached = [NO, UNCLAIMED, YES].index(NO if verdict not in allowed else YES if claim else UNCLAIMED)
+        text = (
+            f"{mine['title']} ({mine['accuracy_mean']:.2f} %) {pair.verdict} {pair.theirs['title']}: "
+            f"{interval_text(pair.difference)} ({seeds_text(pair.seeds)})"
+        )
+        met.setdefault(pair.theirs["settings"] + pair.theirs["method"], []).append(
+            (reached, pair.difference["delta_ci_low"], text)
+        )
+    if not met:
+        return None
+    ranks, _, texts = zip(*map(max, met.values()), strict=True)
+    needed = goal.get("at_least") or len(met)
+    reached = [sum(rank >= least for rank in ranks) >= needed for least in (1, 2)]
+    return "; ".join(texts), [NO, UNCLAIMED, YES][sum(reached)]
+
+
+def _converged(goal: dict[str, Any], tables: Tables) -> Answer:
+    """The uncompressed network, and what as much training as the pipeline's adds to it."""
+    dense = tables.summary[(tables.summary["technique"] == "baseline") & (tables.summary["control"] == "")]
+    more = tables.summary[tables.summary["technique"] == "baseline"]
+    more = more[more["method"] == "dense_finetuned"]
+    if dense.empty or more.empty:
+        return None
+    dense, more = dense.iloc[0], more.iloc[0]
+    images = tables.rows_of(more)["train_images"].max()
+    text = (
+        f"{dense['accuracy_mean']:.2f} % ({seeds_text(dense['seeds'])}); {images:,} images more add "
+        f"{interval_text(more.rename({'delta_mean': 'accuracy_delta'}))} ({seeds_text(more['seeds'])})"
+    )
+    if dense["accuracy_mean"] < goal["accuracy"] or more["delta_ci_high"] >= goal["gain"]:
+        return text, NO
+    return text, YES if min(dense["seeds"], more["seeds"]) >= SEEDS_OF_A_CLAIM else UNCLAIMED
+
+
+def _recorded(tables: Tables, name: str) -> dict | None:
+    """What a run of 05_architecture_search has left beside its rows."""
+    return next(
+        (record["extra"][name] for record in tables.provenance.values() if record["extra"].get(name)), None
+    )
+
+
+def _searches(goal: dict[str, Any], tables: Tables) -> Answer:
+    """The median of what each method's searches find, against random search and Optuna's."""
+    if (search := _recorded(tables, "search")) is None:
+        return None
+    medians = {name: float(np.median(values)) for name, values in search["verified"].items()}
+    text = ", ".join(f"`{name}` {median:.2f} %" for name, median in medians.items())
+    text += f": medians of {min(map(len, search['verified'].values()))} searches or more"
+    own = [medians[name] for name in goal["families"] if name in medians]
+    reached = len(own) == len(goal["families"]) and min(own) > medians["random"]
+    return text, YES if reached and max(own) > medians.get("optuna_nsga2", 100.0) else NO
+
+
+def _predicted(goal: dict[str, Any], tables: Tables) -> Answer:
+    """The error of the model of latency on networks that it was not fitted to, as its run computed it."""
+    if (timed := _recorded(tables, "latency")) is None:
+        return None
+    seen, unseen = len(timed["blocks"]), len(timed["networks"])
+    text = f"{timed['error']:.1f} % on {unseen} networks, fitted to {seen} blocks"
+    return text, YES if timed["error"] <= goal["percent"] else NO
+
+
+def _no_rival(goal: dict[str, Any], tables: Tables) -> Answer:
+    """The pipeline against each rival and other tool at no more bytes."""
+    if not (rivals := tables.rivals):
+        return None
+    words = {"beats": "above", "equal": "equal to", "not below": "undecided against", "below": "below"}
+    counts = Counter(pair.verdict.removesuffix(LARGER) for pair in rivals)
+    point = tables.pipeline
+    text = f"{point['title']}: " + ", ".join(f"{words[kind]} {n}" for kind, n in counts.items())
+    text += f" of {len(rivals)}"
+    if larger := sum(pair.verdict.endswith(LARGER) for pair in rivals):
+        text += f"; in a larger file than {larger} of them"
+    if {pair.verdict for pair in rivals} != {"beats"}:
+        return text, NO
+    every_seed = all(
+        pair.seeds == point["seeds"] and not another_teacher(pair.ours, pair.theirs) for pair in rivals
+    )
+    return text, YES if every_seed and point["headline"] == 1 and point[
+        "seeds"
+    ] >= SEEDS_OF_A_CLAIM else UNCLAIMED

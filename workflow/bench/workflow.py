@@ -1,0 +1,127 @@
+"""The whole benchmark of a profile: Snakemake runs its notebooks, then the table is shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import marks
+from bench.folder import environment
+from nnc_utils import processes, provenance
+from nnc_utils.provenance import root
+
+
+def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequence[str] = ()) -> int:
+    """Run what is missing or changed, and print the headline table; the exit status.
+
+    Parameters
+    ----------
+    profile : a name in workflow/profiles/.
+    cores : how many cores a notebook may use; what is timed has its own numbers of threads.
+    rerun : "" keeps results of older code (the tables mark them), "stale" measures those again,
+        "all" everything.
+    only : patterns of runs, such as ``01_baseline/seed=2`` or ``*/seed=2*``: these and what they build
+        on. The tables then get them beside what is committed of other runs.
+    """
+    profiles = {file.stem: file for file in sorted((root() / "workflow/profiles").glob("*.yaml"))}
+    if profile not in profiles:
+        print(f"unknown profile {profile!r}: one of {', '.join(profiles)}")
+        return 2
+    folder, tables = root() / "results/runs" / profile, root() / "results" / profile
+    _wait_for_others(folder)
+    begin, log = time.time(), folder / "workflow.log"
+    options = snakemake_options(profiles[profile], cores=cores, rerun=rerun, only=only)
+    threads = {} if cores == "all" else {"OMP_NUM_THREADS": str(cores)}  # what PyTorch goes by
+    with open(log, "w", encoding="utf-8") as stream:
+        command = [sys.executable, "-m", "bench.workflow", *options]
+        status = subprocess.run(command, cwd=root(), env=environment() | threads, stderr=stream).returncode
+    if status != 0:
+        _tell_failure(folder, log, begin)
+        return 1
+    what = " and ".join(only) + " of " if only else ""
+    print(f"\n{what}profile {profile} is complete ({time.time() - begin:.0f} s)\n")
+    if only:  # 10_report, which makes the tables, is not among them
+        publish = [sys.executable, "-m", "bench", "publish", "--profile", profile]
+        if subprocess.run(publish, cwd=root(), env=environment()).returncode != 0:
+            return 1
+    if not (tables / "compression.csv").is_file():
+        return 0
+    from bench import audit, report  # not before: the child that is Snakemake needs none of it
+
+    if not only:
+        print(report.headline(tables))
+    if (root() / "README.md").is_file():
+        report.update_readme(root())
+    print(f"\nThe report: {tables / 'report.md'}")
+    if problems := audit.problems(tables, rescore=False):
+        print("\n".join(["\nThese tables do not hold what they say:", *problems]))
+    return 1 if problems else 0
+
+
+def snakemake_options(profile: Path, *, cores: str, rerun: str, only: Sequence[str]) -> list[str]:
+    """What `benchmark` tells Snakemake about a profile's file."""
+    settings = [f"profile={profile.stem}", *([f"rerun={rerun}"] if rerun else [])]
+    settings += [f"only={json.dumps(only)}"] if only else []
+    options = ["--snakefile", str(root() / "workflow/Snakefile"), "--directory", str(root())]
+    options += ["--cores", str(cores), "--scheduler", "greedy", "--keep-going"]
+    # the lock of Snakemake would survive a SIGKILL; run folders have their own, which do not
+    options += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "input", "params", "mtime"]
+    again = stale(profile.stem) if rerun == "stale" else []
+    options += ["--quiet", "all", *(["--forceall"] if rerun == "all" else [])]
+    options += ["--forcerun", *again] if again else []
+    return [*options, "--configfile", str(profile), "--config", *settings]
+
+
+def stale(profile: str) -> list[str]:
+    """The results of a profile's finished runs that used a module which has changed since."""
+    again = []
+    for result in sorted((root() / "results/runs" / profile).glob("*/*/result.json")):
+        if marks.is_stale(json.loads(result.read_text(encoding="utf-8")).get("code")):
+            again.append(provenance.relative(result))
+    return again
+
+
+def _wait_for_others(folder: Path) -> None:
+    lock, what = folder / ".benchmark.lock", "this profile's benchmark"
+    try:
+        processes.lock(lock, wait=1, what=what)
+    except processes.LockedError as error:
+        print(f"{error}\nwaiting for it ...", flush=True)
+        processes.lock(lock, wait=-1, what=what)
+
+
+def _tell_failure(folder: Path, log: Path, begin: float) -> None:
+    errors = [file for file in folder.glob("*/seed=*/error.txt") if file.stat().st_mtime >= begin - 1]
+    for file in errors:
+        run = file.parent
+        print(f"\n{run.parent.name} ({run.name}) failed; {run / 'executed.ipynb'} shows where:")
+        print(file.read_text(encoding="utf-8"))
+    if not errors:
+        said = log.read_text(encoding="utf-8").splitlines()[-15:]
+        print("\n".join(["\nthe workflow was ended" if not said else "\nthe workflow failed:", *said]))
+    print("\nCall the same command again to go on: what is finished stays.")
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m bench benchmark``"""
+    parser = argparse.ArgumentParser(prog="python -m bench benchmark", description=__doc__)
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--cores", default="all")
+    parser.add_argument("--rerun", default="", choices=["", "stale", "all"])
+    parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="such as '06_pipeline/seed=1,*'")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, processes.end_on_signal)
+    return benchmark(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":  # Snakemake, as a child that cannot outlive the benchmark
+    processes.die_with_parent(gently=True)
+    from snakemake.cli import main as snakemake
+
+    snakemake(sys.argv[1:])
