@@ -432,7 +432,7 @@ print(f"MACs: {models.macs(masked.spec) / models.macs(model.spec):.0%} of before
 # rows go where the channel is **written**, columns go where it is **read**. The judge is a **masked twin**, which keeps
 # all channels but multiplies the removed ones by 0. *Predict*: how far apart are the two outputs?
 
-# %% tags=["nbval-check-output"]
+# %%
 import copy
 
 from torch import nn
@@ -460,6 +460,7 @@ def silenced(network: nn.Module, norm: str, kept: torch.Tensor) -> nn.Module:
     return twin
 
 
+# %% tags=["nbval-check-output"]
 block = model.layer1[0]
 kept = torch.arange(0, len(block.bn1.weight), 2)
 features = torch.randn(2, block.conv1.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))

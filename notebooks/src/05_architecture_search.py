@@ -39,10 +39,7 @@ epochs: float = 4.0  # [0.001, 1000] of the winner's training from scratch, and 
 # what the benchmark at the end runs
 configurations: list = [{"method": "winner", "macs": 32}, {"method": "narrow_resnet18", "macs": 32}]
 other_searchers: list[str] = []  # {optuna_nsga2} other tools that search, too
-steps: list[str] = [
-    "search",
-    "retrain",
-]  # {latency, search, retrain} what this run does; a shard did the rest
+steps: list[str] = ["search", "retrain"]  # {latency, search, retrain} a shard did the others
 blocks: int = 2  # [1, 4] the most blocks of a stage
 latency_ms: float = 0.0  # [0, 1000] limit: predicted milliseconds of an image in int8; 0: none
 latency_networks: int = 20  # [4, 1000] blocks that are timed to predict it; half as many networks test that
