@@ -15,12 +15,13 @@ from nnc_utils.devices import exact_device
 def reestimate(
     changed: nn.Module, images: Tensor, *, original: nn.Module | None = None, batch_size: int = 256
 ) -> nn.Module:
-    """A copy of a rounded or pruned network whose batch-norm statistics moved as its own activations did.
+    """A copy of a rounded or pruned network whose batch-norm statistics are those of its own activations.
 
     Changed weights give other sums than those whose mean and variance batch-norm remembers (Sun et al.,
-    2019, "Hybrid 8-bit floating point (HFP8) training and inference"). Both networks see the same batches:
-    what the change moved, the difference of the means and of the variances (the ratio of those that fell),
-    is known from few images, and a network that was not changed keeps its statistics.
+    2019, "Hybrid 8-bit floating point (HFP8) training and inference"). These images give new ones, for the
+    network before, too: by how much, in its own deviations, a channel's memory differs from what they give
+    there is kept. So a network that was not changed keeps its statistics, few images suffice where little
+    was changed, and a channel that has become constant gets exactly that constant.
 
     Parameters
     ----------
@@ -40,10 +41,12 @@ def reestimate(
         return corrected
     before = _measured(original, images, batch_size)
     for norm, new, old in zip(norms, measured, before, strict=True):
-        norm.running_mean += new.running_mean - old.running_mean
-        # A variance that grew from nearly nothing has a ratio that says nothing.
-        norm.running_var *= ((new.running_var + norm.eps) / (old.running_var + norm.eps)).clamp(max=1)
-        norm.running_var += (new.running_var - old.running_var).clamp(min=0)
+        ratio = new.running_var / (old.running_var + norm.eps)
+        surplus = norm.running_mean - old.running_mean
+        norm.running_mean.copy_(new.running_mean + surplus * ratio.sqrt())
+        norm.running_var += norm.eps
+        norm.running_var *= (new.running_var + norm.eps) / (old.running_var + norm.eps)
+        norm.running_var.sub_(norm.eps).clamp_(min=0)
     return corrected
 
 

@@ -36,24 +36,36 @@ def test_batch_norm_gets_the_statistics_of_the_rounded_network(model):
     assert not fixed.training and fixed.bn1.momentum == model.bn1.momentum
 
 
-def test_variances_that_grow_are_added_to_and_those_that_fall_shrink_in_proportion(model):
-    """By hand, behind the first layer, with statistics that are those of neither network."""
-    generator = torch.Generator().manual_seed(0)
-    model.bn1.running_var.copy_(torch.rand(model.bn1.running_var.shape, generator=generator) + 0.1)
-    rounded = uniform.quantize_network(model, bits=2, per_channel=True)
+def test_what_the_images_do_not_show_is_kept_in_the_networks_own_deviations(model):
+    """By hand, behind the first layer: memory half a deviation above what the images give, twice as wide."""
     with torch.no_grad():
-        old, new = (network.conv1(IMAGES).var((0, 2, 3)) for network in (model, rounded))
-    fixed = batch_norm.reestimate(rounded, IMAGES, original=model)
-    grew = new > old
-    assert grew.any() and not grew.all()
-    wanted = torch.where(grew, model.bn1.running_var + new - old, model.bn1.running_var * new / old)
-    assert torch.allclose(fixed.bn1.running_var, wanted, rtol=1e-3)
+        old = model.conv1(IMAGES)
+        model.bn1.running_mean.copy_(old.mean((0, 2, 3)) + 0.5 * old.std((0, 2, 3)))
+        model.bn1.running_var.copy_(4 * old.var((0, 2, 3)))
+        rounded = uniform.quantize_network(model, bits=2, per_channel=True)
+        new = rounded.conv1(IMAGES)
+    fixed = batch_norm.reestimate(rounded, IMAGES, original=model).bn1
+    wanted = new.mean((0, 2, 3)) + 0.5 * new.std((0, 2, 3))
+    assert torch.allclose(fixed.running_mean, wanted, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(fixed.running_var, 4 * new.var((0, 2, 3)), rtol=1e-3)
+
+
+def test_a_channel_that_has_become_constant_gets_that_constant(model):
+    """Its memory of another mean says nothing now; kept, it would leave a constant of many deviations."""
+    model.bn1.running_mean += 1
+    pruned = copy.deepcopy(model)
+    with torch.no_grad():
+        pruned.conv1.weight[0] = 0
+    fixed = batch_norm.reestimate(pruned, IMAGES, original=model)
+    with torch.no_grad():
+        left = fixed.bn1(fixed.conv1(IMAGES))[:, 0] - fixed.bn1.bias[0]
+    assert left.abs().max() < 0.02
 
 
 def test_few_images_move_nothing_that_rounding_did_not_move(model):
     fixed = batch_norm.reestimate(copy.deepcopy(model), IMAGES[:8], original=model)
     for name, statistic in model.state_dict().items():
-        assert torch.allclose(fixed.state_dict()[name], statistic, rtol=1e-5), name
+        assert torch.allclose(fixed.state_dict()[name], statistic, rtol=1e-3, atol=1e-4), name
 
 
 def test_statistics_are_taken_in_place_or_by_a_copy(model):
