@@ -92,14 +92,3 @@ def test_regressors_map_the_student_to_the_teacher():
     _, theirs = features.outputs(teacher, images, ["layer1", "layer3"])
     for name, regressor in wrapped.regressors.items():
         assert regressor(ours[name]).shape == theirs[name].shape
-
-
-def test_what_no_regressor_joins():
-    with pytest.raises(ValueError, match="student's stage is 4x4, the teacher's 3x3: one has to be a whole"):
-        features.hint(student=stage(), teacher=stage(size=3))
-    with pytest.raises(ValueError, match="student has 3 channels, the teacher 5: put a 1x1"):
-        features.hint(student=stage(), teacher=stage(channels=5))
-
-    student = resnet(0.25)
-    with pytest.raises(ValueError, match="no stage 'layer5': the network has layer1, layer2, layer3, layer4"):
-        features.WithRegressors(student, student.spec, ["layer4", "layer5"])

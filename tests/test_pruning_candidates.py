@@ -7,6 +7,7 @@ from small_networks import PLAIN, network, saved
 
 from nnc_utils import configurations, data, encoding, models, training
 from nnc_utils.pruning import candidates
+from nnc_utils.training import network_digest
 
 
 class Run:
@@ -47,6 +48,18 @@ def test_all_schedules_train_for_as_many_images_and_end_at_the_same_share(schedu
     masks = [encoding.mask_of(one.network.get_submodule(x.name)) for x in models.layers(PLAIN)]
     assert sum(int((~m).sum()) for m in masks) == round(0.8 * sum(m.numel() for m in masks))
     assert abs(one.train_images - 0.2 * len(bench.images.train)) <= 32
+
+
+def test_iterative_pruning_is_distilled_from_the_dense_network(bench, monkeypatch):
+    """Two removals, half of the training behind each, with what the whole network says in its loss."""
+    lessons, online = [], candidates.teaching.online
+    monkeypatch.setattr(candidates.teaching, "online", lambda *given: lessons.append(given) or online(*given))
+    mapping = {"method": "channels", "macs": 3, "compensate": True, "normalize": "isomorphic"}
+    pruned = built(bench, **mapping, schedule="iterative", train="distill")
+    shares = [models.macs(student) / models.macs(PLAIN) for _, _, student in lessons]
+    assert pruned.network.spec == lessons[-1][2] and shares[1] <= 1 / 3 < shares[0] <= 3**-0.5
+    assert all(network_digest(teacher) == network_digest(bench.dense) for teacher, _, _ in lessons)
+    assert abs(pruned.train_images - 0.2 * len(bench.images.train)) <= 64
 
 
 def test_channels_meet_their_budget_and_their_architecture_starts_anew(bench):

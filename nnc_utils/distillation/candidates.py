@@ -37,10 +37,10 @@ def check(configuration: Configuration, bench: Any) -> None:
 def recipe(configuration: Distilled) -> teaching.Recipe:
     """What a configuration's teacher teaches."""
     method, settings = configuration.method, dict(configuration)
+    soft = method if method in ("dkd", "dist") else "kd" if "kd" in method else ""
     weights = {part: settings["beta"] for part in ("attention", "hints", "similarity") if part in method}
-    soft = "dkd" if method == "dkd" else "kd" if "kd" in method else ""
-    names = {"temperature", "alpha", "others", "shuffled"} & set(settings)
-    return teaching.Recipe(soft=soft, **{"alpha": 0.0} | {name: settings[name] for name in names}, **weights)
+    shared = {name: settings[name] for name in teaching.Recipe.__dataclass_fields__ if name in settings}
+    return teaching.Recipe(**{"soft": soft, "alpha": 0.0} | weights | shared)
 
 
 def _untrained(bench: Any, configuration: Configuration) -> models.ResNet:
@@ -74,10 +74,8 @@ def _trained(bench: Any, configuration: Configuration) -> tuple[models.ResNet, i
     length, size = bench.parameters["epochs"] * getattr(configuration, "times", 1), bench.recipe["batch_size"]
     steps = round(getattr(configuration, "epochs", length) * (len(bench.images.train) // size))
     options = {"images": images, "loss": loss, "augment": augment, "batch_size": size}
-    options |= {
-        "epochs": steps / (len(images.train) // size),
-        "learning_rate": bench.parameters["learning_rate"],
-    }
+    options["epochs"] = steps / (len(images.train) // size)
+    options["learning_rate"] = bench.parameters["learning_rate"]
     history = bench.fit(model, configuration.slug, **options)
     return student.eval(), history.images + more_images, history.seconds + more_seconds
 

@@ -15,7 +15,8 @@ Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Length = Annotated[float, Field(gt=0, le=1000)]
 SIGNALS = {"kd": "soft labels", "dkd": "decoupled soft labels", "hints": "hints", "attention": "attention"}
 SIGNALS |= {"similarity": "similarities", "kd_attention": "soft labels and attention"}
-SIGNALS |= {"kd_hints": "soft labels and hints"}
+SIGNALS |= {"kd_hints": "soft labels and hints", "dist": "correlations"}
+SOFT = ("kd", "dkd", "dist")  # they need logits only: of a cache, or of several teachers
 TEACHERS = {"baseline": "the baseline", "ensemble": "all seeds", "self": "itself", "resnet50": "ResNet-50"}
 
 
@@ -32,7 +33,8 @@ class Distilled(Student):
 
     needs: ClassVar[frozenset[str]] = frozenset({"training", "teacher"})
     what: ClassVar[str] = "width {width:g}, {signal} of {who}"
-    added: ClassVar[dict[str, Any]] = {name: name for name in ("compressed", "cached", "shuffled")}
+    added: ClassVar[dict[str, Any]] = {"standardize": "logits standardized"}
+    added |= {name: name for name in ("compressed", "cached", "shuffled")}
     teacher: Literal["baseline", "ensemble", "self", "resnet50"] = "baseline"
     compressed: bool = False  # the teacher is what the pipeline made of it
     cached: bool = False  # the teacher's logits are computed once, before the training
@@ -40,14 +42,14 @@ class Distilled(Student):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.cached and self.method not in ("kd", "dkd"):
+        if self.cached and self.method not in SOFT:
             raise ValueError(
-                f"cached: {self.method} compares features, which are not cached; kd and dkd can be"
+                f"cached: {self.method} compares features, which are not cached; {', '.join(SOFT)} can be"
             )
         if self.compressed and self.teacher in ("self", "resnet50"):
             raise ValueError(f"compressed: there is no compressed teacher {self.teacher!r}")
-        if self.teacher in ("self", "ensemble") and self.method != "kd":
-            raise ValueError(f"teacher {self.teacher!r} has soft labels only: method kd")
+        if self.teacher == "ensemble" and self.method not in SOFT:
+            raise ValueError(f"teacher 'ensemble' has soft labels only: one of {', '.join(SOFT)}")
         return self
 
     @property
@@ -66,6 +68,7 @@ class Kd(Distilled):
     method: Literal["kd"] = "kd"
     temperature: Temperature = 4.0
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.9
+    standardize: bool = False  # each image's logits first get mean 0 and deviation 1
 
 
 class Dkd(Distilled):
@@ -73,6 +76,14 @@ class Dkd(Distilled):
     temperature: Temperature = 4.0
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     others: Weight = 8.0  # weight of the classes that are not the label
+
+
+class Dist(Distilled):
+    method: Literal["dist"] = "dist"
+    temperature: Temperature = 4.0
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    inter: Weight = 2.0  # of the correlation over the classes of an image
+    intra: Weight = 2.0  # of the correlation over the images of a class
 
 
 class Hints(Distilled):

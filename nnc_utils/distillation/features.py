@@ -52,14 +52,9 @@ def hint(*, student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of two stages' outputs (Romero et al., 2015, equation 3).
 
     Divided by the teacher's mean square, so that one weight serves stages of any scale. Both are (images,
-    channels, height, width) with the same channels; the larger is averaged down to the smaller.
+    channels, height, width) with the same channels (`WithRegressors`); the larger is averaged down.
     """
     student, teacher = same_size(full(student), full(teacher))
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"the student has {student.shape[1]} channels, the teacher {teacher.shape[1]}: "
-            "put a 1x1 convolution between them, see WithRegressors"
-        )
     return functional.mse_loss(student, teacher) / teacher.square().mean().clamp(min=1e-12)
 
 
@@ -81,11 +76,5 @@ def full(features: Tensor) -> Tensor:
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both stages' outputs, the larger averaged down to the smaller's height and width."""
-    sizes = [tuple(features.shape[2:]) for features in (student, teacher)]
-    small, large = sorted(sizes)
-    if any(b % a for a, b in zip(small, large, strict=True)):
-        raise ValueError(
-            f"the student's stage is {sizes[0][0]}x{sizes[0][1]}, the teacher's {sizes[1][0]}x{sizes[1][1]}: "
-            "one has to be a whole multiple of the other, compare stages of like size"
-        )
+    small = min(student.shape[2:], teacher.shape[2:])
     return tuple(functional.adaptive_avg_pool2d(features, small) for features in (student, teacher))

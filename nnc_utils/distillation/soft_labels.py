@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
-def kd(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def kd(
+    *, student_logits: Tensor, teacher_logits: Tensor, temperature: float, standardize: bool = False
+) -> Tensor:
     """How far the student's softened probabilities are from the teacher's (Hinton et al., 2015).
 
     ``T**2 * KL(softmax(teacher / T) || softmax(student / T))``, the mean over the images. Gradients of a
@@ -19,6 +19,8 @@ def kd(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
     ----------
     student_logits, teacher_logits : (images, classes).
     temperature : T above 0; 1 leaves the probabilities as they are.
+    standardize : each image's logits, of both, get mean 0 and deviation 1 first (Sun et al., 2024): the
+        student need not be as sure as its teacher, only rank the classes as it does.
 
     Examples
     --------
@@ -26,20 +28,15 @@ def kd(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
     >>> float(kd(student_logits=logits, teacher_logits=logits, temperature=4.0))
     0.0
     """
-    _check(student_logits, teacher_logits, temperature)
-    student = functional.log_softmax(student_logits / temperature, 1)
-    teacher = functional.log_softmax(teacher_logits / temperature, 1)
-    return temperature**2 * _divergence(student, teacher)
+    _check(student_logits, teacher_logits)
+    both = [student_logits, teacher_logits]
+    if standardize:
+        both = [functional.layer_norm(logits, logits.shape[1:], eps=1e-6) for logits in both]
+    return temperature**2 * _divergence(*(functional.log_softmax(logits / temperature, 1) for logits in both))
 
 
 def dkd(
-    *,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    temperature: float,
-    target=1.0,
-    others=8.0,
+    *, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature, target=1.0, others=8.0
 ) -> Tensor:
     """Decoupled distillation (Zhao et al., 2022, equation 7): the right class and the others apart.
 
@@ -52,19 +49,43 @@ def dkd(
     labels : the true classes, int64 (images,).
     target, others : weights of the two parts; `kd` has 1, and 1 minus the teacher's probability of the label.
     """
-    _check(student_logits, teacher_logits, temperature)
-    # By number, not by mask: how many a mask takes is known once an accelerator has come that far.
+    _check(student_logits, teacher_logits)
     right = functional.one_hot(labels, student_logits.shape[1]).bool()
-    places = torch.arange(student_logits.shape[1] - 1, device=labels.device)
-    places = places + (places >= labels[:, None])  # of the other classes
     whole, among = [], []
     for logits in (student_logits, teacher_logits):
         log = functional.log_softmax(logits / temperature, 1)
         of_right = log.gather(1, labels[:, None]).squeeze(1)
         of_others = log.masked_fill(right, -torch.inf).logsumexp(1)
         whole.append(torch.stack([of_right, of_others], 1))
-        among.append(functional.log_softmax((logits / temperature).gather(1, places), 1))
+        among.append(functional.log_softmax((logits / temperature).masked_fill(right, -1e9), 1))
     return temperature**2 * (target * _divergence(*whole) + others * _divergence(*among))
+
+
+def dist(
+    *, student_logits: Tensor, teacher_logits: Tensor, temperature: float, inter=2.0, intra=2.0
+) -> Tensor:
+    """How badly the student's softened probabilities correlate with the teacher's (Huang et al., 2022).
+
+    ``T**2 * (inter * (1 - r of each image's classes) + intra * (1 - r of each class's images))`` with
+    Pearson's r, means over images and over classes. What a student cannot match,
+    such as how sure its teacher is, costs nothing as long as the order and the proportions are right.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : (images, classes); `intra` says something from 3 images on.
+    inter, intra : weights of the two correlations.
+    """
+    _check(student_logits, teacher_logits)
+    student, teacher = ((logits / temperature).softmax(1) for logits in (student_logits, teacher_logits))
+    between, within = _correlation(student, teacher), _correlation(student.T, teacher.T)
+    return temperature**2 * (inter * (1 - between).mean() + intra * (1 - within).mean())
+
+
+def _correlation(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Pearson's r of each row; 0 for a row whose values are all alike."""
+    pair = (rows - rows.mean(1, keepdim=True) for rows in (ours, theirs))
+    ours, theirs = (functional.normalize(rows, dim=1, eps=1e-6) for rows in pair)
+    return (ours * theirs).sum(1)
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -72,11 +93,9 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits have shape {tuple(student_logits.shape)}, teacher_logits "
             f"{tuple(teacher_logits.shape)}: (images, classes) of the same images and classes is needed"
         )
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}: a number above 0 is needed, such as 4")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,24 +32,20 @@ class Recipe:
     """What a student learns from its teacher, and how much each part weighs.
 
     ``(1 - alpha) * cross-entropy + alpha * soft labels + attention * ... + hints * ... + similarity * ...``
-
     """
 
-    soft: str = "kd"  # or "dkd", or "" for none; see `soft_labels`
+    soft: str = "kd"  # or "dkd", "dist", or "" for none; see `soft_labels`
     alpha: float = 0.9  # weight of the soft labels, in [0, 1]; what is left is the label term's
     temperature: float = 4.0
+    standardize: bool = False  # for "kd": of logits with mean 0 and deviation 1
     others: float = 8.0  # for "dkd": weight of the classes that are not the label's
+    inter: float = 2.0  # for "dist": weight of the correlation over an image's classes,
+    intra: float = 2.0  # and over a class's images
     attention: float = 0.0  # weight of the sum over `stages`
     hints: float = 0.0  # the same
     similarity: float = 0.0  # weight at the last of `stages`
     stages: tuple[str, ...] = STAGES  # whose outputs are compared
     shuffled: bool = False  # control that must not help: the teacher's output on another image of the batch
-
-    def __post_init__(self) -> None:
-        if self.soft not in ("kd", "dkd", ""):
-            raise ValueError(f"soft is {self.soft!r}: one of 'kd', 'dkd', or '' for no soft labels")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha!r}: the share of the soft labels, in [0, 1], is needed")
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -120,12 +116,13 @@ def _of_logits(recipe: Recipe, *, student_logits: Tensor, teacher_logits: Tensor
     hard = functional.cross_entropy(student_logits, labels)
     if not recipe.soft:
         return hard
+    soft = {
+        "kd": functools.partial(soft_labels.kd, standardize=recipe.standardize),
+        "dkd": functools.partial(soft_labels.dkd, labels=labels, others=recipe.others),
+        "dist": functools.partial(soft_labels.dist, inter=recipe.inter, intra=recipe.intra),
+    }[recipe.soft]
     pair = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    if recipe.soft == "kd":
-        soft = soft_labels.kd(**pair, temperature=recipe.temperature)
-    else:
-        soft = soft_labels.dkd(**pair, temperature=recipe.temperature, labels=labels, others=recipe.others)
-    return (1 - recipe.alpha) * hard + recipe.alpha * soft
+    return (1 - recipe.alpha) * hard + recipe.alpha * soft(**pair, temperature=recipe.temperature)
 
 
 def smoothed(smoothing: float) -> Loss:
@@ -182,27 +179,21 @@ def cache_logits(
 
 def _logits(teacher: nn.Module, images: Data, batches: Sequence[Tensor]) -> tuple[Tensor, float]:
     """A teacher's logits of batches of images, float16 (images, classes), and the seconds that it took."""
-    device, home, begin = default_device(), next(teacher.parameters()).device, time.perf_counter()
-    teacher.eval().to(device=device, memory_format=torch.channels_last)
-    logits = []
+    device, begin, logits = default_device(), time.perf_counter(), []
+    teacher = copy.deepcopy(teacher).eval().to(device=device, memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
         for batch in progress(batches, "teacher"):
             batch = images.normalize(batch.to(device)).to(memory_format=torch.channels_last)
             logits.append(teacher(batch).float().half().cpu())
-    teacher.to(device=home, memory_format=torch.contiguous_format)
     return torch.cat(logits), time.perf_counter() - begin
 
 
 def _read(file: Path, call: str) -> tuple[Tensor, float]:
     """The logits and the seconds that an earlier `cache_logits` with the same arguments wrote."""
-    try:
-        with safe_open(file, "pt") as opened:
-            kept = opened.metadata() or {}
-            if kept.get("call") == call:
-                return opened.get_tensor("logits"), float(kept["seconds"])
-    except SafetensorError:
-        pass
-    raise ValueError(f"{file} holds no logits of this teacher, images and augmentation: delete or rename it")
+    with safe_open(file, "pt") as opened:
+        if (kept := opened.metadata() or {}).get("call") != call:
+            raise ValueError(f"{file} holds no logits of this teacher, images and augmentation: delete it")
+        return opened.get_tensor("logits"), float(kept["seconds"])
 
 
 def cached(memory: CachedLogits, recipe: Recipe, student: models.Spec) -> Loss:

@@ -104,7 +104,8 @@ def removed(network: nn.Module, configuration: Configuration, share: float, benc
     images, labels = bench.sample(bench.parameters["scoring_images"])
     sample, macs = {"images": images, "labels": labels}, share * models.macs(bench.dense.spec)
     if method == "channels":
-        budget = {"macs": macs, "uniform": configuration.uniform, "multiple": bench.parameters["multiple"]}
+        budget = {name: getattr(configuration, name) for name in ("uniform", "normalize")}
+        budget |= {"macs": macs, "multiple": bench.parameters["multiple"]}
         scores = channels.scores(network, score, seed=bench.seed, **sample)
         kept = channels.within_macs(network.spec, scores, **budget)
         if configuration.compensate:

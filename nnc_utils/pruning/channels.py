@@ -16,7 +16,6 @@ from nnc_utils.devices import exact_device
 from nnc_utils.models import Spec
 from nnc_utils.pruning.structured import check_plain, groups, narrowed
 
-SCORES = ("random", "l1", "l2", "bn_scale", "taylor", "fisher")
 BATCH = 64  # images a pass
 LEAST = 0.05  # share of each group's channels that stays in any case
 
@@ -32,15 +31,11 @@ def scores(
     2017, equation 8), "fisher" half its square (Theis et al., 2018, equation 5), both means over normalized
     training images (n, C, H, W).
     """
-    if kind not in SCORES:
-        raise ValueError(f"unknown score {kind!r}: one of {', '.join(SCORES)}")
     layers, known = {layer.name: layer for layer in models.layers(model.spec)}, groups(model.spec)
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
         return {name: torch.rand(layers[name].out_channels, generator=generator) for name in known}
     if kind in ("taylor", "fisher"):
-        if images is None or labels is None:
-            raise ValueError(f"{kind} needs images and labels")
         gates = gate_gradients(model, images, labels)
         return {n: g.abs().mean(0) if kind == "taylor" else g.square().mean(0) / 2 for n, g in gates.items()}
 
@@ -81,19 +76,43 @@ def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
     return gradients
 
 
+def comparable(spec: Spec, score: Mapping[str, Tensor], normalize: str) -> dict[str, Tensor]:
+    """Scores of all groups on one scale, as group -> (channels,).
+
+    Some groups have far larger scores than others, whatever their channels are worth. "group" divides each
+    by its mean; "isomorphic" takes ranks among all groups that like layers write and read (Fang et al., 2024,
+    "Isomorphic Pruning"), "rank" those within the group itself.
+    """
+    if normalize == "group":
+        return {name: values / values.mean().clamp(min=1e-30) for name, values in score.items()}
+    kinds = {layer.name: (layer.kind, layer.kernel) for layer in models.layers(spec)}
+    relative, alike = {}, {}
+    for name, group in groups(spec).items():
+        role = str([[kinds[layer] for layer in side] for side in (group.writers, group.readers)])
+        alike.setdefault(role if normalize == "isomorphic" else name, []).append(name)
+    for names in alike.values():
+        ranks = torch.cat([score[name] for name in names]).argsort().argsort()
+        parts = (ranks / len(ranks)).split([len(score[name]) for name in names])
+        relative |= zip(names, parts, strict=True)
+    return relative
+
+
 def within_macs(
-    spec: Spec, score: Mapping[str, Tensor], *, macs: float, uniform: bool = False, multiple: int = 1
+    spec: Spec,
+    score: Mapping[str, Tensor],
+    *,
+    macs: float,
+    normalize: str = "group",
+    uniform: bool = False,
+    multiple: int = 1,
 ) -> dict[str, Tensor]:
     """The channels to keep so that a network has at most so many MACs for an image: group -> their numbers.
 
-    One threshold for all groups, by bisection, on scores divided by their group's mean; with `uniform` on
-    their ranks, so that each group loses the same share. Widths are multiples of `multiple`, such as the 8 or
-    16 that integer kernels like, as far as a group has so many channels. A budget out of reach is refused.
+    One threshold for all groups, by bisection, on `comparable` scores; with `uniform` on ranks, so that each
+    group loses the same share. Widths are multiples of `multiple`, such as the 8 or 16 that integer kernels
+    like, as far as a group has so many channels. A budget out of reach is refused.
     """
-    if uniform:
-        relative = {name: values.argsort().argsort() / len(values) for name, values in score.items()}
-    else:
-        relative = {name: values / values.mean().clamp(min=1e-30) for name, values in score.items()}
+    relative = comparable(spec, score, "rank" if uniform else normalize)
 
     def kept(threshold: float) -> dict[str, Tensor]:
         chosen = {}
@@ -136,7 +155,8 @@ def compensated(
     for name, channels in kept.items():
         for reader in known[name].readers:
             moment, kernel = curvature[reader].inputs.to(device), kernels[reader]
-            raised = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), device=device)
+            raised = moment.clone()  # where no image shows an input, the weights stay as they are
+            raised.diagonal().add_(damping * moment.diagonal().mean() + 1e-30)
             stay = (channels[:, None] * kernel + torch.arange(kernel)).flatten().to(device)
             module = network.get_submodule(reader)
             weight = module.weight.flatten(1).to(device)

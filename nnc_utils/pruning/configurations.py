@@ -21,6 +21,7 @@ class Pruned(Configuration):
     technique: ClassVar[str] = "pruning"
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
     added: ClassVar[dict[str, Any]] = {
+        "normalize": {"isomorphic": "isomorphic groups"},
         "uniform": "uniform",
         "schedule": {"iterative": "iterative", "gradual": "gradual"},
         "compensate": "compensated",
@@ -98,6 +99,7 @@ class Channels(Pruned):
     score: Literal["random", "l1", "l2", "bn_scale", "taylor", "fisher"] = "fisher"
     macs: Times
     compensate: bool = False  # the layers that read a removed channel make up for it by least squares
+    normalize: Literal["group", "isomorphic"] = "group"  # what scores are compared with
     uniform: bool = False  # the same share of every group
     schedule: Schedule = "one_shot"
     int8: bool = False  # rounded to 7 bits at the end

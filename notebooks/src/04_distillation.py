@@ -23,8 +23,9 @@
 # widths, count the teacher's cost, and tell with controls whether a teacher helped. **You need**
 # [01](01_baseline.ipynb). **Time:** about a minute with the defaults.
 #
-# 1. What does a teacher know? 2. Soft labels. 3. Silent bugs. 4. Decoupled soft labels. 5. Features. 6. Attention.
-# 7. Is it the teacher that helps? 8. What does a teacher cost? Then the benchmark, and the committed results.
+# 1. What does a teacher know? 2. Soft labels. 3. Silent bugs. 4. Decoupled soft labels. 5. Standardized logits and
+# correlations. 6. Features. 7. Attention. 8. Is it the teacher that helps? 9. What does a teacher cost? Then the
+# benchmark, and the committed results.
 
 # %% tags=["parameters"]
 width: float = 0.25  # (0, 1] of the student, as a share of ResNet-18's channels
@@ -218,7 +219,61 @@ by_hand = 16 * (right_or_not + 8 * among_others).mean()
 print(f"the package with weights 1 and 8: {of_package:.3f}; by hand {by_hand:.3f}")
 
 # %% [markdown]
-# ## 5 · Can a student compute what the teacher computes?
+# ## 5 · Must the student be as sure as its teacher?
+#
+# The divergence asks for the teacher's very probabilities. A small student that ranks the classes as its teacher does,
+# but less surely, pays for it. Two losses forgive that:
+#
+# - **Standardized logits** ([Sun et al., 2024](https://arxiv.org/abs/2403.01427)): each image's logits, of both networks,
+#   get mean 0 and deviation 1 before the softmax.
+# - **Correlations** (DIST, [Huang et al., 2022](https://arxiv.org/abs/2205.10536)): with $q$ and $p$ as above and
+#   Pearson's $r$, the student's probabilities need only be in proportion, over the classes of an image $i$ and over the
+#   images of a class $c$:
+#
+# $$L = T^2 \Bigl(\beta\,\bigl(1 - \overline{r(q_{i\cdot}, p_{i\cdot})}\bigr) + \gamma\,\bigl(1 - \overline{r(q_{\cdot c}, p_{\cdot c})}\bigr)\Bigr)$$
+#
+# *Predict*: a student's logits are half of its teacher's. Which of the three losses is exactly 0?
+
+# %%
+def standardized(logits):
+    """Each image's logits with mean 0 and deviation 1."""
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, correction=0, keepdim=True)
+
+
+def pearson(a, b):
+    """The correlation of each row of one with that of the other."""
+    a, b = (functional.normalize(x - x.mean(1, keepdim=True), dim=1) for x in (a, b))
+    return (a * b).sum(1)
+
+
+def correlations(student_logits, teacher_logits, T, inter=2.0, intra=2.0):
+    """How far the probabilities are from being in proportion, over classes and over images."""
+    q, p = ((logits / T).softmax(1) for logits in (student_logits, teacher_logits))
+    return T**2 * (inter * (1 - pearson(q, p)).mean() + intra * (1 - pearson(q.T, p.T)).mean())
+
+
+rivals = {
+    "soft labels": lambda s: soft_labels(s, theirs, 4.0),
+    "of standardized logits": lambda s: soft_labels(standardized(s), standardized(theirs), 4.0),
+    "correlations": lambda s: correlations(s, theirs, 4.0),
+}
+
+# %% tags=["nbval-check-output"]
+for name, loss in rivals.items():  # against a student with a ranking of its own
+    print(f"{name:23} half as sure: {abs(loss(theirs / 2) / loss(ours)):6.1%} of the loss of another ranking")
+pair = {"student_logits": ours, "teacher_logits": theirs, "temperature": 4.0}
+of_package = package.kd(**pair, standardize=True), package.dist(**pair)
+by_hand = [rivals[name](ours) for name in ("of standardized logits", "correlations")]
+print("the package computes the same:", all(map(torch.allclose, by_hand, of_package)))
+
+# %% [markdown]
+# **What it means.** Standardizing forgives a factor on the logits completely, correlations almost: a softmax at a high
+# temperature is nearly linear.
+#
+# **What would fool you.** Standardizing divides the gradient by the deviation of the student's logits. So the same
+# $\alpha$ says less; the authors weigh that term 90 times the labels', which is $\alpha = 0.989$, at $T = 2$.
+#
+# ## 6 · Can a student compute what the teacher computes?
 #
 # The widths of the two differ, so a trained 1×1 convolution stands between them: the **regressor** of FitNets
 # ([Romero et al., 2015](https://arxiv.org/abs/1412.6550)). Its loss is a squared difference. Or only *relations* are
@@ -268,7 +323,7 @@ print(f"similarity needs no regressor; the package computes the same: {same}")
 # **What it means.** The bright blocks are the classes. The teacher's last stage puts images of one class side by side;
 # an untrained network does not.
 #
-# ## 6 · Where does a network look?
+# ## 7 · Where does a network look?
 #
 # Where is a stage active on an image? The mean square over its $C$ channels, $A = \frac1C\sum_c F_c^2$, each map at unit
 # length. The student's maps should match the teacher's
@@ -304,7 +359,7 @@ same = torch.allclose(by_hand, attention_transfer(student=narrow, teacher=wide))
 print(f"the package computes the same: {same}")
 
 # %% [markdown]
-# ## 7 · Is it the teacher that helps?
+# ## 8 · Is it the teacher that helps?
 #
 # A student can improve for many reasons: more images, smoothed labels, a better schedule. A control that **must fail**
 # tells: a *shuffled* teacher, whose logits are of other images of the batch. With labels in the loss even that student
@@ -349,7 +404,7 @@ print("It is the teacher that helps." if helped else "This control does not tell
 # **What would fool you.** A distilled student that beats a student alone, where the distilled one saw more images, or a
 # lucky seed. The benchmark below holds both to the same images and the same first weights.
 #
-# ## 8 · What does a teacher cost?
+# ## 9 · What does a teacher cost?
 #
 # A student's step is a forward and a backward pass, about three times its MACs. An **online** teacher adds one forward
 # pass of its own. **Cached** logits need only a look-up, but the student then sees fixed augmentations. *Predict* from
@@ -439,14 +494,15 @@ results.verdicts()
 # ## Summary
 #
 # - Soft labels carry what the teacher knows of the other classes. $T^2$ keeps their gradient's size.
+# - A small student need not be as sure as its teacher: standardized logits and correlations ask for the ranking.
 # - Wrong distillation trains without an error: compare gradients, and keep a control that must fail.
 # - A teacher costs time. Cached logits make it cheap, with fixed augmentations.
 #
 # **Questions.** (1) What happens to the soft term as $T \to \infty$? (2) Why must the teacher be in eval mode? (3) Why is
 # the student alone a harder rival than the shuffled teacher where $\alpha$ is large?
 #
-# **Exercises.** (1) Set `alpha = 0.5`: does the student gain? (2) Add `{"method": "dkd", "width": 0.25}` to
-# `configurations`. (3) Add `{"method": "student_longer", "width": 0.25, "times": 2}` to `controls`: is the teacher worth
+# **Exercises.** (1) Set `alpha = 0.5`: does the student gain? (2) Add `{"method": "dist", "width": 0.25}` and
+# `{"method": "kd", "width": 0.25, "standardize": True, "temperature": 2, "alpha": 0.99}` to `configurations`. (3) Add `{"method": "student_longer", "width": 0.25, "times": 2}` to `controls`: is the teacher worth
 # more than twice the training?
 #
 # Next: [05_architecture_search](05_architecture_search.ipynb): who chooses the student's architecture?
