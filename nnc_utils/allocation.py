@@ -104,14 +104,11 @@ def _silence() -> Iterator[None]:
 
 
 def _check(cost: Table, harm: Table) -> None:
-    if not cost or set(cost) != set(harm):
-        odd = ", ".join(sorted(set(cost) ^ set(harm))) or "no layer at all"
-        raise ValueError(f"cost and harm must name the same layers; only in one: {odd}")
-    for layer, settings in cost.items():
-        if not settings or set(settings) != set(harm[layer]):
-            both = f"cost has the settings {sorted(settings)}, harm {sorted(harm[layer])}"
-            raise ValueError(f"{layer}: {both}: the same, and at least one, are needed")
-        for setting, price in settings.items():
+    settings = [{layer: set(own) for layer, own in table.items()} for table in (cost, harm)]
+    if settings[0] != settings[1] or not cost or not all(cost.values()):
+        raise ValueError("cost and harm must name the same layers, each with the same settings, at least one")
+    for layer, prices in cost.items():
+        for setting, price in prices.items():
             if not 0 <= price < math.inf or not math.isfinite(harm[layer][setting]):
                 numbers = f"the cost of {setting} is {price}, its harm {harm[layer][setting]}"
                 raise ValueError(f"{layer}: {numbers}: finite numbers are needed, the cost at least 0")

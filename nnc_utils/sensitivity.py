@@ -115,12 +115,11 @@ def loss_increase(
     Returns
     -------
     Layer -> number -> mean cross-entropy with the candidate minus without; may be below 0. A ValueError for
-    an unknown layer, and what has another shape or is not finite.
+    images of another shape, and logits that are not finite.
     """
     models.check_images(model, images)
     models.check_labels(model, images, labels)
     network, weights = _plain_copy(model)
-    _check_candidates(weights, candidates)
     units = ["conv1", *(name for name, _ in models.named_blocks(model.spec)), "fc"]
     increase = {name: dict.fromkeys(widths, 0.0) for name, widths in candidates.items()}
     for batch, truth in zip(images.split(batch_size), labels.split(batch_size)):
@@ -164,17 +163,3 @@ def _logits(network: nn.Module, batch: Tensor) -> Tensor:
 def _total_loss(network: nn.Module, batch: Tensor, truth: Tensor) -> float:
     logits = _logits(network, batch).double()
     return float(functional.cross_entropy(logits, truth.to(logits.device), reduction="sum"))
-
-
-def _check_candidates(
-    weights: Mapping[str, Tensor], candidates: Mapping[str, Mapping[float, Tensor]]
-) -> None:
-    for name, widths in candidates.items():
-        if name not in weights:
-            raise ValueError(f"unknown layer {name!r}: one of {', '.join(weights)}")
-        for number, candidate in widths.items():
-            shape, wanted = tuple(candidate.shape), tuple(weights[name].shape)
-            if shape != wanted:
-                raise ValueError(f"{name}: the candidate for {number} has shape {shape}, the weight {wanted}")
-            if not candidate.isfinite().all():
-                raise ValueError(f"{name}: the candidate for {number} is not finite")

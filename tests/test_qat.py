@@ -93,10 +93,6 @@ def test_training_goes_on_with_the_codes_of_another_rounding(model, images):
     for name in layers:
         again = encoding.encoded(network.get_submodule(name))
         assert torch.equal(again.codes, found[name].codes) and torch.equal(again.scale, found[name].scale)
-    with pytest.raises(ValueError, match="scales must name each layer once; unknown or missing: conv1"):
-        qat.prepare(plain, images, bits=8, method="lsq", scales={n: scales[n] for n in layers[1:]})
-    with pytest.raises(ValueError, match=r"scales\['fc'\] is \(\), not \(10,\)"):
-        qat.prepare(plain, images, bits=8, method="lsq", scales=scales | {"fc": torch.tensor(0.1)})
 
 
 def test_widths_of_each_layer_and_bad_input(model, images):

@@ -112,7 +112,12 @@ def test_mixed_precision_keeps_to_the_bytes_of_its_budget_with_less_predicted_lo
         assert {one.bits for one in codes(own).values()} <= {2, 3, 4, 8}
 
 
-@pytest.mark.parametrize("mapping", [{"method": "qat", "bits": 3}, {"method": "dense_finetuned"}], ids=str)
+FINETUNED = {"method": "kmeans", "bits": 3, "train": "finetune"}
+
+
+@pytest.mark.parametrize(
+    "mapping", [{"method": "qat", "bits": 3}, FINETUNED, {"method": "dense_finetuned"}], ids=str
+)
 def test_training_starts_from_the_dense_network(context, mapping):
     result = built(context, **mapping)
     [(network, name, options)] = context.trained
@@ -120,7 +125,7 @@ def test_training_starts_from_the_dense_network(context, mapping):
     assert options == {"epochs": 0.1, "learning_rate": 0.02, "batch_size": 32, "augment": False}
     assert network is not context.dense
     widths = {getattr(one, "bits", 32) for one in codes(result.network).values()}
-    assert widths == ({3, 8} if mapping["method"] == "qat" else {32})
+    assert widths == {"qat": {3, 8}, "kmeans": {3}, "dense_finetuned": {32}}[mapping["method"]]
 
 
 def test_what_cannot_be_built_is_named(context, monkeypatch):
@@ -135,6 +140,7 @@ def test_what_cannot_be_built_is_named(context, monkeypatch):
     for wrong, why in (
         ({"method": "uniform"}, "one of bits, levels is needed"),
         ({"method": "uniform", "bits": 4, "levels": 5}, "one of bits, levels"),
+        (FINETUNED | {"reestimate": True}, "omit reestimate"),
         ({"method": "mixed_precision"}, "budget_bits, budget_levels, rule"),
         ({"method": "hessian_rounding", "lambda_": 0}, "lambda_"),
         ({"method": "xz", "of": {"method": "uniform", "bits": 99}}, "bits"),

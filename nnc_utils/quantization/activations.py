@@ -21,8 +21,6 @@ def affine_range(low: float, high: float) -> tuple[float, int]:
     Widened to contain 0, which is then exact (Jacob et al., 2018, section 3); after a ReLU the zero-point
     is 0, so that clamping at 0 is the ReLU.
     """
-    if not -math.inf < low <= high < math.inf:
-        raise ValueError(f"no range from {low} to {high}: two finite bounds in order are needed")
     low, high = min(low, 0.0), max(high, 0.0)
     scale = float(torch.tensor((high - low) / 255 or 1.0, dtype=torch.float32))
     return scale, min(255, max(0, round(-low / scale)))

@@ -36,7 +36,7 @@ def build(configuration: Configuration, context: Any) -> Built:
     method = configuration.method
     if configuration.technique == "peer":
         return _by_a_tool(configuration, context)
-    if method in ("qat", "dense_finetuned"):
+    if configuration.trains and method in ("qat", "dense_finetuned", "kmeans"):
         return _trained(configuration, context)
     if method not in ROUNDED:
         raise ValueError(f"no network of {method!r} is made here: see the notebook that trains it")
@@ -100,12 +100,14 @@ def widths(
 
 
 def _trained(configuration: Configuration, context: Any) -> Built:
-    """After more training, with rounding or (dense_finetuned) without: the same images for both."""
+    """After more training, with rounding or (dense_finetuned) without: the same images for all."""
     network, parameters = copy.deepcopy(context.dense), context.parameters
     calibration = _images(context, "calibration_images")
     is_rounded = configuration.method == "qat"
     if is_rounded:
         network = qat.prepare(network, calibration, bits=configuration.bits, method=configuration.quantizer)
+    elif configuration.method == "kmeans":
+        network = codebook.trainable(_kmeans(configuration, context))
     batch = context.recipe["batch_size"]
     epochs = max(parameters["train_epochs"], batch / len(context.images.train))  # a step at least
     options = {"learning_rate": parameters["learning_rate"], "batch_size": batch, "augment": False}

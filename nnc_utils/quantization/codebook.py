@@ -6,15 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnc_utils import encoding
+from nnc_utils import encoding, models
 from nnc_utils.quantization.networks import for_each_layer, quantized
 from nnc_utils.quantization.uniform import check_weight
 
-STARTS = ("linear", "density", "random", "split")
-
 
 def kmeans(
-    values: Tensor, levels: int, *, importance: Tensor | None = None, start="linear", seed=0, iterations=3000
+    values: Tensor, levels: int, *, importance: Tensor | None = None, iterations=3000
 ) -> tuple[Tensor, Tensor]:
     """Find the few values that stand for many: minimize ``sum(importance * (values - codebook[codes])**2)``.
 
@@ -23,8 +21,6 @@ def kmeans(
     values : finite, of any shape.
     levels : 1 to 256 centroids.
     importance : what an error counts for each value, at least 0; None or 0 everywhere: all the same.
-    start : "linear" (evenly from the smallest value to the largest), "density" (quantiles), "random"
-        (different values, drawn by the seed) or "split" (one cluster, which splits grow to `levels`).
     iterations : at most; fewer when nothing changes any more.
 
     Returns
@@ -32,28 +28,16 @@ def kmeans(
     The codebook, float32 in ascending order, and the codes, uint8 in the shape of the values. Fewer
     centroids than levels where there are fewer different values of an importance above 0.
 
-    Lloyd's algorithm (1982); with importances Choi et al., 2017, equation 7; starts after Han et al.,
-    2016, section 3.2, and Linde et al., 1980 ("split"). In one dimension a cluster is an interval of the
-    sorted values: its mean and error are differences of prefix sums. An empty cluster is dropped; while
-    there are fewer than `levels`, the one with the largest error is split at its mean. The result is a
-    local minimum: with far-out values or unequal importances "split" ends near the best, the others may
-    end at twice its error.
+    Lloyd's algorithm (1982), from levels spread evenly over the values (Han et al., 2016, section 3.2); with
+    importances Choi et al., 2017, equation 7. In one dimension a cluster is an interval of the sorted
+    values: its mean and error are differences of prefix sums. An empty cluster is dropped; while there are
+    fewer than `levels`, the one with the largest error is split at its mean. The result is a local minimum.
     """
-    if start not in STARTS:
-        raise ValueError(f"unknown start {start!r}: one of {', '.join(STARTS)}")
     if not 1 <= levels <= 256:
         raise ValueError(f"levels is {levels!r}: a whole number from 1 to 256 is needed")
     ordered, weights = _sorted(values, importance)
     sums = np.pad(np.cumsum([weights, weights * ordered, weights * ordered**2], axis=1), ((0, 0), (1, 0)))
-    if start == "linear":
-        centroids = np.linspace(ordered[0], ordered[-1], levels)
-    elif start == "density":
-        centroids = np.quantile(ordered, (np.arange(levels) + 0.5) / levels)
-    elif start == "split":
-        centroids = ordered[:1]
-    else:
-        different, draw = np.unique(ordered), np.random.default_rng(seed).choice
-        centroids = np.sort(draw(different, min(levels, different.size), replace=False))
+    centroids = np.linspace(ordered[0], ordered[-1], levels)
     edges = None
     for _ in range(iterations):
         middles = (centroids[1:] + centroids[:-1]) / 2
@@ -97,35 +81,57 @@ def _clusters(ordered: np.ndarray, sums: np.ndarray, edges: np.ndarray) -> tuple
 
 
 def quantize(
-    weight: Tensor, *, bits: int, mask: Tensor | None = None, importance: Tensor | None = None, **options
+    weight: Tensor, *, bits: int, mask: Tensor | None = None, importance: Tensor | None = None, balance=True
 ) -> encoding.Codebook:
     """Replace a weight by codes into a codebook of at most ``2**bits`` values (Han et al., 2016).
 
-    `bits` is 1 to 8; `mask` is bool in the weight's shape, True = kept: what is not kept takes no part and
-    needs no level. The importance and the options (start, seed) are those of `kmeans`.
+    Parameters
+    ----------
+    bits : 1 to 8.
+    mask : bool in the weight's shape, True = kept: what is not kept takes no part and needs no level.
+    importance : as of `kmeans`.
+    balance : let each output channel (row) count the same in all: divide its importances by their mean.
+        A second derivative is worth something for small changes. Without this the channels of the largest
+        take all levels, and others change by more than their own size, to which batch-norm scales them.
     """
-    if type(bits) is not int or not 1 <= bits <= 8:
-        raise ValueError(f"bits is {bits!r}: a whole number from 1 to 8 is needed")
     kept = ... if mask is None or not mask.any() else mask
+    if importance is not None and balance:
+        rows = importance.flatten(1)
+        importance = (rows / rows.mean(1, keepdim=True).clamp(min=1e-30)).view(importance.shape)
     counts = None if importance is None else importance[kept]
-    codebook, kept_codes = kmeans(weight[kept], 2**bits, importance=counts, **options)
+    codebook, kept_codes = kmeans(weight[kept], 2**bits, importance=counts)
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     codes[kept] = kept_codes
     return encoding.Codebook(codes, codebook, mask)
 
 
 def quantize_network(
-    model: nn.Module, *, bits: int | dict[str, int], importance: dict[str, Tensor] | None = None, **options
+    model: nn.Module, *, bits: int | dict[str, int], importance: dict[str, Tensor] | None = None, balance=True
 ) -> nn.Module:
     """A copy of a network whose convolutions and classifier compute with weights from codebooks.
 
     `bits` is one width, or one for each layer by name; `importance` has a tensor for each layer, as
-    `sensitivity.fisher_diagonal` gives it. Codebooks can be trained on. A mask stays.
+    `sensitivity.fisher_diagonal` gives it; balance as of `quantize`. Codebooks can be trained on. A mask
+    stays.
     """
     widths, counts = for_each_layer(model, "bits", bits), for_each_layer(model, "importance", importance)
 
     def rule(name: str, layer: nn.Module) -> encoding.Codebook:
         own = {"bits": widths[name], "importance": counts[name], "mask": encoding.mask_of(layer)}
-        return quantize(layer.weight, **own, **options)
+        return quantize(layer.weight, **own, balance=balance)
 
     return quantized(model, rule)
+
+
+def trainable(network: nn.Module) -> nn.Module:
+    """Prepare a network of codebooks for fine-tuning, in place: codes stay, levels and batch-norm train.
+
+    The gradient of a level is the sum of its weights' (Han et al., 2016, section 3). It is divided here by
+    the root of the weights a level, as the step's of LSQ is (Esser et al., 2020, section 2.2): a rate that
+    suits batch-norm would throw the levels away.
+    """
+    for layer in models.layers(network.spec):
+        attached = network.get_submodule(layer.name).parametrizations.weight[0]
+        share = (len(attached.codebook) / attached.codes.numel()) ** 0.5
+        attached.codebook.register_hook(lambda gradient, share=share: share * gradient)
+    return network

@@ -18,6 +18,7 @@ class Quantized(Configuration):
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
     added: ClassVar[dict[str, Any]] = {
         "hessian": {True: "Hessian-weighted k-means", False: "k-means"},
+        "train": {"finetune": "fine-tuned"},
         "one_sided": "one-sided",
         "activations": {"float": "float activations"},
         "quantizer": {"lsq": "learned steps (LSQ)", "ste": "fixed steps"},
@@ -53,12 +54,26 @@ class Uniform(Rounded):
 
 
 class KMeans(Rounded):
-    """Weights replaced by the nearest entry of a codebook; `hessian` weights their errors."""
+    """Weights replaced by the nearest entry of a codebook; `hessian` weights their errors.
+
+    train "finetune": the entries are trained on, and batch-norm, which is re-estimated thereby.
+    """
 
     method: Literal["kmeans"] = "kmeans"
     what: ClassVar[str] = "{bits}-bit codebook"
     bits: Bits
     hessian: bool = False
+    train: Literal["none", "finetune"] = "none"
+
+    @property
+    def trains(self) -> bool:
+        return self.train != "none"
+
+    @model_validator(mode="after")
+    def _once(self) -> KMeans:
+        if self.trains and self.reestimate:
+            raise ValueError("fine-tuning re-estimates batch-norm: omit reestimate")
+        return self
 
 
 class MixedPrecision(Rounded):

@@ -56,10 +56,6 @@ def quantize(
         raise ValueError(f"lambda_ is {lambda_!r}: a positive number of nats a bit is needed, such as 1e-9")
     check_weight(weight)
     rows = weight.detach().flatten(1)
-    if (sizes := (len(curvature.outputs), len(curvature.inputs))) != tuple(rows.shape):
-        raise ValueError(
-            f"the weight has shape {tuple(weight.shape)}, the curvature is of a layer of {sizes}"
-        )
     along, across = (
         upper_factor(moment, share) for moment, share in zip((curvature.inputs, curvature.outputs), damping)
     )

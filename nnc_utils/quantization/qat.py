@@ -53,8 +53,6 @@ def prepare(
         scale = scales[name]
         if scale is None:
             scale = uniform.quantize(module.weight, bits=widths[name], per_channel=True, clip="mse").scale
-        if scale.shape != (layer.out_channels,):
-            raise ValueError(f"scales[{name!r}] is {tuple(scale.shape)}, not ({layer.out_channels},)")
         learn = method == "lsq" and name not in outer
         rounding = UniformWeight(scale, bits=widths[name], learn_scale=learn)
         parametrize.register_parametrization(module, "weight", rounding)

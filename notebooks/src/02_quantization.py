@@ -344,7 +344,8 @@ calibration, labels = bench.sample(calibration_images)
 theirs = sensitivity.fisher_diagonal(model, calibration[:8], batch_size=1, seed=seed)[layer]
 ours = fisher(model, calibration[:8], layer, seed)
 print("the package does the same:", torch.allclose(ours, theirs, rtol=1e-3, atol=1e-12))
-importance = sensitivity.fisher_diagonal(model, calibration, seed=seed)[layer][:32]
+information = sensitivity.fisher_diagonal(model, calibration, seed=seed)
+importance = information[layer][:32]
 lines = []
 for name, counts in (("plain", None), ("Hessian-weighted", importance)):
     square = (nearest(part_of, kmeans(part_of, 4, counts)) - part_of).square()
@@ -357,6 +358,69 @@ table.map("{:.3g}".format)
 
 # %% [markdown]
 # **What would fool you.** An importance from few images: it fits them, and the weights that *other* images need count nothing.
+#
+# ### What happens to the channels that count nothing?
+#
+# The formula $\tfrac12 h_i \delta_i^2$ holds for small changes. With four levels no change is small. Importances differ between
+# output channels by orders of magnitude: the channels of the largest take all levels. In others a weight may then move by more
+# than its own size, at next to no cost in the formula. But batch-norm scales each channel, and a channel of nothing but error
+# becomes as loud as the rest. **Balanced** importances let each channel count the same in all: divide by their mean in the
+# channel. Look at the stem. *Predict*: where do its four levels lie when importances are not balanced?
+
+# %% tags=["machine-dependent"]
+stem, counts = model.conv1.weight.detach(), information["conv1"]
+means = counts.flatten(1).mean(1)
+print(f"the channel that counts most counts {float(means.max() / means.median()):.0f} times the median one")
+options = {
+    "k-means": {},
+    "Hessian-weighted": {"importance": counts, "balance": False},
+    "Hessian-weighted, balanced": {"importance": counts},
+}
+figure, panels = plt.subplots(3, 1, figsize=(7, 5), sharex=True)
+lines = []
+for axes, (name, given) in zip(panels, options.items()):
+    rounded = package.quantize(stem, bits=2, **given)
+    square = (encoding.decode(rounded) - stem).square()
+    ratio = square.flatten(1).sum(1) / stem.square().flatten(1).sum(1)
+    lines.append({"2-bit stem": name, "predicted loss": float(0.5 * (counts * square).sum())})
+    lines[-1]["channels of more error than weight"] = int((ratio > 1).sum())
+    axes.hist(stem.flatten(), bins=60, color="C7")
+    for level in rounded.codebook:
+        axes.axvline(float(level), color="C1")
+    axes.set(title=name, ylabel="weights")
+panels[-1].set(xlabel="weight of the stem; a line for each level")
+figure.tight_layout()
+figures.show(figure, "The stem's weights and its four levels by three ways to weight errors")
+pd.DataFrame(lines).set_index("2-bit stem").map("{:.3g}".format)
+
+# %% [markdown]
+# And the whole network? *Predict* the accuracy with 2 bits everywhere, batch-norm re-estimated as in section 11.
+
+# %% tags=["machine-dependent"]
+from nnc_utils import batch_norm
+
+repair = bench.sample(repair_images)[0]
+judged = images.validation.images[:500], images.validation.labels[:500]
+
+
+def accuracy(network) -> float:
+    """Percent of the first 500 validation images."""
+    with torch.inference_mode():
+        return 100 * float((network(images.normalize(judged[0])).argmax(1) == judged[1]).float().mean())
+
+
+ways = {"k-means": {}, "Hessian-weighted": {"importance": information, "balance": False}}
+for name, given in (ways | {"Hessian-weighted, balanced": {"importance": information}}).items():
+    rounded = package.quantize_network(model, bits=2, **given).eval()
+    repaired = batch_norm.reestimate(rounded, repair, original=model)
+    print(f"{name}: {accuracy(rounded):.1f} %, re-estimated {accuracy(repaired):.1f} %")
+
+# %% [markdown]
+# **What it means.** The predicted loss is least without the balance: that is what k-means was told to minimize. The network need
+# not agree. Digits and small networks forgive much, so that you may see no difference here; on a converged network of
+# Fashion-MNIST the four levels of the stem alone decide between a working network and a broken one
+# (`python workflow/experiments.py` measures it). **What fooled us.** For a long time importances were not balanced here, and the
+# better formula gave the worse network. A prediction that improves while the measurement falls has left the range where it holds.
 #
 # ## 7 · Can errors cancel?
 #
@@ -681,10 +745,10 @@ print(f"the package does the same: {same}; zero-point 0 at {behind_relu} of {len
 # ## 11 · Can batch-norm be repaired without training?
 #
 # Rounded weights give other sums than those whose mean and variance batch-norm remembers. **Re-estimation** shows both networks
-# the same images and moves mean and variance by what rounding moved
-# ([Sun et al., 2019](https://proceedings.neurips.cc/paper/2019/hash/65fc9fb4897a89789352e211ca2d398f-Abstract.html)). A variance
-# that fell is scaled down; one that rose gets the difference. No gradient step is taken. *Predict* the accuracy at 2 bits,
-# before and after.
+# the same images and takes the rounded network's statistics
+# ([Sun et al., 2019](https://proceedings.neurips.cc/paper/2019/hash/65fc9fb4897a89789352e211ca2d398f-Abstract.html)). A few
+# images give other statistics than the training did, with the float network, too: this difference, counted in deviations, stays.
+# No gradient step is taken. *Predict* the accuracy at 2 bits, before and after.
 
 # %%
 import copy
@@ -708,30 +772,19 @@ def statistics(network, images: torch.Tensor):
 
 @torch.no_grad()
 def reestimated(network, original, images: torch.Tensor):
-    """A copy whose statistics moved as its activations did."""
+    """A copy with its own statistics, as far from those of these images as the original's are."""
     repaired = copy.deepcopy(network)
-    for norm, new, old in zip(
-        batch_norms(repaired), statistics(network, images), statistics(original, images)
-    ):
-        norm.running_mean += new.running_mean - old.running_mean
-        norm.running_var *= ((new.running_var + norm.eps) / (old.running_var + norm.eps)).clamp(max=1)
-        norm.running_var += (new.running_var - old.running_var).clamp(min=0)
+    measured = statistics(network, images), statistics(original, images)
+    for norm, new, old in zip(batch_norms(repaired), *measured):
+        surplus = (norm.running_mean - old.running_mean) / (old.running_var + norm.eps).sqrt()
+        ratio = (norm.running_var + norm.eps) / (old.running_var + norm.eps)
+        norm.running_mean.copy_(new.running_mean + surplus * new.running_var.sqrt())
+        norm.running_var.copy_((ratio * (new.running_var + norm.eps) - norm.eps).clamp(min=0))
     return repaired.eval()
 
 
 # %% tags=["machine-dependent"]
-from nnc_utils import batch_norm
 from nnc_utils.quantization import correction
-
-repair = bench.sample(repair_images)[0]
-judged = images.validation.images[:500], images.validation.labels[:500]
-
-
-def accuracy(network) -> float:
-    """Percent of the first 500 validation images."""
-    with torch.inference_mode():
-        return 100 * float((network(images.normalize(judged[0])).argmax(1) == judged[1]).float().mean())
-
 
 lines = []
 for width in (3, 2):
@@ -739,7 +792,7 @@ for width in (3, 2):
     ours = reestimated(rounded, model, repair)
     theirs = batch_norm.reestimate(rounded, repair, original=model, batch_size=len(repair))
     pairs = zip(batch_norms(ours), batch_norms(theirs))
-    same = all(torch.allclose(a.running_var, b.running_var, rtol=1e-3) for a, b in pairs)
+    same = all(torch.allclose(a.running_var, b.running_var, rtol=1e-3, atol=1e-6) for a, b in pairs)
     shifted = correction.correct_bias(rounded, repair, original=model)
     lines.append({"bits": width, "rounded": accuracy(rounded), "bias corrected": accuracy(shifted)})
     lines[-1] |= {"re-estimated": accuracy(ours), "the package does the same": same}
@@ -752,7 +805,10 @@ pd.DataFrame(lines).set_index("bits").round(1)
 # %% [markdown]
 # **What it means.** Much of what rounding breaks is not information: it is a shift and a scale of each channel, and
 # re-estimation undoes both. **Bias correction** ([Nagel et al., 2019](https://arxiv.org/abs/1906.04721)) undoes the shift only,
-# as if the layers before were not rounded.
+# as if the layers before were not rounded. **What would fool you.** To move the mean by the
+# difference in its own unit and to scale the variance by the ratio. Where a channel has become nearly constant that is a ratio of
+# next to nothing, and the few images' error of the mean, divided by it, became a constant of many deviations. Counted in
+# deviations, the channel gets the constant that it has.
 #
 # ## 12 · Can the network learn to live with the rounding?
 #
@@ -800,6 +856,40 @@ learned, best = float(scale.detach()), float(tried[errors.argmin()])
 print(f"step by max {first:.3f}, learned {learned:.3f}, best {best:.3f}: ratio {learned / best:.2f}")
 
 # %% [markdown]
+# ### Can a codebook be trained, too?
+#
+# [Deep Compression](https://arxiv.org/abs/1510.00149) keeps the codes and trains the levels. The gradient of a level is the *sum*
+# of its weights' gradients. K-means knows the weights only; training knows what they are for. Here that is a layer's output, with
+# few large and many small inputs. *Predict*: how much smaller does the output's error get?
+
+# %% tags=["machine-dependent"]
+rows = drawn.flatten(1)
+inputs = torch.randn(256, rows.shape[1], generator=torch.Generator().manual_seed(1))
+inputs = inputs * 4 * torch.linspace(0, 1, rows.shape[1]) ** 8
+levels = kmeans(rows, 8)
+codes = torch.bucketize(rows, (levels[1:] + levels[:-1]) / 2)
+rounded = levels[codes].requires_grad_()
+(inputs @ (rounded - rows).T).square().mean().backward()
+sums = torch.stack([rounded.grad[codes == code].sum() for code in range(8)])
+losses = []
+levels.requires_grad_()
+for _ in range(200):
+    levels.grad = None
+    loss = (inputs @ (levels[codes] - rows).T).square().mean()
+    loss.backward()
+    if not losses:
+        print("the gradient of each level is its weights' sum:", torch.allclose(levels.grad, sums, rtol=1e-3))
+    losses.append(float(loss.detach()))
+    levels.data -= 0.02 * levels.grad
+print(
+    f"square error of the output: {losses[0]:.3f} by k-means, {losses[-1]:.3f} trained:",
+    f"{losses[0] / losses[-1]:.1f} times smaller",
+)
+
+# %% [markdown]
+# In a layer of a million weights such a sum is huge. The package's `codebook.trainable` divides it by the root of the weights a
+# level, as LSQ divides the gradient of its step. `{"method": "kmeans", "bits": 3, "train": "finetune"}` is measured so.
+#
 # **What it means.** The gradient of the step alone finds the range that section 3 had to search. In **quantization-aware
 # training** (`qat`) all steps and weights descend the loss of the task. Batch-norm stays unfolded: weights are rounded before
 # it, exactly as in the file, so that the integers that were trained are the integers that run. The first convolution and the
