@@ -87,46 +87,69 @@ def _pass(model: nn.Module, images: Tensor, see: Callable, *, batch_size: int, s
             logits.backward(drawn - p * drawn.sum(1, keepdim=True))
 
 
+class _InputMoments:
+    """Second moments of each layer's inputs, from as many output pixels as `rows`."""
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        self.layers, self.rows = {layer.name: layer for layer in models.layers(model.spec)}, rows
+        self.seen, self.sums = dict.fromkeys(self.layers, 0), dict.fromkeys(self.layers, 0.0)
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        layer, left = self.layers[name], self.rows - self.seen[name]
+        if left <= 0:
+            return
+        if layer.kind == "conv":
+            inputs = functional.unfold(inputs, layer.kernel, 1, layer.kernel // 2, layer.stride)
+            inputs = inputs.transpose(1, 2).flatten(0, 1)
+        some = inputs[:: max(1, len(inputs) // left)]  # of all these images, not all pixels of a few
+        self.sums[name] += some.T @ some
+        self.seen[name] += len(some)
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / self.seen[name] for name, total in self.sums.items()}
+
+
+@torch.no_grad()
+def input_moments(
+    model: nn.Module, images: Tensor, *, rows: int = 8192, batch_size: int = 128
+) -> dict[str, Tensor]:
+    """`Curvature.inputs` of each layer alone, without a backward pass; parameters as for `curvatures`.
+
+    No image is looked at once each layer has its `rows`, or four for each of its inputs.
+    """
+    models.check_images(model, images)
+    network, moments = sample.frozen_copy(model), _InputMoments(model, rows)
+    enough = {name: min(rows, 4 * math.prod(x.weight_shape[1:])) for name, x in moments.layers.items()}
+    with sample.watched(network, moments.layers, lambda name, inputs, outputs: moments.add(name, inputs)):
+        for batch in sample.sent(progress(images.split(batch_size), "input moments"), network):
+            sample.check_finite(network(batch))
+            if all(moments.seen[name] >= enough[name] for name in enough):
+                break
+    home = next(model.parameters()).device
+    return {name: moment.to(home) for name, moment in moments.means().items()}
+
+
 def curvatures(
     model: nn.Module, images: Tensor, *, rows: int = 8192, batch_size: int = 128, seed: int = 0
 ) -> dict[str, Curvature]:
-    """Measure each layer's curvature on training images.
+    """Each layer's `Curvature` from normalized training images, (n, channels, size, size).
 
-    Parameters
-    ----------
-    model : a network of `models.build`; not changed. Batch-norm works as in evaluation.
-    images : normalized float images, (n, channels, size, size).
-    rows : output pixels from which the inputs' moment is estimated: early layers have them from a few
-        images. Above in * kernel * kernel the moment has full rank; below, damping alone holds the rest.
-    batch_size : images a pass.
-    seed : of the signs that the gradients are drawn with.
-
-    Returns
-    -------
-    Layer -> `Curvature`. A ValueError for images of another shape, and activations that are not finite.
+    `rows` is from how many output pixels the inputs' moment is estimated; above in * kernel * kernel it has
+    full rank, below, damping alone holds the rest. The gradients are drawn with the seed. A ValueError for
+    images of another shape, and activations that are not finite.
     """
-    layers = models.layers(model.spec)
-    home, device = next(model.parameters()).device, exact_device()
-    seen = dict.fromkeys((x.name for x in layers), 0)
-    lengths = {x.name: math.prod(x.weight_shape[1:]) for x in layers}
-    inputs = {x.name: torch.zeros(lengths[x.name], lengths[x.name], device=device) for x in layers}
-    outputs = {x.name: torch.zeros(x.out_channels, x.out_channels, device=device) for x in layers}
+    moments, home = _InputMoments(model, rows), next(model.parameters()).device
+    outputs = dict.fromkeys(moments.layers, 0.0)
 
-    def see(layer: Layer, patches: Tensor, gradient: Tensor) -> None:
-        patches = patches[: max(0, math.ceil(rows / layer.size_out**2) - seen[layer.name])]
-        seen[layer.name] += len(patches)
-        if len(patches):
-            if layer.kind == "conv":
-                patches = functional.unfold(patches, layer.kernel, 1, layer.kernel // 2, layer.stride)
-                patches = patches.transpose(1, 2).flatten(0, 1)
-            inputs[layer.name].addmm_(patches.T, patches)
+    def see(layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
+        moments.add(layer.name, inputs)
         if gradient.ndim == 4:
             gradient = gradient.permute(0, 2, 3, 1).flatten(0, 2)
-        outputs[layer.name].addmm_(gradient.T, gradient)
+        outputs[layer.name] += gradient.T @ gradient
 
     _pass(model, images, see, batch_size=batch_size, seed=seed, task="curvature")
-    means = ((x.name, seen[x.name] * x.size_out**2) for x in layers)
-    return {n: Curvature(inputs[n] / count, outputs[n] / len(images)).to(home) for n, count in means}
+    inputs = moments.means()
+    return {name: Curvature(inputs[name], outputs[name] / len(images)).to(home) for name in inputs}
 
 
 def loss_of_errors(

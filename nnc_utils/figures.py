@@ -14,7 +14,6 @@ import seaborn as sns
 from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS, SETTING, with_settings
 
@@ -256,24 +255,6 @@ def _cut(axes: Axes, accuracies: pd.Series) -> None:
         axes.set_ylim(lowest, accuracies.max() + 0.05 * SHOWN)
         text = f"↓ {below} more down to {accuracies.min():.1f} %"
         axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", fontsize=9)
-
-
-def latency_bars(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
-    """How long does one image take, where? Medians at batch 1 with one number of threads."""
-    rows = _single(latency, threads).sort_values("p50_ms", ascending=False)
-    axes = axes or plt.subplots(figsize=(7.5, max(3.0, 0.26 * len(rows))))[1]
-    colours = dict(zip(("fp32", "int8", "s8s8", "bf16"), sns.color_palette("colorblind"), strict=False))
-    labels = [f"{name(row['runtime'])} {row['precision']}, {row['title']}" for _, row in rows.iterrows()]
-    bars = axes.barh(range(len(rows)), rows["p50_ms"], color=rows["precision"].map(colours))
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.bar_label(bars, fmt=" {:.2f} ms", fontsize=8)
-    axes.set_xlabel(f"median milliseconds an image, {threads} thread{'s' if threads > 1 else ''}")
-    axes.set_title("How long does one image take, where?")
-    shown = [p for p in colours if p in set(rows["precision"])]
-    axes.legend(handles=[Patch(color=colours[p], label=p) for p in shown], loc="upper right")
-    axes.margins(x=0.18)
-    axes.grid(axis="y", visible=False)
-    return axes.figure
 
 
 def _single(latency: pd.DataFrame, threads: int) -> pd.DataFrame:

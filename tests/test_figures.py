@@ -151,15 +151,6 @@ def test_macs_and_parameters_are_the_other_axes():
     assert colours["student alone"] == "grey" != colours["uncompressed"]
 
 
-def test_latency_bars_are_the_medians_at_batch_one_without_the_identity():
-    axes = figures.latency_bars(LATENCY).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [7.0, 4.0, 1.25]
-    assert [text.get_text().strip() for text in axes.texts] == ["7.00 ms", "4.00 ms", "1.25 ms"]
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels[0].startswith("eager PyTorch fp32, the uncompressed")
-    assert labels[2].startswith("ONNX Runtime int8, 8-bit weights")
-
-
 def test_frontier_holds_every_network_and_joins_the_best():
     axes = figures.frontier(LATENCY).axes[0]
     points = [tuple(point) for dots in axes.collections for point in dots.get_offsets().tolist()]

@@ -1,5 +1,6 @@
 """Configurations of 03 become the networks that they describe."""
 
+import math
 import types
 
 import pytest
@@ -60,6 +61,15 @@ def test_iterative_pruning_is_distilled_from_the_dense_network(bench, monkeypatc
     assert pruned.network.spec == lessons[-1][2] and shares[1] <= 1 / 3 < shares[0] <= 3**-0.5
     assert all(network_digest(teacher) == network_digest(bench.dense) for teacher, _, _ in lessons)
     assert abs(pruned.train_images - 0.2 * len(bench.images.train)) <= 64
+
+
+@pytest.mark.parametrize("method", ["obs", "reconstruct", "two_of_four"])
+def test_reconstructed_networks_have_their_zeros(method, bench):
+    settings = {"correct": True} if method == "two_of_four" else {"sparsity": 0.5}
+    pruned = built(bench, method=method, reestimate=True, **settings).network
+    zeros = sum(int((pruned.get_submodule(x.name).weight == 0).sum()) for x in models.layers(PLAIN))
+    total = sum(math.prod(x.weight_shape) for x in models.layers(PLAIN))
+    assert zeros / total == pytest.approx(0.5, abs=0.01)
 
 
 def test_channels_meet_their_budget_and_their_architecture_starts_anew(bench):

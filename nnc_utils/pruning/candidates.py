@@ -12,7 +12,7 @@ from nnc_utils.configurations import Built, Configuration, of_row
 from nnc_utils.data import Split
 from nnc_utils.devices import exact_device
 from nnc_utils.distillation import teaching
-from nnc_utils.pruning import channels, obs, schedules, structured, unstructured
+from nnc_utils.pruning import channels, reconstruct, schedules, structured, unstructured
 from nnc_utils.pruning.configurations import SCANNED
 from nnc_utils.quantization import activations, uniform
 from nnc_utils.sensitivity import loss_increase
@@ -119,12 +119,13 @@ def removed(network: nn.Module, configuration: Configuration, share: float, benc
         return prune(network, score, macs=macs, everywhere=configuration.uniform, **sample)
     if method == "blocks":
         return structured.remove_blocks(network, least_missed(bench, configuration.removed))
-    if method == "obs":
-        curved = curvature.curvatures(network, images, seed=bench.seed)
-        return obs.prune_network(network, curved, sparsity=share)
+    if method in ("obs", "reconstruct"):
+        return reconstruct.prune_network(network, images, sparsity=share, score=score)
+    if method == "two_of_four" and configuration.correct:
+        return reconstruct.prune_network(network, images, two_of_four=True)
     scores = unstructured.scores(network, score, seed=bench.seed, **sample)
     if method == "two_of_four":
-        return unstructured.masked(network, unstructured.two_of_four(scores))
+        return unstructured.masked(network, {name: unstructured.of_four(s) for name, s in scores.items()})
     if method == "layerwise":
         share = rates(configuration.rule, configuration.sparsity, bench)
     return unstructured.masked(network, unstructured.masks(scores, share))

@@ -10,6 +10,7 @@ from nnc_utils.configurations import Configuration, Share, Times
 SCANNED = (0.5, 0.8, 0.9, 0.95, 0.98)  # shares of zeros that the sensitivity scan measures
 SCORES = {"random": "chance", "magnitude": "magnitude", "gradient": "gradient", "taylor": "Taylor"}
 SCORES |= {"obd_fisher": "OBD (Fisher)", "obd_hessian": "OBD (Hessian)", "fisher": "Fisher"}
+SCORES |= {"inputs": "magnitude × input"}
 SCORES |= {"l1": "L1 norm", "l2": "L2 norm", "bn_scale": "batch-norm scale"}
 RULES = {"hand": "a rule of thumb", "uniform": "{percent:g} %", "scan": "a scan, {percent:g} % in all"}
 Schedule = Literal["one_shot", "iterative", "gradual"]
@@ -25,6 +26,7 @@ class Pruned(Configuration):
         "uniform": "uniform",
         "schedule": {"iterative": "iterative", "gradual": "gradual"},
         "compensate": "compensated",
+        "correct": "reconstructed",
         "train": {"finetune": "fine-tuned", "distill": "distilled"},
         "reestimate": "batch-norm re-estimated",
         "int8": "int8",
@@ -82,7 +84,19 @@ class Layerwise(Masked):
     sparsity: Share | None = None
 
 
+class Reconstruct(Masked):
+    """Layers lose as much as by magnitude; their weights that stay are corrected by least squares."""
+
+    method: Literal["reconstruct"] = "reconstruct"
+    what: ClassVar[str] = "{percent:g} % zeros by {by}, reconstructed"
+    score: Literal["magnitude", "inputs"] = "magnitude"  # of the corrected weights, inside a layer
+    sparsity: Share
+
+
 class Obs(Masked):
+    """Reconstruction with Optimal Brain Surgeon's own score."""
+
+    score: ClassVar[str] = "obs"
     method: Literal["obs"] = "obs"
     what: ClassVar[str] = "{percent:g} % zeros, Optimal Brain Surgeon"
     sparsity: Share
@@ -91,6 +105,7 @@ class Obs(Masked):
 class TwoOfFour(Masked):
     method: Literal["two_of_four"] = "two_of_four"
     what: ClassVar[str] = "2:4 zeros"
+    correct: bool = False  # the weights that stay, by least squares
 
 
 class Channels(Pruned):

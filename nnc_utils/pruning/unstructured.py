@@ -99,15 +99,13 @@ def _highest(score: Tensor, sparsity: float) -> Tensor:
     return kept
 
 
-def two_of_four(score: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks that keep the best two of each four input channels, where they fit (Mishra et al., 2021)."""
-    kept = {name: torch.ones_like(values, dtype=torch.bool) for name, values in score.items()}
-    for name, values in score.items():
-        if values.shape[1] % 4 == 0:
-            fours = values.unflatten(1, (-1, 4))
-            best = fours.topk(2, dim=2).indices
-            kept[name] = torch.zeros_like(fours, dtype=torch.bool).scatter(2, best, True).flatten(1, 2)
-    return kept
+def of_four(score: Tensor, count: int = 2) -> Tensor:
+    """The mask that keeps the best of each four input channels, where they fit (Mishra et al., 2021)."""
+    if score.shape[1] % 4:
+        return torch.ones_like(score, dtype=torch.bool)
+    fours = score.unflatten(1, (-1, 4))
+    best = fours.topk(count, dim=2).indices
+    return torch.zeros_like(fours, dtype=torch.bool).scatter(2, best, True).flatten(1, 2)
 
 
 def masked(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
@@ -116,10 +114,8 @@ def masked(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
     `kept` is layer -> bool in the weight's shape; layers that are not named stay as they are. A mask that the
     model has is replaced, a quantizer refused.
     """
-    network, names = copy.deepcopy(model), [layer.name for layer in models.layers(model.spec)]
+    network = copy.deepcopy(model)
     for name, mask in kept.items():
-        if name not in names:
-            raise ValueError(f"no layer is called {name}: one of {', '.join(names)}")
         stored = encoding.encoded(network.get_submodule(name))
         if not isinstance(stored, encoding.Dense):
             raise ValueError(f"{name} is quantized: prune first, then quantize")
