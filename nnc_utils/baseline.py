@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -40,10 +41,13 @@ class SmallDense(Configuration):
     method: Literal["small_dense"] = "small_dense"
     technique: ClassVar[str] = "baseline"
     needs: ClassVar[frozenset[str]] = frozenset({"training", "calibration"})
-    what: ClassVar[str] = "narrow ResNet-18, {macs:g}× fewer MACs"
+    what: ClassVar[str] = "{plain}, {macs:g}× fewer MACs"
     added: ClassVar[dict[str, str]] = {"distilled": "{distilled}", "int8": "int8", "bits": "{bits}-bit QAT"}
     added |= {"lambda_": "second-order rounding, λ = {lambda_:g}"}
     macs: Times
+    family: Literal["narrow_resnet18", "three_stage"] = (
+        "narrow_resnet18"  # than the baseline's; or ResNet-20's three stages
+    )
     int8: bool = False
     bits: Bits | None = None  # of weights in quantization-aware training
     lambda_: Price | None = None  # loss for a bit, in second-order rounding
@@ -67,9 +71,9 @@ class SmallDense(Configuration):
         return f"small_dense_qat{self.bits}" if self.bits else "small_dense"
 
     def words(self) -> dict[str, Any]:
-        return dict(self) | {
-            "distilled": "distilled from all seeds" if self.ensemble else "distilled" * self.distill
-        }
+        distilled = "distilled from all seeds" if self.ensemble else "distilled" * self.distill
+        plain = "three-stage ResNet" if self.family == "three_stage" else "narrow ResNet-18"
+        return dict(self) | {"plain": plain, "distilled": distilled}
 
 
 def spec_of(parameters: dict[str, Any], images: Data) -> models.Spec:
@@ -90,14 +94,20 @@ def build(configuration: Configuration, bench: Any) -> Built:
     return Built(network, history.images, history.seconds, dtype=torch.float32)
 
 
-def narrow_resnet(spec: models.Spec, recipe: dict[str, Any], fewer: float) -> models.Spec:
+def narrow_resnet(
+    spec: models.Spec, recipe: dict[str, Any], fewer: float, family="narrow_resnet18"
+) -> models.Spec:
     """The widest plain ResNet with so many times fewer MACs than `spec`; where there is none, the narrowest.
 
-    Of `recipe`, the parameters of 01, depth and width count.
+    It is of the baseline's depth and width, which `recipe` has (the parameters of 01), or of the family
+    "three_stage" ResNet-20, which has no stage of 512 and so fewer weights for as many MACs.
     """
-    same = {key: getattr(spec, key) for key in ("channels", "size", "classes", "stem")}
-    for width in np.arange(1, 0, -0.005) * recipe["width"]:
-        narrow = models.resnet(recipe["depth"], width=float(width), **same)
+    same = {key: getattr(spec, key) for key in ("channels", "size", "classes")}
+    member, widest = functools.partial(models.resnet, recipe["depth"], stem=spec.stem), recipe["width"]
+    if family == "three_stage":
+        member, widest = models.three_stage, 4 * widest  # 64, 128 and 256 wide, as ResNet-18 begins
+    for width in np.arange(1, 0, -0.005) * widest:
+        narrow = member(width=float(width), **same)
         if models.macs(narrow) <= models.macs(spec) / fewer:
             break
     return narrow

@@ -35,13 +35,18 @@ class Budgets:
     size: float | None = None  # times smaller
     lambda_: float | None = None  # loss for a bit
     sparsity: float | None = None
+    family: str = "narrow_resnet18"  # of the narrow network
     ensemble: bool = False
     score: str = ""  # of Torch-Pruning
     uniform: bool = False  # the same
 
     def of(self, stages: tuple[str, ...]) -> Budgets:
         """Only what these stages look at, so that configurations share what they begin with."""
-        names = {"prune": ("macs", "sparsity"), "quantize": ("bits", "size", "lambda_"), "narrow": ("macs",)}
+        names = {
+            "prune": ("macs", "sparsity"),
+            "quantize": ("bits", "size", "lambda_"),
+            "narrow": ("macs", "family"),
+        }
         names |= {"distill": ("ensemble",), "torch": ("macs", "score", "uniform"), "round": ("lambda_",)}
         seen = {name for stage in stages for name in names.get(stage, ())}
         return Budgets(**{name: getattr(self, name) for name in seen})
@@ -57,7 +62,7 @@ class Planner:
 
     def budgets(self, configuration: Configuration, stages: tuple[str, ...]) -> Budgets:
         """A configuration's budgets, milliseconds as MACs; a ValueError where they cannot be met."""
-        known = {name: getattr(configuration, name, None) for name in Budgets.__dataclass_fields__}
+        known = {name: getattr(configuration, name, default) for name, default in vars(Budgets()).items()}
         stage = next((s for s in stages if s in ("prune", "narrow")), None)
         if wanted := getattr(configuration, "latency_ms", None):
             fewer, times = self.timed(stage)
@@ -66,7 +71,11 @@ class Planner:
                 raise ValueError(f"latency_ms {wanted:g} cannot be met in {self.given['runtime']}: {nearest}")
             met = np.exp(np.interp(np.log(wanted), np.log(times[::-1]), np.log(fewer[::-1])))
             known["macs"] = max(1.0, _floor(met))
-        if stage and known["macs"] > (most := self.whole / models.macs(self.shrunk(stage).spec)):
+        if stage == "narrow":
+            least = narrow_resnet(self.spec, self.bench.recipe, np.inf, known["family"])
+        elif stage:
+            least = self.shrunk(stage).spec
+        if stage and known["macs"] > (most := self.whole / models.macs(least)):
             raise ValueError(f"macs {known['macs']:g} cannot be met: {_floor(most):g} is the nearest")
         return Budgets(**known)
 

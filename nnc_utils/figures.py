@@ -27,7 +27,7 @@ BUDGETS = (
     *("width", "qp", "removed", "smoothing", "epochs", "times"),
 )
 UNNAMED = (
-    *("granularity", "activations", "schedule", "train", "stages", "of"),
+    *("granularity", "activations", "schedule", "train", "stages", "of", "family"),
     *("temperature", "alpha", "beta", "others"),
 )
 NAMES = {
@@ -38,7 +38,7 @@ NAMES = {
     "qat": "quantization-aware training", "reestimate": "batch-norm re-estimated", "kd": "soft labels",
     "compensate": "compensated", "finetune": "fine-tuned", "distill": "distilled", "nncodec": "NNCodec",
     "dkd": "decoupled soft labels", "kd_attention": "soft labels + attention",
-
+    "three_stage": "three-stage ResNet",
     "kd_hints": "soft labels + hints", "reinforce": "REINFORCE", "torch_pruning": "Torch-Pruning",
     "bn_scale": "batch-norm scale", "obs": "OBS", "lsq": "LSQ", "ste": "STE",
 }  # fmt: skip
@@ -200,7 +200,7 @@ def _series(row: dict) -> str:
             told.append(f"MACs ÷ {value:g}")
         elif setting not in (*BUDGETS, *UNNAMED) and value:
             told.append(setting if value is True else str(value))
-    return ", ".join([name(row["method"]), *(name(word) for word in told if word)])
+    return ", ".join([name(settings.get("family") or row["method"]), *(name(word) for word in told if word)])
 
 
 def _lines(axes: Axes, table: pd.DataFrame, *, grey_controls: bool = False) -> None:

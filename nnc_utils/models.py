@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,13 +123,7 @@ def _check_block(name: str, block: BlockSpec, convolutions: int, before: str, wi
 
 
 def resnet(
-    depth: int = 18,
-    *,
-    channels: int = 3,
-    size: int = 224,
-    classes: int = 1000,
-    stem: str = "imagenet",
-    width: float = 1,
+    depth: int = 18, *, channels=3, size=224, classes=1000, stem: str = "imagenet", width: float = 1
 ) -> Spec:
     """ResNet-18, -34 or -50 (He et al., 2016); `width` is a factor on every number of channels, rounded."""
     if depth not in RESNETS:
@@ -137,7 +131,23 @@ def resnet(
     if not 0 < width <= 16:
         raise SpecError(f"width is {width!r}: a factor above 0 and at most 16 is needed")
     block, depths = RESNETS[depth]
-    scaled = [max(1, round(w * width)) for w in (64, 128, 256, 512)]
+    same = {"channels": channels, "size": size, "classes": classes, "stem": stem}
+    return _residual(block, [64, 128, 256, 512], depths, width, same)
+
+
+def three_stage(blocks: int = 3, *, channels: int, size: int, classes: int, width: float = 1) -> Spec:
+    """The ResNet for small images (He et al., 2016, section 4.2): 3 gives ResNet-20, 18 ResNet-110.
+
+    A 3x3 stem of stride 1, then so many basic blocks in each of three stages 16, 32 and 64 wide, times
+    `width`. Where the width grows the connection is a projection; the paper's adds zeros.
+    """
+    same = {"channels": channels, "size": size, "classes": classes, "stem": "small"}
+    return _residual("basic", [16, 32, 64], [blocks] * 3, width, same)
+
+
+def _residual(block: str, full: list[int], depths: Sequence[int], width: float, same: dict) -> Spec:
+    """Stages of these full widths, each but the first halving the image; `same` is the rest of the Spec."""
+    scaled = [max(1, round(w * width)) for w in full]
     stages, before = [], scaled[0]
     for stage, (out, blocks) in enumerate(zip(scaled, depths, strict=True)):
         widths, kernels = ((out, out), (3, 3)) if block == "basic" else ((out, out, 4 * out), (1, 3, 1))
@@ -147,7 +157,7 @@ def resnet(
             connection = "identity" if stride == 1 and widths[-1] == before else "projection"
             stages[-1].append(BlockSpec(widths, kernels, stride, connection))
             before = widths[-1]
-    return Spec(channels, size, classes, stem, scaled[0], block, tuple(map(tuple, stages)))
+    return Spec(**same, stem_width=scaled[0], block=block, stages=tuple(map(tuple, stages)))
 
 
 def with_widths(spec: Spec, widths: Mapping[str, int]) -> Spec:

@@ -171,8 +171,8 @@ class _Work:
         return uniform.quantize_network(network, bits=7, per_channel=True)
 
     def _narrow(self, network: models.ResNet, budgets: Budgets) -> models.ResNet:
-        narrow = narrow_resnet(self.spec, self.bench.recipe, budgets.macs)
-        return self._from_scratch(narrow, f"narrow_{budgets.macs:g}")
+        narrow = narrow_resnet(self.spec, self.bench.recipe, budgets.macs, budgets.family)
+        return self._from_scratch(narrow, f"{budgets.family}_{budgets.macs:g}")
 
     def found(self) -> models.Spec:
         """The network of 05, which has to be in upstream."""
@@ -216,7 +216,9 @@ class _Work:
                 known = candidates.memory(bench, teacher)
                 images, augment, seconds = known.images, False, known.seconds
                 loss = teaching.cached(known, lesson, network.spec)
-        limits = [f"{name}{value}" for name, value in vars(budgets).items() if value]
+        limits = [
+            f"{name}{value}" for name, value in vars(budgets).items() if value != getattr(Budgets, name)
+        ]
         options = {"images": images, "loss": loss, "augment": augment, "batch_size": size}
         options |= {
             "epochs": steps / (len(images.train) // size),

@@ -99,6 +99,19 @@ def test_counts_are_the_published_ones(depth, parameters, macs):
     assert models.macs(resnet(depth)) == macs
 
 
+def test_resnet20_is_that_of_the_paper():
+    """He et al., 2016, table 6: 0.27 million weights; three projections more than their zeros."""
+    spec = models.three_stage(3, channels=3, size=32, classes=10)
+    kernels = 9 * (3 * 16 + 6 * 16 * 16 + 16 * 32 + 5 * 32 * 32 + 32 * 64 + 5 * 64 * 64)
+    norms = 2 * (7 * 16 + 6 * 32 + 6 * 64)
+    assert kernels + norms + 650 == 269_722  # 650: the classifier
+    assert models.parameters(spec) == 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
+    assert models.parameters(models.three_stage(3, channels=1, size=28, classes=10)) == 272_186
+    sizes = {layer.name: layer.size_out for layer in models.layers(spec)}
+    assert [sizes[f"layer{stage}.2.conv2"] for stage in (1, 2, 3)] == [32, 16, 8]
+    assert multiplications(build(spec), torch.randn(2, 3, 32, 32)) == models.macs(spec)
+
+
 def test_docstring_examples_hold():
     tried = doctest.testmod(models)
     assert tried.attempted > 0 and tried.failed == 0

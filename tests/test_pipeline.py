@@ -52,8 +52,8 @@ def bench(tmp_path):
     return Run(**about)
 
 
-def built(bench, **settings):
-    [configuration] = read([{"method": "pipeline", **settings}], "pipeline")
+def built(bench, method="pipeline", **settings):
+    [configuration] = read([{"method": method, **settings}], "pipeline")
     pipeline.check(configuration, bench)
     return list(pipeline.build(configuration, bench))
 
@@ -75,6 +75,18 @@ def test_configurations_share_what_they_begin_with(bench):
     before = list(bench.fits)
     built(bench, macs=2, lambda_=1e-8)
     assert bench.fits == before and len(before) == 2
+
+
+def test_the_three_stage_rival_has_the_macs_of_the_narrow_one_and_fewer_weights(bench):
+    settings = {"method": "small_dense", "macs": 2, "lambda_": 1e-9}
+    [narrow], [three] = (built(bench, **settings, **family) for family in ({}, {"family": "three_stage"}))
+    assert [len(one.network.spec.stages) for one in (narrow, three)] == [4, 3] and len(set(bench.fits)) == 4
+    shares = [models.macs(one.network.spec) / models.macs(bench.dense.spec) for one in (narrow, three)]
+    assert min(shares) > 0.3 and max(shares) <= 1 / 2
+    assert models.parameters(three.network.spec) < models.parameters(narrow.network.spec) / 1.5
+    assert pipeline.is_rounded(three.network) and three.train_images == narrow.train_images
+    with pytest.raises(ValueError, match="macs 1e[+]06 cannot be met: .* is the nearest"):
+        built(bench, **settings | {"macs": 1e6}, family="three_stage")
 
 
 def test_what_was_rounded_goes_back_to_floats_for_pruning_and_is_rounded_again(bench, tmp_path):

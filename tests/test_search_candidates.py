@@ -135,19 +135,24 @@ def test_a_shard_retrains_what_another_found(bench):
     )
     shard = Bench(**vars(bench) | {"extra": {}, "shards": [search]})
     settings = [{"method": "winner"}, {"method": "random_alone"}, {"method": "narrow_resnet18"}]
+    settings += [{"method": "three_stage"}]
     settings += [
         {"method": "winner", "distill": True},
         {"method": "winner", "distill": True, "compressed": True},
     ]
     wanted = [one for setting in settings for one in asked(shard, **setting)]
     wanted = candidates.resolved(shard, wanted)
-    winner, alone, narrow, distilled, compressed = (candidates.build(one, shard) for one in wanted)
+    winner, alone, narrow, three, distilled, compressed = (candidates.build(one, shard) for one in wanted)
     found = bench.extra["search"]
     assert wanted[0].method == found["winner"]["method"] and not wanted[0].control and wanted[2].control
     assert winner.network.spec == distilled.network.spec == models.Spec.from_json(found["winner"]["spec"])
-    macs = [models.macs(built.network.spec) for built in (winner, alone, narrow)]
-    assert macs[2] >= max(macs) and macs[0] <= models.macs(models.resnet(18, **ABOUT)) / 100
-    assert {built.train_images for built in (winner, alone, narrow, distilled, compressed)} == {5 * 16}
+    macs = [models.macs(built.network.spec) for built in (winner, alone, narrow, three)]
+    assert (
+        min(macs[2:]) >= max(macs[:2])
+        and wanted[3].control == "three_stage"
+        and macs[0] <= models.macs(models.resnet(18, **ABOUT)) / 100
+    )
+    assert {built.train_images for built in (winner, alone, narrow, three, distilled, compressed)} == {5 * 16}
     assert compressed.train_seconds > 1e6 > distilled.train_seconds  # its teacher's training counts
     kernels = [built.network.conv1.weight.detach().numpy() for built in (winner, distilled)]
     assert not np.array_equal(*kernels)

@@ -13,7 +13,7 @@ from nnc_utils.search.evaluator import Evaluator
 from nnc_utils.search.space import Space
 from nnc_utils.search.supernet import Supernet, sandwich
 
-SPACE = Space(1, 8, 10, "small", ((4, 8, 16), (8, 16), (8, 24)), blocks=2)
+SPACE = Space(1, 8, 10, "small", ((4, 8, 16), (8, 16), (8, 24), (8, 32)), blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_the_network_is_a_copy_of_the_middle(supernet):
     assert all(torch.equal(before[name], tensor) for name, tensor in supernet.state_dict().items())
 
 
-def test_the_sandwich_is_the_mean_of_its_networks_losses(supernet):
+def test_the_sandwich_is_the_sum_of_its_networks_losses(supernet):
+    """Of their mean, at twice the rate of one network, digits learned 86 % in four epochs instead of 92."""
     drawn = [SPACE.sample(np.random.default_rng(seed)) for seed in (1, 2)]
     waiting, images = iter(drawn), torch.randn(16, 1, 8, 8)
     labels = torch.arange(16) % 10
@@ -71,9 +72,9 @@ def test_the_sandwich_is_the_mean_of_its_networks_losses(supernet):
     wanted = functional.cross_entropy(largest, labels)
     for found in (narrow, *drawn):
         wanted = wanted - (soft * supernet(images, found).log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(loss, wanted / 4)
+    torch.testing.assert_close(loss, wanted)
     # the largest learns from labels alone: `wanted` has what it says to the others as fixed targets
-    ours, theirs = (torch.autograd.grad(value, supernet.largest.fc.bias)[0] for value in (loss, wanted / 4))
+    ours, theirs = (torch.autograd.grad(value, supernet.largest.fc.bias)[0] for value in (loss, wanted))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -81,13 +82,13 @@ def test_every_network_learns_and_its_evaluation_is_remembered(digits, tmp_path,
     torch.manual_seed(0)
     supernet, most = Supernet(SPACE), models.macs(SPACE.spec(SPACE.largest))
     costs = Costs(SPACE, {"macs": 0.5 * most})
-    options = {"epochs": 12, "batch_size": 32, "learning_rate": 0.1, "augment": False}
+    options = {"epochs": 12, "batch_size": 32, "learning_rate": 0.05, "augment": False}
     training.fit(supernet, digits, loss=sandwich(SPACE, costs.draw), **options)
     sizes = {"calibration": 128, "validation": 100, "batch_size": 64}
     evaluate = Evaluator(supernet, digits, file=tmp_path / "evaluations.jsonl", **sizes)
     found = costs.draw(np.random.default_rng(0))
     accuracy = evaluate(found)
-    assert accuracy > 20 and evaluate(SPACE.largest) > 60  # of ten classes
+    assert accuracy > 40 and evaluate(SPACE.largest) > 60  # of ten classes; 7 where blocks may omit their sum
     assert evaluate.cost == 228
     # by the house's own evaluator, in fp32
     network = batch_norm.reestimate(

@@ -42,8 +42,8 @@ def check(configuration: Configuration, bench: Any) -> None:
         mappings = bench.parameters["configurations"]
         if not any(m["method"] == "channels" and m["macs"] == configuration.macs for m in mappings):
             raise ValueError("name the configuration of channels whose widths it takes before it")
-    if configuration.method == "small_dense" and set(configuration.settings) - {"macs", "int8"}:
-        raise ValueError("here macs and int8 are all its settings; 06_pipeline has the others")
+    if configuration.method == "small_dense" and set(configuration.settings) - {"macs", "family", "int8"}:
+        raise ValueError("here macs, family and int8 are all its settings; 06_pipeline has the others")
     if configuration.method == "blocks":
         most = sum(len(stage) - 1 for stage in bench.dense.spec.stages)
         if configuration.removed > most:
@@ -56,7 +56,7 @@ def _float(configuration: Configuration, bench: Any) -> Built:
     if configuration.method == "dense_finetuned":
         return dense_finetuned(bench)
     if configuration.method == "small_dense":
-        spec = narrow_resnet(bench.dense.spec, bench.recipe, configuration.macs)
+        spec = narrow_resnet(bench.dense.spec, bench.recipe, configuration.macs, configuration.family)
         return trained_from_new_weights(bench, spec, name)
     if configuration.method == "from_scratch":
         if configuration.macs not in (specs := _architectures(bench)):

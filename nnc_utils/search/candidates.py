@@ -1,8 +1,6 @@
-"""What the benchmark of 05 builds: a search in steps that a run may leave to another, and networks retrained.
+"""What the benchmark of 05 builds, in the steps "latency", "search" and "retrain".
 
-The steps are "latency" (blocks are timed), "search" (a supernet, searches at equal cost, what shared weights
-are worth, finalists) and "retrain" (the configurations). What the first two find is plain JSON in the run's
-`extra`; a later shard reads it there.
+What the first two find is plain JSON in the run's `extra`, where a later shard reads it.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import contextlib
 import functools
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -59,7 +57,11 @@ class Search:
         self.milliseconds, self.random = milliseconds, np.random.default_rng(0)
         spec = bench.dense.spec
         self.about = {name: getattr(spec, name) for name in ("channels", "size", "classes", "stem")}
-        self.space = around(**self.about, widest=self.given["widest"], blocks=self.given["blocks"])
+        stem = (
+            "small" if spec.stem == "small_stride2" else spec.stem
+        )  # at full resolution, as three stages want
+        given = {name: self.given[name] for name in ("widest", "blocks")}
+        self.space = around(**self.about | {"stem": stem}, **given)
         self.limits = {name: self.given[name] for name in ("macs", "latency_ms") if self.given[name]}
 
     @functools.cached_property
@@ -166,7 +168,7 @@ class Search:
         network = Supernet(self.space)
         loss = sandwich(self.space, functools.partial(self.costs.draw, least=0.5))
         options = {"epochs": self.given["supernet_epochs"], "batch_size": self.given["supernet_batch"]}
-        options |= {"learning_rate": 2 * self.given["learning_rate"], "augment": self.bench.recipe["augment"]}
+        options |= {"learning_rate": self.given["learning_rate"], "augment": self.bench.recipe["augment"]}
         return network, self.bench.fit(network, "supernet", loss=loss, validate=True, **options)
 
     def drawn_alone(self) -> list[Architecture]:
@@ -203,16 +205,19 @@ class Search:
             best = int(np.argmax([accuracy for _, accuracy in search["pairs"]]))
             specs["random_alone"] = self.space.spec(self.drawn_alone()[best])
         rivals = [specs[name] for name in (search["winner"]["method"], "random_alone") if name in specs]
-        specs["narrow_resnet18"] = narrow_rival(self.about, max(map(models.macs, rivals)))
+        macs = max(map(models.macs, rivals))
+        without_stem = {name: value for name, value in self.about.items() if name != "stem"}
+        specs["narrow_resnet18"] = by_hand(functools.partial(models.resnet, 18, **self.about), macs)
+        specs["three_stage"] = by_hand(functools.partial(models.three_stage, **without_stem), macs)
         if method not in specs:
             raise ValueError(f"{configuration.title}: trained alone were only {', '.join(specs)}")
         return specs[method]
 
 
-def narrow_rival(about: Mapping[str, Any], macs: int) -> models.Spec:
-    """ResNet-18 with every width scaled by one factor, the smallest in 64ths with no fewer MACs."""
-    narrow = (models.resnet(18, width=share / 64, **about) for share in range(1, 65))
-    return next(spec for spec in narrow if models.macs(spec) >= macs)
+def by_hand(family: Callable[..., models.Spec], macs: int) -> models.Spec:
+    """A plain network with every width scaled by one factor, the smallest in 64ths with no fewer MACs."""
+    members = (family(width=share / 64) for share in range(1, 1025))
+    return next(spec for spec in members if models.macs(spec) >= macs)
 
 
 class _EnoughError(Exception):

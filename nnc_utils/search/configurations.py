@@ -18,6 +18,7 @@ FOUND_BY = {
     "optuna_nsga2": "Optuna's NSGA-II",
     "random_alone": "random search, each trained alone",
     "narrow_resnet18": "a narrow ResNet-18 by hand",
+    "three_stage": "a three-stage ResNet by hand",
 }
 
 
@@ -46,7 +47,7 @@ class Searched(Configuration):
 
     @property
     def control(self) -> str:
-        return self.method if self.method == "narrow_resnet18" else ""
+        return self.method if self.method in ("narrow_resnet18", "three_stage") else ""
 
     @property
     def title(self) -> str:

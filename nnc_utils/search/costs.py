@@ -7,6 +7,7 @@ terms is kept in a table: the cost of an architecture is a handful of look-ups, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,35 +47,39 @@ def parts(spec: Spec) -> list[tuple[list[Layer], str]]:
 class Term:
     """What stem, classifier or a block costs: `values` has an axis for each of the decisions at `places`.
 
-    An architecture has it where its number at `depth` is `least` or more.
+    An architecture has it where its number at `depth` is one of `when`.
     """
 
     depth: int
-    least: int
+    when: range
     places: tuple[int, ...]
     values: np.ndarray
 
 
-def terms(space: Space, cost: PartCost) -> list[Term]:
-    """The terms of a cost: of the stem, of each block that there may be, of the classifier."""
-    place, stages = space.places, range(len(space.widths))
-    widths = [place[stage, -1, "width"] for stage in stages]
-    wanted = [(0, 0, [widths[0]], 0)]  # stage, block, decisions, which part of a network
-    for stage in stages:
-        for block in range(space.blocks):
-            decisions = [place[stage, block, "kernel"], place[stage, block, "connection"]]
-            before = [widths[stage - 1]] if stage and not block else []
-            wanted.append((stage, block, [*before, widths[stage], *decisions], 1 + stage + block))
-    wanted.append((stages[-1], 0, [widths[-1]], -1))
-    all_terms = []
-    for stage, block, places, part in wanted:
-        numbers, depth = np.array(space.smallest), place[stage, -1, "depth"]
-        numbers[depth] = block  # so that there is this block
-        values = np.empty(space.options[places])
-        for index in np.ndindex(values.shape):
+def terms(space: Space, costs: Mapping[str, PartCost]) -> dict[str, list[Term]]:
+    """The terms of each cost: of the stem, of each block that there may be, of the classifier."""
+    place, last = space.places, len(space.widths) - 1
+    widths = [place[stage, -1, "width"] for stage in range(last + 1)]
+    wanted = [(0, 1, 0, [widths[0]]), (last, 1, -1, [widths[last]])]  # stage, depth, part, decisions
+    if space.shallowest(last) == 0:  # the classifier of networks without it
+        wanted.append((last, 0, -1, [widths[last - 1]]))
+    for stage, block in itertools.product(range(last + 1), range(space.blocks)):
+        before = [widths[stage - 1]] if stage and not block else []
+        decisions = [place[stage, block, "inner"], place[stage, block, "kernel"]]
+        wanted.append((stage, block + 1, 1 + stage + block, [*before, widths[stage], *decisions]))
+    all_terms: dict[str, list[Term]] = {name: [] for name in costs}
+    for stage, least, part, places in wanted:
+        depth, numbers = place[stage, -1, "depth"], np.array(space.smallest)
+        first = numbers[depth] = least - space.shallowest(stage)
+        when = range(first, first + 1 if least == 0 else space.options[depth])
+        values = {name: np.empty(space.options[places]) for name in costs}
+        for index in np.ndindex(*space.options[places]):
             numbers[places] = index
-            values[index] = cost(*parts(space.spec(numbers))[part])
-        all_terms.append(Term(depth, block, tuple(places), values))
+            layers_and_connection = parts(space.spec(numbers))[part]
+            for name, cost in costs.items():
+                values[name][index] = cost(*layers_and_connection)
+        for name in costs:
+            all_terms[name].append(Term(depth, when, tuple(places), values[name]))
     return all_terms
 
 
@@ -90,11 +95,12 @@ class Costs:
         if not limits:
             raise ValueError("without a limit the largest network wins: give one, such as macs")
         self.space, self.limits = space, dict(limits)
-        self.terms = {name: terms(space, cost) for name, cost in costs.items()}
+        self.terms = terms(space, costs)
         for name, limit in self.limits.items():
             if name not in costs:
-                known = "give Costs a predictor" if name == "latency_ms" else f"one of {', '.join(costs)}"
-                raise ValueError(f"{name} is limited, but nothing says what it is: {known}")
+                raise ValueError(
+                    f"{name} is limited, but known are {', '.join(costs)}, latency_ms with a predictor"
+                )
             least = self.of(space.smallest, name)
             if not least <= limit < math.inf:
                 limit = f"no network has {name} of at most {limit:,.6g}"
@@ -104,7 +110,7 @@ class Costs:
         """One cost of an architecture: the sum of the terms of what it has."""
         total = 0.0
         for term in self.terms[name]:
-            if architecture[term.depth] >= term.least:
+            if architecture[term.depth] in term.when:
                 total += term.values[tuple(architecture[place] for place in term.places)]
         return float(total)
 
@@ -122,9 +128,9 @@ class Costs:
 
 
 def described(costs: Costs, architecture: Architecture) -> dict[str, float | str]:
-    """An architecture in words and numbers; `16:5i3p` is 16 wide: 5x5 and identity, 3x3 and projection."""
+    """An architecture in words and numbers; `16: 32/5` is a stage of 16 with a block of 32 inside, 5x5."""
     stages = "  ".join(
-        f"{stage[0].widths[0]}:" + "".join(f"{b.kernels[0]}{b.connection[0]}" for b in stage)
+        f"{stage[0].widths[-1]}: " + ", ".join(f"{block.widths[0]}/{block.kernels[0]}" for block in stage)
         for stage in costs.space.spec(architecture).stages
     )
     return {"stages": stages} | {name: costs.of(architecture, name) for name in costs.terms}

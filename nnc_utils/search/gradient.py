@@ -49,10 +49,10 @@ class Relaxed:
             for name in costs.terms
         }
         gates = torch.zeros(len(space.choices), len(space.choices), int(space.options.max())).double()
-        for number, choice in enumerate(
-            space.choices
-        ):  # a block exists where the depth is more than its number
-            gates[number, space.places[choice.stage, -1, "depth"], max(choice.block, 0) : space.blocks] = 1
+        for number, choice in enumerate(space.choices):
+            depth = space.places[choice.stage, -1, "depth"]
+            for option, blocks in enumerate(space.choices[depth].options):
+                gates[number, depth, option] = choice.matters(blocks)
         self._gates = gates.flatten(1)
 
     def exists(self, chances: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Relaxed:
         for term, mean in self._terms[name]:
             for place in reversed(term.places):
                 mean = mean @ chances[place, : mean.shape[-1]]
-            total = total + mean * chances[term.depth, term.least : self.space.blocks].sum()
+            total = total + mean * chances[term.depth, list(term.when)].sum()
         return total
 
 

@@ -7,6 +7,7 @@ one network has one tuple.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,6 @@ from nnc_utils.models import STEMS, BlockSpec, Spec
 Architecture = tuple[int, ...]
 
 KERNELS = (3, 5)  # of the first convolution of a block; of 2 pixels and fewer 5x5 sees no more than 3x3
-FIRST = ("projection", "none")  # connections of a block that halves the image
-LATER = ("identity", "projection", "none")  # of the others
 
 
 @dataclass(frozen=True)
@@ -26,20 +25,27 @@ class Choice:
 
     stage: int
     block: int
-    kind: str  # width, depth, kernel or connection
-    options: tuple[int | str, ...]
+    kind: str  # width or depth; inner (a block's width between its convolutions) or kernel
+    options: tuple[int, ...]
+
+    def matters(self, depth: int) -> bool:
+        """Whether the decision is about something that there is, in a stage of so many blocks."""
+        return self.kind == "depth" or depth > max(self.block, 0)
 
 
 @dataclass(frozen=True)
 class Space:
-    """Residual networks of basic blocks.
+    """Residual networks of basic blocks, of three or four stages.
 
     Input and stem are as in `models.Spec`, the stem as wide as the first stage. Each stage has one of its
-    `widths`, growing, and at most so many `blocks`.
+    `widths`, growing, and at most so many `blocks`; inside each block there is another of these widths. The
+    last of more than three stages may be missing: ResNet-18's is 512 wide and holds three quarters of its
+    weights, networks for small images have none (He et al., 2016, section 4.2). Every block is residual:
+    with shared weights one cannot learn to be a difference to its input and to do without it.
 
-    >>> space = around(channels=1, size=28, classes=10, stem="small_stride2")
+    >>> space = around(channels=1, size=28, classes=10, stem="small")
     >>> f"{space.cardinality:.1e}"
-    '1.9e+09'
+    '8.8e+17'
     """
 
     channels: int
@@ -49,11 +55,6 @@ class Space:
     widths: tuple[tuple[int, ...], ...]
     blocks: int = 2
 
-    def __post_init__(self) -> None:
-        growing = (widths and widths[0] > 0 and list(widths) == sorted(set(widths)) for widths in self.widths)
-        if not self.widths or not all(growing) or self.blocks < 1:
-            raise ValueError(f"{self.widths}, {self.blocks} blocks: growing widths and a block are needed")
-
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Height and width of the image in each stage."""
@@ -61,19 +62,22 @@ class Space:
         halvings = (stride > 1) + pool
         return tuple(-(-self.size // 2 ** (halvings + stage)) for stage in range(len(self.widths)))
 
+    def shallowest(self, stage: int) -> int:
+        """The fewest blocks of a stage."""
+        return 0 if stage == len(self.widths) - 1 > 2 else 1
+
     @functools.cached_property
     def choices(self) -> tuple[Choice, ...]:
         """The decisions, in the order of an architecture's numbers."""
         choices = []
         for stage, widths in enumerate(self.widths):
             choices += [Choice(stage, -1, "width", widths)]
-            choices += [Choice(stage, -1, "depth", tuple(range(1, self.blocks + 1)))]
+            depths = tuple(range(self.shallowest(stage), self.blocks + 1))
+            choices += [Choice(stage, -1, "depth", depths)]
             for block in range(self.blocks):
                 sees = self.sizes[stage] if block or not stage else self.sizes[stage - 1]
                 kernels = tuple(kernel for kernel in KERNELS if kernel == KERNELS[0] or kernel < 2 * sees)
-                connections = FIRST if stage and not block else LATER
-                choices += [Choice(stage, block, "kernel", kernels)]
-                choices += [Choice(stage, block, "connection", connections)]
+                choices += [Choice(stage, block, "inner", widths), Choice(stage, block, "kernel", kernels)]
         return tuple(choices)
 
     @functools.cached_property
@@ -88,25 +92,23 @@ class Space:
 
     @property
     def cardinality(self) -> int:
-        """How many different architectures there are: widths x sum over depths of the blocks' options."""
+        """How many different architectures there are: for each depth of a stage what its decisions allow."""
         total = 1
-        for stage, widths in enumerate(self.widths):
-            first = self.places[stage, 0, "kernel"]
-            in_block = (
-                self.options[first : first + 2 * self.blocks].reshape(-1, 2).prod(1)
-            )  # kernel, connection
-            total *= len(widths) * int(in_block.cumprod().sum())
+        for stage in range(len(self.widths)):
+            of_stage = [choice for choice in self.choices if choice.stage == stage and choice.kind != "depth"]
+            depths = self.choices[self.places[stage, -1, "depth"]].options
+            total *= sum(math.prod(len(c.options) for c in of_stage if c.matters(d)) for d in depths)
         return total
 
-    def value(self, architecture: Architecture, stage: int, block: int, kind: str) -> int | str:
-        """What an architecture has chosen there: a width, a depth, a kernel, a connection."""
+    def value(self, architecture: Architecture, stage: int, block: int, kind: str) -> int:
+        """What an architecture has chosen there: a width, a depth, a kernel."""
         place = self.places[stage, block, kind]
         return self.choices[place].options[architecture[place]]
 
     def active(self, architecture: Architecture) -> np.ndarray:
         """Which decisions matter: not those about blocks that the architecture does not have; bool."""
         depths = [self.value(architecture, stage, -1, "depth") for stage in range(len(self.widths))]
-        return np.array([choice.block < depths[choice.stage] for choice in self.choices])
+        return np.array([choice.matters(depths[choice.stage]) for choice in self.choices])
 
     def canonical(self, numbers: Architecture | np.ndarray) -> Architecture:
         """The numbers, with 0 where they do not matter."""
@@ -114,39 +116,27 @@ class Space:
         return tuple(n if a else 0 for n, a in zip(numbers, self.active(numbers), strict=True))
 
     def spec(self, architecture: Architecture) -> Spec:
-        """The architecture as a Spec; a ValueError where it is none of this space."""
-        most = tuple(int(count) - 1 for count in self.options)
-        if (
-            len(architecture) != len(most)
-            or np.min(architecture) < 0
-            or np.any(np.array(architecture) > most)
-        ):
-            raise ValueError(f"{architecture} is no architecture of this space: 0 to {most} is needed")
+        """The architecture as a Spec."""
         stages = []
         for stage in range(len(self.widths)):
             blocks, width = [], self.value(architecture, stage, -1, "width")
             for block in range(self.value(architecture, stage, -1, "depth")):
-                kernels = (self.value(architecture, stage, block, "kernel"), 3)
-                connection = self.value(architecture, stage, block, "connection")
-                blocks.append(BlockSpec((width, width), kernels, 2 if stage and not block else 1, connection))
-            stages.append(tuple(blocks))
-        stem_width = stages[0][0].widths[0]
-        return Spec(self.channels, self.size, self.classes, self.stem, stem_width, "basic", tuple(stages))
+                inner, kernel = (self.value(architecture, stage, block, k) for k in ("inner", "kernel"))
+                shape = (2, "projection") if stage and not block else (1, "identity")
+                blocks.append(BlockSpec((inner, width), (kernel, 3), *shape))
+            stages += [tuple(blocks)] if blocks else []
+        stem = self.stem, self.value(architecture, 0, -1, "width")
+        return Spec(self.channels, self.size, self.classes, *stem, "basic", tuple(stages))
 
     @property
     def largest(self) -> Architecture:
-        """The widest and deepest, 5x5 kernels, every connection a projection: it contains all others."""
-        return tuple(
-            choice.options.index("projection") if choice.kind == "connection" else len(choice.options) - 1
-            for choice in self.choices
-        )
+        """The widest and deepest with 5x5 kernels: it contains all others."""
+        return tuple(int(count) - 1 for count in self.options)
 
     @property
     def smallest(self) -> Architecture:
-        """The narrowest: one block a stage, 3x3 kernels, no connection."""
-        return self.canonical(
-            [choice.options.index("none") if choice.kind == "connection" else 0 for choice in self.choices]
-        )
+        """The narrowest: fewest stages, one block in each, 3x3 kernels."""
+        return (0,) * len(self.choices)
 
     def sample(self, random: np.random.Generator) -> Architecture:
         """Every decision drawn uniformly from its options."""
@@ -158,9 +148,9 @@ class Space:
         return self.canonical(numbers.clip(max=self.options - 1))
 
     def narrow(self, random: np.random.Generator) -> Architecture:
-        """The narrowest stages; everything else drawn."""
-        drawn = random.integers(self.options)
-        return self.canonical(np.where([choice.kind == "width" for choice in self.choices], 0, drawn))
+        """The narrowest layers; everything else drawn."""
+        is_width = [choice.kind in ("width", "inner") for choice in self.choices]
+        return self.canonical(np.where(is_width, 0, random.integers(self.options)))
 
     def mutate(self, parent: Architecture, random: np.random.Generator) -> Architecture:
         """Another option for one decision that matters; what a new block is like is drawn."""
@@ -171,9 +161,9 @@ class Space:
 
 
 def around(
-    *, channels: int, size: int, classes: int, stem: str, widest: float = 0.5, blocks: int = 2
+    *, channels: int, size: int, classes: int, stem: str, widest: float = 0.5, blocks: int = 3
 ) -> Space:
-    """A space around narrow ResNet-18s: widths in sixteenths of ResNet-18's up to `widest`, at least 8."""
+    """Narrow ResNet-18s and three-stage ResNets: sixteenths of ResNet-18's widths up to `widest`, from 8."""
     most = round(16 * widest)
     if not 1 <= most <= 16 or abs(most - 16 * widest) > 1e-9:
         raise ValueError(f"widest is {widest}: sixteenths from 1/16 to 1 are needed, such as 0.375 or 0.5")

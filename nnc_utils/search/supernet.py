@@ -46,14 +46,12 @@ class Supernet(nn.Module):
         out = functional.relu(self._convolve("conv1", images, spec.stem_width, kernel, stride))
         out = self.largest.maxpool(out)
         for name, block in models.named_blocks(spec):
-            width, stride = block.widths[0], block.stride
-            inside = functional.relu(self._convolve(f"{name}.conv1", out, width, block.kernels[0], stride))
+            (inner, width), stride = block.widths, block.stride
+            inside = functional.relu(self._convolve(f"{name}.conv1", out, inner, block.kernels[0], stride))
             inside = self._convolve(f"{name}.conv2", inside, width, 3, 1)
             if block.connection == "projection":
-                inside = inside + self._convolve(f"{name}.downsample.0", out, width, 1, stride)
-            elif block.connection == "identity":
-                inside = inside + out
-            out = functional.relu(inside)
+                out = self._convolve(f"{name}.downsample.0", out, width, 1, stride)
+            out = functional.relu(inside + out)
         out = out.mean((2, 3))
         return functional.linear(out, self.largest.fc.weight[:, : out.shape[1]], self.largest.fc.bias)
 
@@ -85,9 +83,10 @@ class Supernet(nn.Module):
 def sandwich(space: Space, draw: Draw, *, between: int = 2) -> Loss:
     """The sandwich rule: the largest, a narrowest, some between (Yu and Huang, 2019, arXiv:1903.05134).
 
-    The largest learns from the labels, the others from its soft labels. Were it always the same smallest
-    network, that one would be trained more than any other, and a search would find it. `draw` gives those
-    `between`, such as `Costs.draw`; its randomness is seeded by torch's global generator.
+    The largest learns from the labels, the others from its soft labels; the gradients of all are added up
+    (their algorithm 1). Were it always the same smallest network, that one would be trained more than any
+    other, and a search would find it. `draw` gives those `between`, such as `Costs.draw`; its randomness is
+    seeded by torch's global generator.
     """
 
     def sandwich_rule(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -97,6 +96,6 @@ def sandwich(space: Space, draw: Draw, *, between: int = 2) -> Loss:
         soft_labels = largest.detach().softmax(1)
         for architecture in (space.narrow(random), *(draw(random) for _ in range(between))):
             value = value + functional.cross_entropy(model(images, architecture).float(), soft_labels)
-        return value / (2 + between)
+        return value
 
     return sandwich_rule
