@@ -83,14 +83,18 @@ def spec_of(parameters: dict[str, Any], images: Data) -> models.Spec:
 
 
 def build(configuration: Configuration, bench: Any) -> Built:
-    """The uncompressed network by the parameters of 01, trained from new weights or from `weights`."""
-    given, images = bench.parameters, bench.images
-    torch.manual_seed(bench.seed)
-    network = models.build(spec_of(given, images))
-    if given["weights"]:
-        load_pretrained(network, given["weights"])
-    options = {key: given[key] for key in ("epochs", "batch_size", "learning_rate", "augment")}
-    history = bench.fit(network, configuration.method, validate=True, **options)
+    """The uncompressed network by the parameters of 01: trained here, from new weights or from `weights`."""
+    given = bench.parameters
+    if bench.pretrained:
+        network, history, bench.extra["recipe"] = bench.pretrained
+    else:
+        torch.manual_seed(bench.seed)
+        network = models.build(spec_of(given, bench.images))
+        if given["weights"]:
+            load_pretrained(network, given["weights"])
+        options = {key: given[key] for key in ("epochs", "batch_size", "learning_rate", "augment")}
+        history = bench.fit(network, configuration.method, validate=True, **options)
+    bench.extra["history"] = [vars(epoch) for epoch in history]
     return Built(network, history.images, history.seconds, dtype=torch.float32)
 
 

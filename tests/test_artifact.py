@@ -163,18 +163,7 @@ class TestRoundTrip:
             for layer in before.weights:
                 old, new = (getattr(a.weights[layer], name) for a in (before, after))
                 assert not torch.equal(old, new), (kind, layer)
-
-    @pytest.mark.parametrize("options", [{"bits": 4}, {"levels": 7}])
-    def test_training_on_keeps_the_mask(self, options, tmp_path, images):
-        save(make(keep=0.3, **options), tmp_path / "file")
-        model = artifact.load(tmp_path / "file", trainable=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        model(images).square().sum().backward()
-        optimizer.step()
-        before, after = artifact.read(tmp_path / "file"), save(model, tmp_path / "after")
-        for name in before.weights:
-            assert torch.equal(before.weights[name].mask, after.weights[name].mask)
-        assert before.sha256 != after.sha256
+                assert torch.equal(*(a.weights[layer].mask for a in (before, after)))
 
     def test_reading_leaves_the_artifact_alone(self, tmp_path):
         found = save(make(), tmp_path / "file")
@@ -231,13 +220,6 @@ class TestNumbers:
         assert found.nonzeros == sum(int((p != 0).sum()) for p in weights.values())
         most = 0.9 if "zero_points" in options else 0.4
         assert 0.1 < found.nonzeros / models.parameters(found.spec) < most
-
-    def test_header_is_small(self, tmp_path):
-        """What is neither payload nor batch-norm: of a 60 kB file about 3 percent."""
-        found = save(make(bits=4, ranges=True, width=0.25), tmp_path / "file")
-        payload = sum(encoding.payload_bits(weight) for weight in found.weights.values()) // 8
-        rest = sum(4 * tensor.numel() for tensor in found.tensors.values()) + 5 * len(found.ranges)
-        assert found.nbytes - payload - rest < 2000
 
     @pytest.mark.parametrize(
         ("simulated", "options"),

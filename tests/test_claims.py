@@ -62,8 +62,6 @@ def test_the_open_division_is_held_against_the_better_network(files):
     assert list(chosen.claimed) == [("closed", "bytes")]
     assert choose(files, wanted, baseline="baseline-90", dense="dense-89").reference.stem == "baseline-90"
     assert choose(files, wanted, baseline="baseline-90").reference.stem == "baseline-90"
-    with pytest.raises(ValueError, match="unknown division half: one of closed, open"):
-        choose(files, {("half", "bytes"): []}, baseline="baseline-90")
 
 
 def test_all_of_two_seeds_claim_what_the_first_one_chose(example):

@@ -46,10 +46,7 @@ def test_one_error_names_every_fault_of_every_mapping():
         ({"method": "kmeans"}, "bits: Field required"),
         ({"method": "hessian_rounding", "lambda_": 0}, "lambda_: Input should be greater than 0"),
         ({"method": "gzip", "of": {"method": "uniform"}}, "one of bits, levels is needed"),
-        (
-            {"method": "layerwise", "rule": "scan", "sparsity": 0.7},
-            "rule 'scan'",
-        ),
+        ({"method": "layerwise", "rule": "scan", "sparsity": 0.7}, "rule 'scan'"),
         ({"method": "kd", "width": 0.25, "temperature": 0}, "temperature: Input should be greater than 0"),
         ({"method": "kd", "width": -1}, "width: Input should be greater than 0"),
         ({"method": "attention", "width": 0.25, "cached": True}, "compares features, which are not cached"),

@@ -128,11 +128,7 @@ def test_cuda_trains_what_is_saved_on_the_processor(model, kind, tmp_path):
         loss = teaching.online(model, teaching.Recipe(**about), SPEC)
     elif kind == "cached":
         memory = teaching.cache_logits(model, DIGITS, copies=2)
-        loss, pictures, augment = (
-            teaching.cached(memory, teaching.Recipe(), SPEC),
-            memory.images,
-            False,
-        )
+        loss, pictures, augment = (teaching.cached(memory, teaching.Recipe(), SPEC), memory.images, False)
     trained = features.WithRegressors(network, SPEC, teaching.STAGES) if kind == "hints" else network
     about = {"batch_size": 64, "learning_rate": 0.01, "augment": augment, "validate": True, "loss": loss}
     about["checkpoint"] = tmp_path / "checkpoint"

@@ -199,19 +199,11 @@ def test_the_waterfall_goes_through_the_stages_in_the_runtime_that_has_them_all(
     assert names == ["fp32", "prune", "quantize", "distill"]
     times = {("a", "onnxruntime"): 4.0, ("p", "onnxruntime"): 2.0, ("q", "onnxruntime"): 0.5}
     times |= {("r", "onnxruntime"): 0.5, ("r", "executorch"): 0.1, ("a", "executorch"): 3.0}
-    common = {
-        "precision": "int8",
-        "batch": 1,
-        "threads": 1,
-        "control": "",
-        "method": "pipeline",
-        "settings": settings,
-    }
+    common = {"precision": "int8", "batch": 1, "threads": 1, "control": "", "method": "pipeline"}
+    common["settings"] = settings
     timed = pd.DataFrame(
         [{"artifact_sha256": s, "runtime": r, "p50_ms": ms} | common for (s, r), ms in times.items()]
     )
     middle = figures.waterfall(rows, timed).axes[1]
-    assert (
-        middle.get_title() == "milliseconds in ONNX Runtime, the last in int8 (log)"
-    )  # executorch lacks two
+    assert middle.get_title() == "milliseconds in ONNX Runtime, the last in int8 (log)"  # the other lacks two
     assert [bar.get_height() for bar in middle.patches] == [4.0, 2.0, 0.5, 0.5]

@@ -139,12 +139,8 @@ def test_a_baseline_that_gains_has_not_converged():
     images = {"rows_of": lambda point: pd.DataFrame({"train_images": [7]})}
 
     def asked(gain, **more):
-        dense = {
-            "method": "dense_finetuned",
-            "settings": "",
-            "technique": "baseline",
-            "control": "dense_finetuned",
-        }
+        dense = {"method": "dense_finetuned", "technique": "baseline", "control": "dense_finetuned"}
+        dense["settings"] = ""
         return goals.ask(goal, tables(point(2.0, gain - 0.1, **dense | more), **images))[1]
 
     assert asked(0.19) == goals.YES  # the upper end counts
@@ -220,10 +216,8 @@ def test_each_goal_asks_for_its_configurations(start, settings, enough):
     good = point(8.0, -0.3, headline=1, settings=settings) | enough
     assert goals.ask(goal, tables(good))[1] == goals.YES
     assert goals.ask(goal, tables(good | {"delta_ci_low": -1.01}))[1] == goals.NO
-    assert (
-        goals.ask(goal, tables(good | {"method": "nncodec", "settings": '{"qp":-9}', "technique": "peer"}))
-        is None
-    )
+    peer = {"method": "nncodec", "settings": '{"qp":-9}', "technique": "peer"}
+    assert goals.ask(goal, tables(good | peer)) is None
     if not start.startswith("Trained"):
         assert goals.ask(goal, tables(good | {goal["column"]: 0.99 * good[goal["column"]]}))[1] == goals.NO
 
@@ -233,11 +227,8 @@ def test_what_a_profile_did_not_measure_a_smaller_one_did(monkeypatch):
     smaller = [
         tables(point(30.0, -0.2, headline=1, seeds=s), profile=p) for p, s in (("medium", 1), ("quick", 3))
     ]
-    monkeypatch.setattr(
-        goals,
-        "read",
-        lambda: [SMALLER | {"goal": "small"}, SMALLER | {"goal": "never", "of": {"method": "obs"}}],
-    )
+    asked = [SMALLER | {"goal": "small"}, SMALLER | {"goal": "never", "of": {"method": "obs"}}]
+    monkeypatch.setattr(goals, "read", lambda: asked)
     small, never = goals.answers(here, smaller)
     assert small["measured"].startswith("in medium: chosen: 2-bit") and small["reached"] == goals.UNCLAIMED
     assert (never["measured"], never["reached"]) == ("not measured", "–")

@@ -209,12 +209,7 @@ def test_the_pipeline_is_held_against_orders_and_every_rival(rows):
         "zstd", 120, 1, "peer", of={"method": "pipeline", "bits": 4, "macs": 6}, images=15
     )  # another training
     add("pipeline", 10, 1, control="after_prune", bits=4, macs=6)
-    expected = {
-        (three, "small_dense", 1),
-        (three, "small_dense", 2),
-        (four, "xz", 1),
-        (three, "pipeline", 2),
-    }
+    expected = {(three, "small_dense", 1), (three, "small_dense", 2), (four, "xz", 1), (three, "pipeline", 2)}
     assert of_pipelines(rows) == expected
     add("pipeline", 90, ensemble=True, bits=4, macs=6)  # of another teacher, so not to be compared
     add("nncodec_pruned", 95, technique="peer", macs=6, qp=-9)  # distilled from one network

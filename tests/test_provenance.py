@@ -92,11 +92,7 @@ def test_a_run_knows_the_modules_that_its_processes_loaded(runs):
         ("search/latency.py", "# a comment", {"search": [], "quantization": []}),
         ("peers/nncodec_child.py", "x = 1", {"search": [], "quantization": ["peers/nncodec_child.py"]}),
         ("peers/nncf_ptq.py", "x = 1", {"search": [], "quantization": []}),
-        (
-            "pruning/schedules.py",
-            None,
-            dict.fromkeys(("search", "quantization"), ["pruning/schedules.py"]),
-        ),
+        ("pruning/schedules.py", None, dict.fromkeys(("search", "quantization"), ["pruning/schedules.py"])),
     ],
 )
 def test_an_edit_marks_the_runs_that_used_the_module(runs, monkeypatch, file, line, stale):

@@ -216,27 +216,6 @@ def pair(ours, theirs, verdict, low=0.8, *, seeds=3):
     return pairs.Pair(table.iloc[0], table.iloc[1], 1000, 2000, delta, seeds, verdict)
 
 
-def test_the_report_says_what_changed_from_quick(published, monkeypatch):
-    larger = published.parent / "standard"
-    shutil.copytree(published, larger)
-    verdicts = {published: "beats", larger: "below"}
-    monkeypatch.setattr(
-        committed.pairs,
-        "pairs",
-        lambda table, folder, dataset: [pair(("uniform", ONE), ("train", ""), verdicts[folder.parent])],
-    )
-    altered(larger / "summary.csv", quantized, delta_mean=-2.0, delta_ci_low=-3.0, delta_ci_high=-1.0)
-    heading = "What changed from the quick profile?"
-    assert heading not in report.report_text(published)
-    lines = section(report.report_text(larger), heading).splitlines()
-    _, _, point, told = [line.split(" | ") for line in lines if line.startswith("|")]
-    assert point[0].startswith("| 8-bit weights") and point[3] == "no, -2.00 [-3.00, -1.00] |"
-    assert told[1:] == ["which is better?", "beats, +1.00 [+0.80, +1.20]", "below, +1.00 [+0.80, +1.20] |"]
-    shutil.copy(published / "summary.csv", larger)
-    verdicts[larger] = "beats"
-    assert "None." in section(report.report_text(larger), heading)
-
-
 def test_the_report_says_whether_the_order_matters(published, monkeypatch):
     assert "Does the order matter?" not in report.report_text(published)
     ours = ("pipeline", '{"bits":4,"macs":8}')

@@ -349,16 +349,6 @@ def test_nncodec_gets_an_environment_of_its_own(clone, capsys, monkeypatch):
     assert not setup_env.VENV.exists()
 
 
-def test_pips_error_is_what_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
-    monkeypatch.setattr(setup_env, "LOG", tmp_path / "log")
-    monkeypatch.setattr(setup_env, "python_in", lambda venv: sys.executable)
-    (tmp_path / "constraints.txt").touch()
-    assert "no-such-folder" in setup_env.install(str(tmp_path / "no-such-folder"))
-    assert "no-such-folder" in (tmp_path / "log").read_text()
-    assert "pip" not in setup_env.install("--no-index", "packaging"), "installed already"
-
-
 def test_freezing_gives_what_pip_says_and_keeps_other_systems_pins(tmp_path, monkeypatch):
     # a compiler that ran in this process may have imported setuptools, which puts what it brings along there
     monkeypatch.setattr(sys, "path", [place for place in sys.path if "_vendor" not in place])

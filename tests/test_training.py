@@ -5,7 +5,6 @@ import dataclasses
 import math
 import re
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -198,11 +197,6 @@ def test_an_epoch_shows_each_image_once_with_its_label(few):
     torch.testing.assert_close(images, few.normalize(marked[order]))
 
 
-def test_augmentation_is_a_choice(few):
-    plain, augmented = (next(batches(few, 1, 0, 50, choice, CPU)) for choice in (False, True))
-    assert torch.equal(plain[1], augmented[1]) and not torch.equal(plain[0], augmented[0])
-
-
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_callers_generator_alone(few):
     states = []
     for seed in (1, 1, 2):
@@ -388,14 +382,6 @@ def test_one_line_an_epoch_where_no_bar_is_shown(few, capsys):
     wanted = [(1, 2, validation), (2, 2, validation), (1, 1, "")]
     for line, (epoch, of, middle) in zip(capsys.readouterr().out.splitlines(), wanted, strict=True):
         assert re.fullmatch(rf"epoch {epoch}/{of}  loss {number}  {middle}{number} s", line)
-
-
-def test_a_bar_on_a_terminal_in_place_of_lines(few, capsys, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    fit(network(), few, epochs=2, batch_size=64, device="cpu")
-    shown = capsys.readouterr()
-    assert shown.out == "" and "epoch 2/2  loss" in shown.err and "256/256" in shown.err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 COMMANDS = """\
@@ -10,8 +11,11 @@ python -m bench benchmark --profile quick    everything of a profile, then its t
 python -m bench report [--profile quick]     tables, figures, report and README of what is committed
 python -m bench publish --profile quick      finished runs into the profile's tables
 python -m bench restore --profile quick      committed runs back into run folders
+python -m bench reference RUN_FOLDER         a finished run of 01 becomes results/reference/
 python -m bench notebooks [NAME ...]         every notebook executed where it stands, outputs stored
 """
+MODULES = {"run": "execute", "benchmark": "workflow", "notebooks": "notebooks", "reference": "reference"}
+MODULES |= dict.fromkeys(("report", "publish", "restore"), "report")
 
 
 def main(arguments: list[str]) -> int:
@@ -19,23 +23,9 @@ def main(arguments: list[str]) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     command, *rest = arguments or ["--help"]
-    if command == "run":
-        from bench import execute
-
-        return execute.main(rest)
-    if command == "benchmark":
-        from bench import workflow
-
-        return workflow.main(rest)
-    if command in ("report", "publish", "restore"):
-        from bench import report
-
-        return report.main(arguments)
-    if command == "notebooks":
-        from bench import notebooks
-
-        notebooks.execute_all(rest)
-        return 0
+    if command in MODULES:
+        module = importlib.import_module(f"bench.{MODULES[command]}")
+        return module.main(arguments if MODULES[command] == "report" else rest)
     print(COMMANDS, end="")
     return 0 if command in ("-h", "--help") else 2
 

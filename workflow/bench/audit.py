@@ -41,10 +41,7 @@ REQUIRED = ("seed", "parameters", "parameters_sha256", "commit", "versions", "ha
 def problems(profile_dir: Path, *, rescore: bool = True) -> list[str]:
     """What is wrong with the tables of a profile; an empty list when nothing is.
 
-    Parameters
-    ----------
-    profile_dir : ``results/<profile>``.
-    rescore : let the committed networks predict again, where the data set can be had.
+    With `rescore` the committed networks predict again, where the data set can be had.
     """
     told = []
     try:

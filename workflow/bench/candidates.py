@@ -53,6 +53,7 @@ def label(configuration: Configuration, stage: str = "") -> str:
 
 
 def title(row: Any) -> str:
-    """What a row is called, in plain words."""
-    named = configurations.of_row(row["method"], row["settings"]).title
-    return f"{named} ({row['control'].replace('_', ' ')})" if row["control"].startswith(rows.AFTER) else named
+    """What a row is called, in plain words: its configuration, and if it is a stage or an attempt."""
+    named, control = configurations.of_row(row["method"], row["settings"]).title, row["control"]
+    stage = control.startswith(rows.AFTER) or control == rows.ATTEMPT
+    return named + (f" ({control.replace('_', ' ')})" if stage else "")

@@ -24,19 +24,11 @@ SEEDS_OF_A_CLAIM = 3
 
 
 class Chosen(NamedTuple):
-    """What one seed's validation images decided.
+    """What one seed's validation images decided."""
 
-    Parameters
-    ----------
-    reference : the file that the open division is compared with.
-    claimed : race -> the file that is claimed; without those where none passed.
-    looked : name of each file -> the difference to its reference in percentage points: lower end of the
-        95 % interval, mean, upper end.
-    """
-
-    reference: Path
-    claimed: dict[tuple[str, str], Path]
-    looked: dict[str, list[float]]
+    reference: Path  # the file that the open division is compared with
+    claimed: dict[tuple[str, str], Path]  # race -> the file that is claimed; without those where none passed
+    looked: dict[str, list[float]]  # file name -> lower end, mean, upper end of its difference in points
 
 
 def choose(
@@ -51,17 +43,10 @@ def choose(
     There are fewer validation than test images, so a paired interval on them is wider by the root of the
     ratio. Narrowed by that, its lower end has to be at least `rows.NO_LOSS`.
 
-    Parameters
-    ----------
-    races : (division, what is counted) -> artifacts, the most wanted first, as
-        ``{("closed", "bytes"): [smallest, ...]}``; a division is "closed" or "open".
-    baseline : the fp32 network: what the closed division is compared with.
-    dense : the baseline trained on for as long as the open division was. The better of the two on
-        validation is what that is compared with, so that nothing wins by curing an under-trained baseline.
-    images : the data set that all of them are of.
+    `races` maps (division, what is counted) to artifacts, the most wanted first. The closed division is
+    compared with `baseline`, the fp32 network; the open one with the better, on validation, of that and
+    `dense`, which was trained on for as long, so that nothing wins by curing an under-trained baseline.
     """
-    if unknown := {division for division, _ in races} - {"closed", "open"}:
-        raise ValueError(f"unknown division {', '.join(sorted(unknown))}: one of closed, open")
     split, options = images.validation, {"normalize": images.normalize, "device": exact_device()}
     labels = split.labels.numpy()
 
@@ -109,11 +94,7 @@ def chosen_over_seeds(runs: list[Run]) -> dict[tuple, Choice]:
     In each race the smallest file whose lower end is at least `rows.NO_LOSS` (of equals the first by name).
     Where there is none, the file whose lower end is highest, unless all of its interval is below 0. Only what
     `SEEDS_OF_A_CLAIM` seeds or more looked at competes. The interval is that of the mean over the seeds,
-    their errors taken as independent.
-
-    Returns
-    -------
-    Configuration (`tables.KEY`) -> its `Choice`.
+    their errors taken as independent. Gives each configuration (`tables.KEY`) its `Choice`.
     """
     macs = _macs(runs)
     looks: dict[tuple, list[tuple[CompressionRow, tuple[float, float, float]]]] = {}

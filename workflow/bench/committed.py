@@ -16,10 +16,10 @@ from bench.claims import chosen_over_seeds
 from bench.tables import KEY, ResultError, committed_runs, labels_name, read_rows, smallest_claim
 from nnc_utils import figures, provenance
 from nnc_utils import rows as row_kinds
-from nnc_utils.rows import AGAIN, ATTEMPT, evidence, interval_text, read_predictions, timed_evidence, within
+from nnc_utils.rows import AGAIN, ATTEMPT, evidence, read_predictions, timed_evidence
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
-ALL_PROFILES = ("full", "standard", "medium", "quick")
+ALL_PROFILES = ("full", "standard", "techniques", "medium", "quick")
 FASTEST, EAGER = "speedup_best_fp32", "speedup_eager_fp32"
 TIMING = ["artifact_sha256", "runtime", "precision", "batch", "threads"]  # what was timed, and how
 
@@ -184,14 +184,9 @@ class Tables:
 
     def attempts(self, network: pd.Series) -> int:
         """How many attempts of a claim's technique and division fell short on the test set."""
-        alike = [self.summary[c] == network[c] for c in ("dataset", "technique", "division")]
-        return int(
-            (
-                np.logical_and.reduce(alike)
-                & (self.summary["control"] == ATTEMPT)
-                & (self.summary["no_loss"] == 0)
-            ).sum()
-        )
+        same = ["dataset", "technique", "division"]
+        alike = self.summary[(self.summary[same] == network[same]).all(axis=1)]
+        return int(((alike["control"] == ATTEMPT) & (alike["no_loss"] == 0)).sum())
 
     def zeros(self) -> tuple[list[str], list[dict]]:
         """Of masked networks the percent of zeros in all weights, and in stem, stages and classifier."""
@@ -208,29 +203,6 @@ class Tables:
         return sorted(parts, key=lambda part: (part == "fc", part)), sorted(
             lines, key=lambda line: line["all"]
         )
-
-    def changed(self) -> tuple[Tables | None, list[list[str]]]:
-        """The smallest profile, and what has another verdict there: what, asked, there, here."""
-        folder = self.folder.parent / PROFILES[-1]
-        if folder == self.folder or not (folder / "summary.csv").is_file():
-            return None, []
-        small, lines = Tables(folder), []
-
-        def note(what: str, asked: str, there: tuple, here: tuple) -> None:
-            if there[0] != here[0]:
-                sides = (f"{verdict}, {interval_text(row)}" for verdict, row in (there, here))
-                lines.append([what, asked, *sides])
-
-        for _, row in small.summary.merge(self.summary[KEY], on=KEY).iterrows():
-            there, here = (tables.over_seeds(row) for tables in (small, self))
-            note(row["title"], "within 0.3 pp?", (within(there), there), (within(here), here))
-        earlier = {(p.ours["title"], p.theirs["title"]): p for p in small.pairs}
-        for pair in self.pairs:
-            names = (pair.ours["title"], pair.theirs["title"])
-            if before := earlier.get(names):
-                sides = ((p.verdict, p.difference) for p in (before, pair))
-                note(" against ".join(names), "which is better?", *sides)
-        return small, lines
 
     def not_timed(self) -> dict[str, str]:
         """Runtimes without numbers, and why."""
@@ -331,16 +303,8 @@ def committed(technique: str) -> Committed | None:
 
 
 def twice(timings: pd.DataFrame) -> pd.DataFrame:
-    """What was timed twice, a row each.
-
-    Parameters
-    ----------
-    timings : rows of latency.csv, with those whose control is "again".
-
-    Returns
-    -------
-    The rows of the first timing with the speed-ups of the second ("... again"), and by how many percent each
-    differs ("... apart"). The uncompressed network in fp32 is what others are compared with, and omitted.
+    """What was timed twice, with the speed-ups of the second time ("... again") and by how many percent they
+    differ ("... apart"). The uncompressed network in fp32 is what others are compared with, and omitted.
     """
     ratios, second = [FASTEST, EAGER], timings["control"] == AGAIN
     again = timings[second][[*TIMING, *ratios]]

@@ -31,21 +31,9 @@ def execute(
 ) -> bool:
     """Run a notebook with given parameters in a kernel of this interpreter; False where a result was kept.
 
-    Parameters
-    ----------
-    notebook : the .ipynb file; its folder is the working directory, as in JupyterLab.
-    folder : the run folder; the executed notebook stays there, also after a failure.
-    given : parameters by name; all are checked before anything runs.
-    timeout : seconds for one cell.
-    keep : "any" keeps a finished result of the same notebook, parameters and upstream results, and nothing
-        runs; "current" keeps it if also the modules that it used are what they were.
-
-    Raises
-    ------
-    ParameterError, ResultError, LockedError
-        Before anything ran.
-    RuntimeError
-        When the notebook failed; the message ends with its last lines.
+    The executed notebook stays in the run folder, also after a failure, which is a RuntimeError with its last
+    lines; every other error comes before anything ran. `keep` "any" keeps a finished result of the same
+    notebook, parameters and upstream results; "current" if also the modules that it used are what they were.
     """
     notebook, folder = Path(notebook).resolve(), Path(folder).resolve()
     declared = declarations.declared(notebook)

@@ -62,13 +62,7 @@ class Current:
         return self.parameters.get("dataset") or next((run.dataset for run in self.upstream), "")
 
     def made_before(self, name: str) -> list[Run]:
-        """The upstream runs, own seed first, that have an artifact of this file name or checksum.
-
-        Raises
-        ------
-        ResultError
-            When none has it; the message lists what they have.
-        """
+        """The upstream runs, own seed first, that have an artifact of this file name or checksum."""
         names = {
             run.run: [n for a in run.record.artifacts for n in (Path(a.path).stem, a.artifact_sha256)]
             for run in self.upstream
@@ -93,14 +87,10 @@ class Current:
         artifacts: Iterable[Path] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> Run:
-        """Check the rows, hash every artifact and write result.json.
+        """Check the rows, hash every artifact (all in artifacts/ if none are given) and write result.json.
 
-        Parameters
-        ----------
-        compression, latency : from `rows.compression_row` and `rows.latency_rows`; the latter get their
-            columns profile, run, dataset, seed and commit here.
-        artifacts : files below the run folder; everything in artifacts/ if not given.
-        extra : what later notebooks want to know, as JSON.
+        Rows are from `rows.compression_row` and `rows.latency_rows`; the latter get their columns profile,
+        run, dataset, seed and commit here. `extra` is what later notebooks want to know, as JSON.
         """
         compression = list(compression)
         common = {"profile": self.profile, "run": self.name, "dataset": self.dataset}
@@ -118,7 +108,7 @@ class Current:
                 code=provenance.loaded(self.folder / marks.MODULES),
                 versions=provenance.versions(),
                 hardware=provenance.hardware(),
-                upstream=marks.hashes(self.upstream),
+                upstream=marks.hashes(self.upstream, self.parameters),
                 wall_seconds=round(time.time() - self.started, 2),
                 compression=compression,
                 latency=[{"seed": self.seed, **row, **common} for row in latency],
@@ -139,14 +129,8 @@ def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -
     """Begin the run of a notebook, in its second cell: ``run = start("01_baseline", globals())``.
 
     Checks the parameters, finds the upstream runs, and takes the run folder: `run_dir`, else one
-    under results/smoke/ that belongs to these parameters.
-
-    Parameters
-    ----------
-    notebook : its name without suffix.
-    namespace : the notebook's globals.
-    needs : notebooks whose runs it builds on. Where `upstream` is empty their smoke runs are used, which
-        are made first where they are missing, of other code, or built on runs that were made again since.
+    under results/smoke/ that belongs to these parameters. It builds on the runs of the notebooks `needs`:
+    where `upstream` is empty on their smoke runs, which are made first where they are missing or outdated.
     """
     if _headless():
         processes.die_with_parent(gently=True)
@@ -163,7 +147,7 @@ def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -
     processes.lock(folder / ".writer.lock", wait=WRITER_WAIT, what=f"the run folder {folder}")
     marks.remove(folder)
     notebook_sha256 = provenance.notebook_sha256(path)
-    marks.begin(folder, json_sha256([values, notebook_sha256, marks.hashes(upstream)]))
+    marks.begin(folder, json_sha256([values, notebook_sha256, marks.hashes(upstream, values)]))
     provenance.watch(folder / marks.MODULES)
     return Current(notebook, folder, values, upstream, notebook_sha256)
 

@@ -28,12 +28,12 @@ UNITS = {
 Answer = tuple[str, str] | None  # what was measured, and whether the goal is reached; None: not measured
 
 
-def answers(tables: Tables, smaller: list[Tables]) -> list[dict[str, str]]:
-    """Each goal with what was measured and whether it is reached, if not here then in a smaller profile."""
+def answers(tables: Tables, others: list[Tables]) -> list[dict[str, str]]:
+    """Each goal with what was measured and whether it is reached, if not here then in another profile."""
     lines = []
     for goal in read():
         answer = ask(goal, tables)
-        for other in smaller if answer is None else ():
+        for other in others if answer is None else ():
             if (elsewhere := ask(goal, other)) is not None:
                 answer = f"in {other.profile}: {elsewhere[0]}", elsewhere[1]
                 break
@@ -146,7 +146,7 @@ def _converged(goal: dict[str, Any], tables: Tables) -> Answer:
     return text, YES if min(dense["seeds"], more["seeds"]) >= SEEDS_OF_A_CLAIM else UNCLAIMED
 
 
-def _recorded(tables: Tables, name: str) -> dict | None:
+def recorded(tables: Tables, name: str) -> dict | None:
     """What a run of 05_architecture_search has left beside its rows."""
     return next(
         (record["extra"][name] for record in tables.provenance.values() if record["extra"].get(name)), None
@@ -155,7 +155,7 @@ def _recorded(tables: Tables, name: str) -> dict | None:
 
 def _searches(goal: dict[str, Any], tables: Tables) -> Answer:
     """The median of what each method's searches find, against random search and Optuna's."""
-    if (search := _recorded(tables, "search")) is None:
+    if (search := recorded(tables, "search")) is None:
         return None
     medians = {name: float(np.median(values)) for name, values in search["verified"].items()}
     text = ", ".join(f"`{name}` {median:.2f} %" for name, median in medians.items())
@@ -167,7 +167,7 @@ def _searches(goal: dict[str, Any], tables: Tables) -> Answer:
 
 def _predicted(goal: dict[str, Any], tables: Tables) -> Answer:
     """The error of the model of latency on networks that it was not fitted to, as its run computed it."""
-    if (timed := _recorded(tables, "latency")) is None:
+    if (timed := recorded(tables, "latency")) is None:
         return None
     seen, unseen = len(timed["blocks"]), len(timed["networks"])
     text = f"{timed['error']:.1f} % on {unseen} networks, fitted to {seen} blocks"

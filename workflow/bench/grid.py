@@ -77,17 +77,7 @@ class Cell:
 
 
 class Grid:
-    """The runs of a profile.
-
-    Parameters
-    ----------
-    config : what stands in its file, and `profile`, its name; with `only` patterns of runs that are wanted.
-
-    Raises
-    ------
-    GridError
-        When something in it cannot be meant so.
-    """
+    """The runs of a profile: `config` is its file, with `profile`, its name, and `only`, patterns of runs."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.profile, self.seeds, self.jobs = config["profile"], config["seeds"], config.get("jobs", 1)

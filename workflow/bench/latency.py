@@ -114,10 +114,7 @@ class Timing:
 
     def finish(self) -> Any:
         """Write `result.json` with the rows of latency.csv."""
-        kept = {"missing": self.bench.missing} | self.bench.extra
-        done = self.bench.run.finish(latency=self.rows, extra=kept)
-        print(f"{done.run} is finished: {len(self.rows)} rows")
-        return done
+        return self.bench.finish(self.rows)
 
 
 def show(

@@ -61,7 +61,7 @@ def finished(folder: Path) -> Run | None:
 
 def is_of(run: Run, notebook: Path, values: dict[str, Any], upstream: Iterable[Run]) -> bool:
     """Whether a finished run is of this notebook's code, these parameters and these upstream runs."""
-    wanted = provenance.notebook_sha256(notebook), provenance.json_sha256(values), hashes(upstream)
+    wanted = provenance.notebook_sha256(notebook), provenance.json_sha256(values), hashes(upstream, values)
     return (run.record.notebook_sha256, run.record.parameters_sha256, run.record.upstream) == wanted
 
 
@@ -70,6 +70,9 @@ def is_stale(code: dict[str, str] | None) -> bool:
     return code is None or bool(provenance.changed(code))
 
 
-def hashes(runs: Iterable[Run]) -> dict[str, str]:
-    """Folder of each run -> SHA-256 of its result."""
-    return {provenance.relative(run.folder): provenance.file_sha256(run.folder / RESULT) for run in runs}
+def hashes(runs: Iterable[Run], values: dict[str, Any]) -> dict[str, str]:
+    """Folder of each run -> SHA-256 of its result; and of the network that 01 takes instead of training."""
+    files = {run.folder: run.folder / RESULT for run in runs}
+    if stored := values.get("pretrained"):
+        files[provenance.root() / stored] = provenance.root() / stored
+    return {provenance.relative(name): provenance.file_sha256(file) for name, file in files.items()}

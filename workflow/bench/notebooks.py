@@ -57,3 +57,9 @@ def execute_all(names: Sequence[str] = ()) -> None:
         wanted = [root() / "notebooks" / f"{name}.ipynb" for name in step if not names or name in names]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(execute, wanted))
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m bench notebooks``"""
+    execute_all(arguments)
+    return 0

@@ -52,21 +52,25 @@ class Pair(NamedTuple):
 
 
 def pairs(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> list[Pair]:
-    """Paired differences on the test images, from the stored predictions; seeds are taken together.
+    """Paired differences on the test images of one data set, from the stored predictions, over all seeds.
 
-    Parameters
-    ----------
-    compression : rows of compression.csv of one data set.
-    predictions : folder of their evidence.
-    dataset : name; its labels are read from the folder, or loaded.
-
-    Returns
-    -------
     Verdicts are "beats" (interval above 0), "not below" (upper end at least 0), "equal" (no image tells them
     apart) or "below", and "in a larger file" where ours takes over 1 % more.
     """
-    table, labels = _table(compression), labels_for(predictions, dataset)
+    table = _table(compression)
     places = [place for race in races() for place in _raced(table, **race)] + _of_pipelines(table)
+    return _held(table, places, predictions, dataset)
+
+
+def raced(compression: pd.DataFrame, predictions: Path, *, dataset: str, **race: Any) -> list[Pair]:
+    """As `pairs`, of one race: `ours`, `theirs`, `equal` and `budget` as in ``races.yaml``."""
+    table = _table(compression)
+    return _held(table, _raced(table, **race), predictions, dataset)
+
+
+def _held(table: pd.DataFrame, places: list, predictions: Path, dataset: str) -> list[Pair]:
+    """The places of our and their rows, all seeds of two configurations together."""
+    labels = labels_for(predictions, dataset)
     together: dict[tuple, dict] = {}
     for place in places:
         key = tuple((table.at[side, "method"], table.at[side, "settings"]) for side in place)

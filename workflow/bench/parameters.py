@@ -50,13 +50,7 @@ class Parameter:
 
 
 def declared(notebook: Path) -> dict[str, Parameter]:
-    """The parameters of a notebook by name, in their order.
-
-    Raises
-    ------
-    ParameterError
-        When the cell is missing or a line of it is no declaration; the message gives the line.
-    """
+    """The parameters of a notebook by name, in their order; a ParameterError gives a line that is none."""
     tagged = [source for source, tags in code_cells(notebook) if "parameters" in tags]
     if len(tagged) != 1:
         raise ParameterError(f"{notebook} has {len(tagged)} cells tagged 'parameters': one is needed")

@@ -32,26 +32,12 @@ COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
 
 
 def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Collection[str] = ()) -> Path:
-    """Write a profile's tables and their evidence; what was there before goes.
+    """Write a profile's tables, predictions and small artifacts to ``results/<profile>``, in place of others.
 
-    compression.csv, latency.csv, summary.csv, provenance.json, predictions/ (of every row, and the
-    labels), artifacts/ (`kept_artifacts`, as far as they are small enough to commit).
-
-    Parameters
-    ----------
-    runs : run folders of this profile, a row's reference among them.
-    keep : let committed rows stay of runs that are not among `runs`, such as another machine's, if their
-        references are in the tables and `runs` lack their configurations; it is printed which go.
-    attempts : committed runs that fell short: their rows stay as attempts beside those measured since.
-
-    Returns
-    -------
-    ``results/<profile>``, in which figures/ waits for figures.
-
-    Raises
-    ------
-    ResultError
-        When a run is unfinished or not as it was measured, evidence is missing, or no such run is committed.
+    `runs` are run folders, a row's reference among them. `keep` lets committed rows stay of other runs, such
+    as another machine's, if their references are in the tables and `runs` lack their configurations.
+    `attempts` are committed runs that fell short: their rows stay beside those measured since. ResultError:
+    a run is unfinished or not as it was measured, evidence is missing, or no such run is committed.
     """
     out = root() / "results" / profile
     finished, committed = [read_run(folder) for folder in runs], committed_runs(out) if keep else []
@@ -164,11 +150,6 @@ def restore(profile: str) -> list[Run]:
     They hold rows, predictions and those artifacts that are committed: enough for other runs to build on,
     unless these ask for another artifact, which `Run.artifact` refuses. `publish` never takes a row from
     them. Nothing makes such a run again by itself: delete its folder for that.
-
-    Raises
-    ------
-    ResultError
-        When the profile has no tables, or a file of them is missing or not what they say.
     """
     tables, written = root() / "results" / profile, []
     committed = committed_runs(tables)

@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from bench import claims, committed, goals, pairs
+from bench import claims, committed, goals, pairs, papers
+from bench.candidates import title
 from bench.committed import ALL_PROFILES, Tables, committed_profile
 from bench.publish import is_restored, publish, restore
 from bench.tables import ResultError, artifact_name, read_run
@@ -58,8 +59,9 @@ def _render(template: str, tables: Tables, **values: Any) -> str:
         "title": title,
     }
     words.globals |= {
-        "smaller": [Tables(folder) for folder in _smaller(tables.folder)],
+        "others": lambda: [Tables(folder) for folder in _others(tables.folder)],
         "answers": goals.answers,
+        "papers": papers.lines,
         "another_teacher": pairs.another_teacher,
         "committed": committed,
         "counted": lambda told: Counter(pair.verdict.removesuffix(pairs.LARGER) for pair in told),
@@ -87,16 +89,10 @@ def _factor(value: float | None) -> str:
     return "–" if value is None or pd.isna(value) else f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
 
 
-def title(row: pd.Series) -> str:
-    """What a row is called, in plain words: its configuration, and if it is a stage or an attempt."""
-    stage = row["control"].startswith(rows.AFTER) or row["control"] == rows.ATTEMPT
-    return row["title"] + (f" ({row['control'].replace('_', ' ')})" if stage else "")
-
-
-def _smaller(folder: Path) -> list[Path]:
-    """The committed tables of the smaller profiles beside these, the best first."""
-    names = ALL_PROFILES[ALL_PROFILES.index(folder.name) + 1 :] if folder.name in ALL_PROFILES else ()
-    return [folder.parent / name for name in names if (folder.parent / name / "compression.csv").is_file()]
+def _others(folder: Path) -> list[Path]:
+    """The committed tables of the other profiles beside these, the best first."""
+    folders = [folder.parent / name for name in ALL_PROFILES]
+    return [other for other in folders if other != folder and (other / "compression.csv").is_file()]
 
 
 def _kept_files(tables: Tables) -> list[tuple[str, str]]:
@@ -135,12 +131,8 @@ def update_readme(folder: Path) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``report``: figures, report.md and README from the tables; ``publish`` or ``restore`` before it.
-
-    ``publish`` first makes the tables from the profile's finished runs, however many there are; what
-    other machines committed stays beside them. ``restore`` is the way back: it writes run folders from the
-    tables, so that another machine goes on where they end, as far as it needs no network but those that
-    are committed.
+    """Run ``report``: figures, report.md and README from the tables. ``publish`` first makes the tables from
+    the profile's finished runs, beside what other machines committed; ``restore`` is the way back.
     """
     parser = argparse.ArgumentParser(prog="python -m bench", description=main.__doc__)
     parser.add_argument("command", choices=["report", "publish", "restore"])

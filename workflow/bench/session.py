@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from bench import claims, folder
+from bench import claims, folder, reference
 from bench.candidates import (
     BASELINE,
     BUILDERS,
@@ -27,17 +27,7 @@ from bench.candidates import (
     title,
 )
 from bench.tables import Run
-from nnc_utils import (
-    artifact,
-    configurations,
-    data,
-    evaluation,
-    models,
-    peers,
-    rows,
-    scoring,
-    training,
-)
+from nnc_utils import artifact, configurations, data, evaluation, models, peers, rows, scoring, training
 from nnc_utils.baseline import DenseFinetuned
 from nnc_utils.configurations import Built, Configuration, ConfigurationError
 from nnc_utils.devices import exact_device
@@ -46,17 +36,9 @@ FAILURES = (ValueError, training.TrainingError, ImportError)  # one network that
 
 
 class Bench:
-    """One run of a notebook.
+    """One run of a notebook; in its globals the lists of mappings among its parameters become configurations.
 
-    Parameters
-    ----------
-    notebook : its name without suffix.
-    namespace : its globals; the lists of mappings among its parameters become configurations there.
-
-    Raises
-    ------
-    ConfigurationError, ParameterError, ResultError
-        Before any work: the message names every fault.
+    ConfigurationError, ParameterError or ResultError come before any work and name every fault.
     """
 
     def __init__(self, notebook: str, namespace: dict[str, Any]) -> None:
@@ -64,7 +46,10 @@ class Bench:
         self.technique, modules = TECHNIQUES[notebook]
         faults = []
         given = {name: namespace[name] for name in LISTS if name in namespace}
-        plain = {name: [_mapping(one) for one in ones] for name, ones in given.items()}
+        plain = {  # mappings, also where the setup cell runs once more and finds what it made of them
+            name: [one.mapping() if isinstance(one, Configuration) else one for one in ones]
+            for name, ones in given.items()
+        }
         for name in plain:
             try:
                 namespace[name] = configurations.read(plain[name], *modules)
@@ -115,8 +100,14 @@ class Bench:
 
     @functools.cached_property
     def recipe(self) -> dict[str, Any]:
-        """How the baseline was trained: the parameters of 01."""
-        return self.baseline.record.parameters
+        """How the baseline was trained: the parameters of 01, or of the run that its network is from."""
+        return self.baseline.record.parameters | self.baseline.extra.get("recipe", {})
+
+    @functools.cached_property
+    def pretrained(self) -> reference.Reference | None:
+        """In 01 the network that it takes instead of training one; None where it trains."""
+        given = self.parameters
+        return reference.read(given, self.images) if given.get("pretrained") else None
 
     @functools.cached_property
     def dense(self) -> models.ResNet:
@@ -154,14 +145,7 @@ class Bench:
     def made(self, configuration: Configuration | str, stage: str = "") -> tuple[Path, int, float]:
         """A configuration's file, of this run or an earlier one, and the images and seconds of its training.
 
-        Parameters
-        ----------
-        configuration : or the name of a method, of which there is one.
-
-        Raises
-        ------
-        ValueError
-            Where there is none.
+        For a method of which there is one its name is enough. Where there is none it is a ValueError.
         """
         for c in self.candidates:
             if configuration == c.configuration.method or (configuration, stage) == (
@@ -197,10 +181,7 @@ class Bench:
     def build(self, wanted: Iterable[Configuration], builder: Callable | None = None) -> list[Candidate]:
         """Make each configuration's network and save it; one that fails is named and costs no other.
 
-        Raises
-        ------
-        ConfigurationError
-            Before any work, where the technique's `check` refuses configurations; the message names all.
+        What the technique's `check` refuses is a ConfigurationError before any work, which names all.
         """
         technique = TECHNIQUES[self.notebook][1][-1]
         module = importlib.import_module(BUILDERS.get(technique, f"nnc_utils.{technique}.candidates"))
@@ -381,14 +362,9 @@ class Bench:
         """The rows, behind the one of the uncompressed network: what figures are drawn of."""
         return pd.concat([pd.DataFrame([self.baseline.baseline.model_dump()]), table], ignore_index=True)
 
-    def finish(self, **extra: Any) -> Run:
+    def finish(self, latency: Iterable[dict[str, Any]] = (), **extra: Any) -> Run:
         """Write `result.json`: rows, files, what is missing, and what later notebooks want to know."""
         kept = {"missing": self.missing, "validation_delta": self.looked}
-        done = self.run.finish(compression=self._rows, extra=kept | self.extra | extra)
-        print(f"{done.run} is finished: {len(self._rows)} rows")
+        done = self.run.finish(compression=self._rows, latency=latency, extra=kept | self.extra | extra)
+        print(f"{done.run} is finished: {len(self._rows) + len(latency)} rows")
         return done
-
-
-def _mapping(one: Any) -> Any:
-    """What was given, also where the setup cell runs once more and finds what it made of it."""
-    return one.mapping() if isinstance(one, Configuration) else one

@@ -159,11 +159,6 @@ def read_run(folder: Path) -> Run:
     """Read a finished run and check it: its rows, and the bytes of every artifact that is there.
 
     Large artifacts may have been left on the machine that made them: `Run.artifact` refuses those.
-
-    Raises
-    ------
-    ResultError
-        When it is unfinished, or anything in it does not agree; the message says what.
     """
     path = Path(folder) / "result.json"
     if not path.is_file():
@@ -236,21 +231,10 @@ def smallest_claim(summary: pd.DataFrame) -> pd.Series | None:
 
 
 def summarize(compression: pd.DataFrame, predictions: Path) -> pd.DataFrame:
-    """One row per configuration, over its seeds (the protocol's rule 4).
+    """One row per configuration, over its seeds (the protocol's rule 4); `predictions` has the labels, too.
 
-    Parameters
-    ----------
-    compression : the table.
-    predictions : folder with the predictions of every artifact and the labels.
-
-    Returns
-    -------
-    The table of `SummaryRow`; no_loss = 1 where the interval's lower end is at least `rows.NO_LOSS`.
-
-    Raises
-    ------
-    ResultError
-        For a configuration whose seeds cannot be averaged: one twice, or of unequal training.
+    no_loss = 1 where the interval's lower end is at least `rows.NO_LOSS`. ResultError: the seeds of a
+    configuration cannot be averaged, since one is there twice, or their training was unequal.
     """
     rows = []
     for key, group in compression.groupby(KEY, sort=False):

@@ -20,14 +20,9 @@ from nnc_utils.provenance import root
 def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequence[str] = ()) -> int:
     """Run what is missing or changed, and print the headline table; the exit status.
 
-    Parameters
-    ----------
-    profile : a name in workflow/profiles/.
-    cores : how many cores a notebook may use; what is timed has its own numbers of threads.
-    rerun : "" keeps results of older code (the tables mark them), "stale" measures those again,
-        "all" everything.
-    only : patterns of runs, such as ``01_baseline/seed=2`` or ``*/seed=2*``: these and what they build
-        on. The tables then get them beside what is committed of other runs.
+    `rerun` "" keeps results of older code (the tables mark them), "stale" measures those again, "all"
+    everything. `only` are patterns of runs, such as ``01_baseline/seed=2`` or ``*/seed=2*``: these and what
+    they build on. The tables then get them beside what is committed of other runs.
     """
     profiles = {file.stem: file for file in sorted((root() / "workflow/profiles").glob("*.yaml"))}
     if profile not in profiles:

@@ -1,0 +1,105 @@
+"""A converged network that lies in the repository: where it is given, 01 trains nothing.
+
+Three files in one folder: the network in 16 bits, `history.csv`, an epoch of its training a line, and
+`provenance.json`, the record of the run that trained it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from bench.tables import ResultError, read_run
+from nnc_utils import artifact, data, evaluation, models, training
+from nnc_utils.baseline import spec_of
+from nnc_utils.provenance import root, write_atomically
+
+RECIPE = ("epochs", "batch_size", "learning_rate", "augment")
+HISTORY, PROVENANCE = "history.csv", "provenance.json"
+MOST_LOST = 0.1  # percentage points of validation accuracy that 16 bits may cost
+
+
+class Reference(NamedTuple):
+    """A network that was trained before: computing in 32 bits, with its epochs and their parameters."""
+
+    network: models.ResNet
+    history: training.History
+    recipe: dict[str, Any]
+
+
+def read(given: dict[str, Any], images: data.Data) -> Reference:
+    """The network that `pretrained` among the parameters of 01 names, if the others describe it.
+
+    A file that is missing, or of another data set, architecture or seed, is a ResultError before any work.
+    """
+    path, spec = root() / given["pretrained"], spec_of(given, images)
+    if given["weights"]:
+        raise ResultError("pretrained and weights both say where 01 starts: give one of them")
+    if missing := [n for n in (path.name, HISTORY, PROVENANCE) if not path.with_name(n).is_file()]:
+        names = ", ".join(missing)
+        raise ResultError(f"{path.parent} lacks {names}: `python -m bench reference RUN` makes such files")
+    stored = artifact.read(path)
+    record = json.loads(path.with_name(PROVENANCE).read_text(encoding="utf-8"))
+    wanted = {"data set": images.name, "classes": images.classes, "network": _described(spec)}
+    wanted |= {"seed": given["seed"], "checksum": record["extra"]["reference"]["sha256"]}
+    there = {"data set": record["dataset"], "classes": stored.classes, "network": _described(stored.spec)}
+    there |= {"seed": record["seed"], "checksum": stored.sha256}
+    differ = [f"{name} {there[name]}, not {wanted[name]}" for name in wanted if there[name] != wanted[name]]
+    if differ:
+        raise ResultError(f"{path} is not what the parameters of 01 describe: {'; '.join(differ)}")
+    epochs = pd.read_csv(path.with_name(HISTORY)).to_dict("records")
+    history = training.History(training.Epoch(**epoch) for epoch in epochs)
+    network = artifact.network(stored, trainable=True).eval()
+    return Reference(network, history, {name: record["parameters"][name] for name in RECIPE})
+
+
+def _described(spec: models.Spec) -> str:
+    size = f"{spec.channels} × {spec.size} × {spec.size} pixels"
+    return f"{models.parameters(spec):,} parameters, stem {spec.stem}, {size}"
+
+
+def write(folder: Path, out: Path) -> Path:
+    """Make the three files in `out` of a finished run of 01; returns the network's.
+
+    ResultError: the run kept no history, or 16 bits lose more than `MOST_LOST` on the validation images.
+    """
+    run = read_run(folder)
+    record, trained = run.record.model_dump(mode="json"), artifact.read(run.artifact("fp32"))
+    if not (history := record["extra"].pop("history", None)):
+        raise ResultError(f"{run.run} kept no history of its training: run 01_baseline again")
+    images = data.load(run.dataset, size=trained.spec.size)
+    path = out / f"resnet{run.parameters['depth']}_{run.parameters['stem']}.safetensors"
+    out.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    network = artifact.network(trained, trainable=True)
+    about = {"mean": trained.mean, "std": trained.std, "classes": trained.classes}
+    stored = artifact.save(network, draft, dtype=torch.float16, **about)
+    accuracies = [_validated(one, images) for one in (trained, stored)]
+    said = f"validation {accuracies[0]:.2f} % in 32 bits, {accuracies[1]:.2f} % in 16"
+    if accuracies[0] - accuracies[1] > MOST_LOST:
+        draft.unlink()
+        raise ResultError(f"{said}: more than {MOST_LOST} points are lost, nothing is written")
+    record["extra"]["reference"] = {"sha256": stored.sha256, "validation": accuracies}
+    write_atomically(out / HISTORY, pd.DataFrame(history).to_csv(index=False))
+    write_atomically(out / PROVENANCE, json.dumps(record, indent=1) + "\n")
+    draft.replace(path)
+    print(f"{path}: {stored.nbytes:,} bytes, {said}")
+    return path
+
+
+def _validated(stored: artifact.Artifact, images: data.Data) -> float:
+    predictions = evaluation.predict(artifact.network(stored), images.validation, normalize=images.normalize)
+    return evaluation.accuracy(predictions, images.validation.labels)
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m bench reference``"""
+    parser = argparse.ArgumentParser(prog="python -m bench reference", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run of 01_baseline")
+    write(parser.parse_args(arguments).run, root() / "results/reference")
+    return 0
