@@ -62,7 +62,7 @@ constraints: python ## renew constraints.txt: the newest versions that go togeth
 	@$(VENV_PYTHON) workflow/freeze.py
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|quick|medium|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1']"
+	@echo "make TARGET [PROFILE=smoke|quick|medium|techniques|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1']"
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
 
 python:
@@ -71,5 +71,5 @@ python:
 		exit 1; }
 
 profile:
-	@case '$(PROFILE)' in smoke|quick|medium|standard|full) ;; *) \
-		echo "unknown PROFILE '$(PROFILE)': one of smoke, quick, medium, standard, full" >&2; exit 1 ;; esac
+	@case '$(PROFILE)' in smoke|quick|medium|techniques|standard|full) ;; *) \
+		echo "unknown PROFILE '$(PROFILE)': one of smoke, quick, medium, techniques, standard, full" >&2; exit 1 ;; esac

@@ -167,7 +167,7 @@ def test_make_says_in_one_line_what_is_wrong_and_what_there_is():
     done = make("test", "PYTHON=no-such-python")
     assert done.returncode and "no 'no-such-python' here" in done.stderr and "Traceback" not in done.stderr
     done = make("benchmark", "PROFILE=fast")
-    assert done.returncode and "one of smoke, quick, medium, standard, full" in done.stderr
+    assert done.returncode and "one of smoke, quick, medium, techniques, standard, full" in done.stderr
     listed = make("help").stdout
     assert all(t in listed for t in makefile_targets() - {"python", "profile"})
 
