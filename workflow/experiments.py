@@ -1,7 +1,7 @@
-"""Experiments behind the lessons, as a lab notebook: second-order pruning, and what hid its worth.
+"""Experiments behind the lessons, as a lab notebook: second order, and what hid its worth.
 
     python workflow/experiments.py ARTIFACT [--data fashion_mnist] [--images 2048]
-                                   [--part batch_norm|pruning|speed] [--old CHECKOUT]
+                                   [--part batch_norm|pruning|codebooks|speed] [--old CHECKOUT]
 
 ARTIFACT is a trained network of this suite. Whatever was chosen was chosen on validation images. `speed` runs
 the package of another checkout (--old) and this one in turns; a row in seconds is rough on a busy machine.
@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from nnc_utils import artifact, batch_norm, curvature, data, encoding, evaluation
+from nnc_utils import artifact, batch_norm, curvature, data, encoding, evaluation, sensitivity
 from nnc_utils.pruning import schedules, unstructured
+from nnc_utils.quantization import codebook
 
 try:
     from nnc_utils.pruning import reconstruct
@@ -131,10 +132,44 @@ def pruning_part(dense, images, seen, labels):
             yield row | {"to dense": difference(test, whole), "to magnitude": difference(test, plain)}
 
 
+def codebooks_part(dense, images, seen, labels):
+    """K-means by what weights count: the Fisher, with a floor of so many means, balanced over channels.
+
+    Without one of the two a few channels take all levels: the stem alone then ruins the network at 2 bits.
+    """
+    fisher = sensitivity.fisher_diagonal(dense, seen, seed=1)
+    ways = {"k-means": {}, "Fisher": {"importance": fisher, "balance": False}}
+    for floor in (1, 3, 10, 30):
+        raised = {name: one + floor * one.mean() for name, one in fisher.items()}
+        ways[f"Fisher, floor {floor}"] = {"importance": raised, "balance": False}
+    ways["Fisher, balanced"] = {"importance": fisher}
+    for bits in (2, 3, 4):
+        plain = {}
+        for name, options in ways.items():
+            rounded = codebook.quantize_network(dense, bits=bits, **options).eval()
+            repaired = batch_norm.reestimate(rounded, seen, original=dense)
+            for kind, network in (("as it is", rounded), ("re-estimated", repaired)):
+                ours = right(network, images, "validation")
+                plain.setdefault(kind, ours)  # k-means comes first
+                row = {"bits": bits, "levels by": name, "batch-norm": kind, "validation": 100 * ours.mean()}
+                yield row | {"to k-means": difference(ours, plain[kind])}
+    for name, options in ways.items():
+        stem_alone = copy.deepcopy(dense)
+        counts = options.get("importance", {}).get("conv1")
+        own = {"importance": counts, "balance": options.get("balance", True)}
+        encoding.attach(stem_alone.conv1, codebook.quantize(dense.conv1.weight, bits=2, **own))
+        stem_alone = batch_norm.reestimate(stem_alone, seen, original=dense)
+        accuracy = 100 * right(stem_alone, images, "validation").mean()
+        yield {"bits": "2 in the stem alone", "levels by": name, "re-estimated, validation": accuracy}
+
+
 def difference(ours, theirs):
     """Percentage points between two networks on the same images, with the 95 % interval."""
     found = evaluation.paired_interval(compressed_correct=ours, reference_correct=theirs)
     return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+PARTS = {"batch_norm": batch_norm_part, "pruning": pruning_part, "codebooks": codebooks_part}
 
 
 def timed(dense, seen):
@@ -167,7 +202,7 @@ def main():
     parser.add_argument("artifact")
     parser.add_argument("--data", default="fashion_mnist")
     parser.add_argument("--images", type=int, default=2048)
-    parser.add_argument("--part", choices=["batch_norm", "pruning", "speed", "timed"])
+    parser.add_argument("--part", choices=[*PARTS, "speed", "timed"])
     parser.add_argument("--old", help="a checkout whose package `speed` holds against this one")
     arguments = parser.parse_args()
     if arguments.part == "speed":
@@ -178,7 +213,7 @@ def main():
     seen, labels = images.normalize(images.train.images[chosen]), images.train.labels[chosen].long()
     if arguments.part == "timed":
         return print(timed(dense, seen))
-    for name, part in {"batch_norm": batch_norm_part, "pruning": pruning_part}.items():
+    for name, part in PARTS.items():
         if arguments.part in (None, name):
             for row in part(dense, images, seen, labels):
                 print(
