@@ -98,9 +98,7 @@ def build(configuration: Configuration, bench: Any) -> Built:
     return Built(network, history.images, history.seconds, dtype=torch.float32)
 
 
-def narrow_resnet(
-    spec: models.Spec, recipe: dict[str, Any], fewer: float, family="narrow_resnet18"
-) -> models.Spec:
+def narrow_resnet(spec: models.Spec, recipe: dict[str, Any], fewer: float, family: str = "") -> models.Spec:
     """The widest plain ResNet with so many times fewer MACs than `spec`; where there is none, the narrowest.
 
     It is of the baseline's depth and width, which `recipe` has (the parameters of 01), or of the family

@@ -45,9 +45,10 @@ class Budgets:
         names = {
             "prune": ("macs", "sparsity"),
             "quantize": ("bits", "size", "lambda_"),
-            "narrow": ("macs", "family"),
+            "round": ("lambda_",),
         }
-        names |= {"distill": ("ensemble",), "torch": ("macs", "score", "uniform"), "round": ("lambda_",)}
+        names |= {"narrow": ("macs", "family"), "torch": ("macs", "score", "uniform")}
+        names |= {"distill": ("ensemble",)}
         seen = {name for stage in stages for name in names.get(stage, ())}
         return Budgets(**{name: getattr(self, name) for name in seen})
 

@@ -128,8 +128,6 @@ def resnet(
     """ResNet-18, -34 or -50 (He et al., 2016); `width` is a factor on every number of channels, rounded."""
     if depth not in RESNETS:
         raise SpecError(f"unknown depth {depth!r}: one of {', '.join(map(str, RESNETS))}")
-    if not 0 < width <= 16:
-        raise SpecError(f"width is {width!r}: a factor above 0 and at most 16 is needed")
     block, depths = RESNETS[depth]
     same = {"channels": channels, "size": size, "classes": classes, "stem": stem}
     return _residual(block, [64, 128, 256, 512], depths, width, same)

@@ -220,10 +220,8 @@ class _Work:
             f"{name}{value}" for name, value in vars(budgets).items() if value != getattr(Budgets, name)
         ]
         options = {"images": images, "loss": loss, "augment": augment, "batch_size": size}
-        options |= {
-            "epochs": steps / (len(images.train) // size),
-            "learning_rate": self.given["learning_rate"],
-        }
+        options["epochs"] = steps / (len(images.train) // size)
+        options["learning_rate"] = self.given["learning_rate"]
         options["seed"] = bench.seed + 1_000_003 * (1 + TRAINED.index(stages[-1]))
         history = bench.fit(network, "_".join([*stages, *limits, f"{length:g}"]), **options)
         return network.eval(), (history.images, history.seconds + seconds)

@@ -54,9 +54,7 @@ class Pipeline(Rounded):
     def _budgets(self) -> Pipeline:
         stages, faults = set(self.stages), []
         if len(stages) != len(self.stages) or {"prune", "narrow"} <= stages or not stages:
-            faults.append(
-                "stages are different ones of prune, distill, quantize, narrow; not prune and narrow both"
-            )
+            faults.append("stages: some of prune, distill, quantize, narrow; not prune and narrow both")
         wanted = {"prune or narrow": ("macs", "latency_ms"), "quantize": ("bits", "size", "lambda_")}
         for stage, budgets in wanted.items():
             is_there = bool(stages & set(stage.split(" or ")))

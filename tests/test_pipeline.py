@@ -26,14 +26,8 @@ def bench(tmp_path):
     dense, fits = models.build(PLAIN).eval(), []
     parameters = {**EPOCHS, "scoring_images": 32, "multiple": 1, "copies": 0, "batch_size": 0, "claim": True}
     parameters |= {"temperature": 4.0, "alpha": 0.5, "learning_rate": 0.01, "runtime": "onnxruntime"}
-    recipe = {
-        "depth": 18,
-        "width": 0.25,
-        "epochs": 0.1,
-        "learning_rate": 0.01,
-        "augment": False,
-        "batch_size": 64,
-    }
+    recipe = {"depth": 18, "width": 0.25, "epochs": 0.1, "learning_rate": 0.01}
+    recipe |= {"augment": False, "batch_size": 64}
 
     def fit(network, name, **options):
         fits.append(name)
@@ -102,10 +96,7 @@ def test_what_was_rounded_goes_back_to_floats_for_pruning_and_is_rounded_again(b
     ("settings", "message"),
     [
         ({"macs": 1e6, "lambda_": 1e-9}, "macs 1e[+]06 cannot be met: .* is the nearest"),
-        (
-            {"macs": 2, "size": 1e6},
-            "size 1e[+]06 cannot be met: .* is the nearest, with 2 bits",
-        ),
+        ({"macs": 2, "size": 1e6}, "size 1e[+]06 cannot be met: .* is the nearest, with 2 bits"),
         ({"macs": 2, "lambda_": 1e-9, "ensemble": True}, "ensemble needs the baselines of other seeds"),
     ],
 )

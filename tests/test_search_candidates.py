@@ -130,16 +130,12 @@ def test_the_surrogate_is_kernel_ridge_regression():
 
 
 def test_a_shard_retrains_what_another_found(bench):
-    search = SimpleNamespace(
-        extra=bench.extra, record=SimpleNamespace(seed=1), folder=bench.folder / "search"
-    )
+    record, folder = SimpleNamespace(seed=1), bench.folder / "search"
+    search = SimpleNamespace(extra=bench.extra, record=record, folder=folder)
     shard = Bench(**vars(bench) | {"extra": {}, "shards": [search]})
-    settings = [{"method": "winner"}, {"method": "random_alone"}, {"method": "narrow_resnet18"}]
-    settings += [{"method": "three_stage"}]
-    settings += [
-        {"method": "winner", "distill": True},
-        {"method": "winner", "distill": True, "compressed": True},
-    ]
+    methods = ("winner", "random_alone", "narrow_resnet18", "three_stage")
+    settings = [{"method": method} for method in methods]
+    settings += [{"method": "winner", "distill": True, "compressed": value} for value in (False, True)]
     wanted = [one for setting in settings for one in asked(shard, **setting)]
     wanted = candidates.resolved(shard, wanted)
     winner, alone, narrow, three, distilled, compressed = (candidates.build(one, shard) for one in wanted)

@@ -106,9 +106,8 @@ def test_the_mean_of_reinforce_is_the_exact_gradient():
 
 def test_decisions_that_do_not_matter_get_no_gradient_and_excess_costs_reward():
     logits = np.array([[0.0, 0.0], [0.0, -np.inf]])
-    gradient = searchers.policy_gradient(
-        logits, np.array([[1, 0]]), np.array([[False, True]]), np.array([3.0])
-    )
+    chosen, active = np.array([[1, 0]]), np.array([[False, True]])
+    gradient = searchers.policy_gradient(logits, chosen, active, np.array([3.0]))
     np.testing.assert_array_equal(gradient, 0)
     assert searchers.reward(90.0, 0.7) == 90  # MnasNet's equation 3
     assert searchers.reward(90.0, 1.5, exponent=-0.07) == pytest.approx(90 * 1.5**-0.07)

@@ -31,15 +31,13 @@ def test_it_holds_three_stage_and_narrow_networks(narrow):
     """ResNet-20 for small images, and ResNet-18 of a quarter of the width, both 16, 32, 64 wide."""
     about = {"channels": 1, "size": 28, "classes": 10}
     options = {"width": 0.25, "stem": "small"} if narrow is models.resnet else {}
-    spec, architecture = narrow(**about, **options), dict.fromkeys(FASHION.places, 0)
-    wanted = {(stage, -1, "depth"): len(blocks) for stage, blocks in enumerate(spec.stages)}
+    spec, chosen = narrow(**about, **options), {}
     for stage, blocks in enumerate(spec.stages):
-        wanted[stage, -1, "width"] = blocks[0].widths[1]
-        for number, block in enumerate(blocks):
-            wanted[stage, number, "inner"] = block.widths[0]
-    for place, value in wanted.items():
-        architecture[place] = FASHION.choices[FASHION.places[place]].options.index(value)
-    assert FASHION.spec(tuple(architecture.values())) == spec
+        chosen |= {(stage, -1, "width"): blocks[0].widths[1], (stage, -1, "depth"): len(blocks)}
+        chosen |= {(stage, number, "inner"): block.widths[0] for number, block in enumerate(blocks)}
+    choices = FASHION.choices
+    numbers = [c.options.index(chosen.get((c.stage, c.block, c.kind), c.options[0])) for c in choices]
+    assert FASHION.spec(tuple(numbers)) == spec
 
 
 @pytest.mark.parametrize("space", [FASHION, COLOUR, TINY, FOUR])

@@ -91,13 +91,11 @@ def test_every_network_learns_and_its_evaluation_is_remembered(digits, tmp_path,
     assert accuracy > 40 and evaluate(SPACE.largest) > 60  # of ten classes; 7 where blocks may omit their sum
     assert evaluate.cost == 228
     # by the house's own evaluator, in fp32
-    network = batch_norm.reestimate(
-        supernet.extract(found), digits.normalize(digits.train.images[:128]), batch_size=64
-    )
+    images = digits.normalize(digits.train.images[:128])
+    network = batch_norm.reestimate(supernet.extract(found), images, batch_size=64)
     split = data.Split(digits.validation.images[:100], digits.validation.labels[:100])
-    by_hand = evaluation.accuracy(
-        evaluation.predict(network, split, normalize=digits.normalize), split.labels
-    )
+    predictions = evaluation.predict(network, split, normalize=digits.normalize)
+    by_hand = evaluation.accuracy(predictions, split.labels)
     assert abs(by_hand - accuracy) <= 3  # bf16 where the processor has it
 
     with (tmp_path / "evaluations.jsonl").open("a") as stream:

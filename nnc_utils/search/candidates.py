@@ -56,20 +56,22 @@ class Search:
         self.bench, self.given, self.others = bench, bench.parameters, others
         self.milliseconds, self.random = milliseconds, np.random.default_rng(0)
         spec = bench.dense.spec
-        self.about = {name: getattr(spec, name) for name in ("channels", "size", "classes", "stem")}
-        stem = (
-            "small" if spec.stem == "small_stride2" else spec.stem
-        )  # at full resolution, as three stages want
-        given = {name: self.given[name] for name in ("widest", "blocks")}
-        self.space = around(**self.about | {"stem": stem}, **given)
+        self.about = {name: getattr(spec, name) for name in ("channels", "size", "classes")}
+        self.stem = "small" if spec.stem == "small_stride2" else spec.stem  # the space's: at full resolution
+        size = {name: self.given[name] for name in ("widest", "blocks")}
+        self.space = around(**self.about, **size, stem=self.stem)
         self.limits = {name: self.given[name] for name in ("macs", "latency_ms") if self.given[name]}
+
+    def whole(self, width: float = 1) -> models.Spec:
+        """ResNet-18 with the baseline's stem."""
+        return models.resnet(18, stem=self.bench.dense.spec.stem, width=width, **self.about)
 
     @functools.cached_property
     def costs(self) -> Costs:
         """What the networks cost and may cost; milliseconds where blocks were timed."""
         times, limits = self.limits.get("macs"), dict(self.limits)
         if times:
-            limits["macs"] = models.macs(models.resnet(18, **self.about)) / times
+            limits["macs"] = models.macs(self.whole()) / times
         timed = found(self.bench, "latency")
         return Costs(self.space, limits, latency.fit(latency.read(timed["blocks"])).part if timed else None)
 
@@ -206,9 +208,8 @@ class Search:
             specs["random_alone"] = self.space.spec(self.drawn_alone()[best])
         rivals = [specs[name] for name in (search["winner"]["method"], "random_alone") if name in specs]
         macs = max(map(models.macs, rivals))
-        without_stem = {name: value for name, value in self.about.items() if name != "stem"}
-        specs["narrow_resnet18"] = by_hand(functools.partial(models.resnet, 18, **self.about), macs)
-        specs["three_stage"] = by_hand(functools.partial(models.three_stage, **without_stem), macs)
+        specs["narrow_resnet18"] = by_hand(self.whole, macs)
+        specs["three_stage"] = by_hand(functools.partial(models.three_stage, **self.about), macs)
         if method not in specs:
             raise ValueError(f"{configuration.title}: trained alone were only {', '.join(specs)}")
         return specs[method]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -77,13 +78,11 @@ class Evaluator:
 
 def _read(file: Path, of: dict) -> dict[Architecture, float]:
     """The evaluations of these weights and images that a file holds; any other file is begun anew."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # missing, or no such file
         first, *lines = file.read_text(encoding="utf-8").splitlines()
         if json.loads(first) == of:
             whole = [line for line in lines if line.endswith("]")]  # a killed run does not finish its last
             return {tuple(architecture): accuracy for architecture, accuracy in map(json.loads, whole)}
-    except (OSError, ValueError):
-        pass  # missing, or no such file
     file.write_text(json.dumps(of) + "\n", encoding="utf-8")
     return {}
 

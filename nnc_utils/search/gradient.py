@@ -1,9 +1,8 @@
 """Search by gradient: every decision a probability, drawn by Gumbel-softmax, with the cost in the loss.
 
 DARTS (Liu et al., 2019, arXiv:1806.09055) and FBNet (Wu et al., 2019, arXiv:1812.03443) differentiate the
-supernet's own loss by the probabilities, a forward and a backward pass of *every* option a step. Here the
-loss is a model of the accuracy, fitted to the candidates asked so far, which any number of searches can
-afford; what is differentiated, Gumbel-softmax samples and the mean cost, is the same.
+supernet's own loss, with *every* option computed in a step. Here the loss is a cheap model of the accuracy,
+fitted to the candidates asked so far.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def features(layers: list[Layer], connection: str) -> np.ndarray:
         pixels, window = layer.size_out**2, layer.kernel**2
         if layer.kind == "conv":
             units["convolutions"] += 1
-            padded = _padded(layer.in_channels, INPUTS) * _padded(layer.out_channels, OUTPUTS)
+            padded = INPUTS * math.ceil(layer.in_channels / INPUTS)
+            padded *= OUTPUTS * math.ceil(layer.out_channels / OUTPUTS)
             kind = "stem" if connection == "stem" else f"{layer.kernel}x{layer.kernel}"
             units[f"{kind} MACs"] += padded * window * pixels
             units["gathered inputs"] += layer.in_channels * window * pixels
@@ -48,10 +49,6 @@ def features(layers: list[Layer], connection: str) -> np.ndarray:
         units["weights"] += math.prod(layer.weight_shape)
     units["additions"] += connection in ("identity", "projection")
     return np.array(list(units.values()))
-
-
-def _padded(channels: int, multiple: int) -> int:
-    return -(-channels // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,6 @@ def read(pairs: Iterable[tuple[str, float]]) -> list[tuple[Spec, float]]:
 def fit(measured: Iterable[tuple[Spec, float]]) -> Predictor:
     """Non-negative least squares of the *relative* errors of networks with their milliseconds."""
     measured = list(measured)
-    if not measured or not all(0 < ms < np.inf for _, ms in measured):
-        raise ValueError("measured networks, each with a time above 0, are needed")
     inputs = np.stack([sum(features(*part) for part in parts(spec)) for spec, _ in measured])
     scale = np.maximum(inputs.max(0), 1.0)
     times = np.array([ms for _, ms in measured])

@@ -42,10 +42,6 @@ class Space:
     last of more than three stages may be missing: ResNet-18's is 512 wide and holds three quarters of its
     weights, networks for small images have none (He et al., 2016, section 4.2). Every block is residual:
     with shared weights one cannot learn to be a difference to its input and to do without it.
-
-    >>> space = around(channels=1, size=28, classes=10, stem="small")
-    >>> f"{space.cardinality:.1e}"
-    '8.8e+17'
     """
 
     channels: int

@@ -13,8 +13,6 @@ from nnc_utils import models
 from nnc_utils.search.space import Architecture, Space
 from nnc_utils.training import Loss
 
-Draw = Callable[[np.random.Generator], Architecture]
-
 
 def sliced(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The part that a smaller network takes: the first channels, and the middle of a kernel."""
@@ -80,13 +78,12 @@ class Supernet(nn.Module):
         return network.eval()
 
 
-def sandwich(space: Space, draw: Draw, *, between: int = 2) -> Loss:
+def sandwich(space: Space, draw: Callable[[np.random.Generator], Architecture], *, between: int = 2) -> Loss:
     """The sandwich rule: the largest, a narrowest, some between (Yu and Huang, 2019, arXiv:1903.05134).
 
-    The largest learns from the labels, the others from its soft labels; the gradients of all are added up
-    (their algorithm 1). Were it always the same smallest network, that one would be trained more than any
-    other, and a search would find it. `draw` gives those `between`, such as `Costs.draw`; its randomness is
-    seeded by torch's global generator.
+    The largest learns from the labels, the others from its soft labels; their gradients add up (algorithm 1).
+    Were it always the same smallest network, that one would be trained more than any other, and a search
+    would find it. `draw`, seeded by torch's generator, gives those `between`, such as `Costs.draw`.
     """
 
     def sandwich_rule(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
