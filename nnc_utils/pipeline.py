@@ -19,7 +19,7 @@ from nnc_utils.baseline import narrow_resnet
 from nnc_utils.budgets import Budgets, Planner, sparse
 from nnc_utils.configurations import Built, Configuration, read
 from nnc_utils.distillation import candidates, teaching
-from nnc_utils.pruning import channels, structured
+from nnc_utils.pruning import channels
 from nnc_utils.quantization import activations, hessian_rounding, qat, uniform
 from nnc_utils.training import cross_entropy, network_digest
 
@@ -149,7 +149,7 @@ class _Work:
     def pruned(self, network: models.ResNet, fewer: float) -> models.ResNet:
         """`prune` to so many times fewer MACs than at first, done once for each network."""
         if (key := (network_digest(network), fewer)) not in self._pruned:
-            budget = {"macs": self.whole / fewer, "multiple": self.given["multiple"], "seed": self.bench.seed}
+            budget = {"macs": self.whole / fewer, "multiple": self.given["multiple"]}
             self._pruned[key] = prune(network, self.images, self.labels, **budget)
         return copy.deepcopy(self._pruned[key])
 
@@ -228,7 +228,7 @@ class _Work:
 
 
 def prune(
-    network: models.ResNet, images: Tensor, labels: Tensor, *, macs: float, multiple: int = 8, seed: int = 0
+    network: models.ResNet, images: Tensor, labels: Tensor, *, macs: float, multiple: int = 8
 ) -> models.ResNet:
     """Channels with the lowest Fisher scores removed, their readers compensated, batch-norm re-estimated.
 
@@ -239,9 +239,7 @@ def prune(
     """
     score = channels.scores(network, "fisher", images=images, labels=labels)
     kept = channels.within_macs(network.spec, score, macs=macs, multiple=multiple)
-    known = curvature.curvatures(network, images, seed=seed)
-    narrow = structured.remove_channels(channels.compensated(network, kept, known), kept)
-    return batch_norm.reestimate(narrow, images)
+    return batch_norm.reestimate(channels.compensated(network, kept, images), images)
 
 
 def round_at_price(network: models.ResNet, images: Tensor, *, lambda_: float, seed: int = 0) -> models.ResNet:

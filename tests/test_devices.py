@@ -91,7 +91,7 @@ COMPUTED = {
     "loss_of_errors": lambda m: curvature.loss_of_errors(m, {"fc": 0.1 * m.fc.weight.detach()}, IMAGES),
     "channels_taylor": lambda m: channels.scores(m, "taylor", images=IMAGES, labels=LABELS),
     "taylor": lambda m: unstructured.scores(m, "taylor", images=IMAGES, labels=LABELS),
-    "compensated": lambda m: channels.compensated(m, {"layer1.0.conv1": torch.arange(8)}, curved(m)),
+    "compensated": lambda m: channels.compensated(m, {"layer1.0.conv1": torch.arange(8)}, IMAGES),
     "reestimated": lambda m: batch_norm.reestimate(m, IMAGES),
     "calibrated": lambda m: activations.calibrate(m, IMAGES, clip="mse"),
     "bias": lambda m: correction.correct_bias(

@@ -109,8 +109,7 @@ def removed(network: nn.Module, configuration: Configuration, share: float, benc
         scores = channels.scores(network, score, seed=bench.seed, **sample)
         kept = channels.within_macs(network.spec, scores, **budget)
         if configuration.compensate:
-            curved = curvature.curvatures(network, images, seed=bench.seed)
-            network = channels.compensated(network, kept, curved)
+            return channels.compensated(network, kept, images)
         return structured.remove_channels(network, kept)
     if method == "torch_pruning":
         if why := peers.available("torch_pruning"):

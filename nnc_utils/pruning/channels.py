@@ -3,18 +3,17 @@
 The removal itself is `structured.remove_channels`.
 """
 
-import copy
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnc_utils import models
-from nnc_utils.curvature import Curvature
+from nnc_utils import models, sample
 from nnc_utils.devices import exact_device
 from nnc_utils.models import Spec
-from nnc_utils.pruning.structured import check_plain, groups, narrowed
+from nnc_utils.pruning.structured import check_plain, groups, narrowed, remove_channels
 
 BATCH = 64  # images a pass
 LEAST = 0.05  # share of each group's channels that stays in any case
@@ -56,7 +55,7 @@ def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
     models.check_images(model, images)
     models.check_labels(model, images, labels)
     home, device = next(model.parameters()).device, exact_device()
-    network, known = copy.deepcopy(model).eval().requires_grad_(False).to(device), groups(model.spec)
+    network, known = sample.frozen_copy(model), groups(model.spec)
     layers = {layer.name: layer for layer in models.layers(model.spec)}
     gates: dict[str, Tensor] = {}
     for name, group in known.items():
@@ -98,13 +97,7 @@ def comparable(spec: Spec, score: Mapping[str, Tensor], normalize: str) -> dict[
 
 
 def within_macs(
-    spec: Spec,
-    score: Mapping[str, Tensor],
-    *,
-    macs: float,
-    normalize: str = "group",
-    uniform: bool = False,
-    multiple: int = 1,
+    spec: Spec, score: Mapping[str, Tensor], *, macs: float, normalize="group", uniform=False, multiple=1
 ) -> dict[str, Tensor]:
     """The channels to keep so that a network has at most so many MACs for an image: group -> their numbers.
 
@@ -141,26 +134,37 @@ def within_macs(
 
 @torch.no_grad()
 def compensated(
-    model: nn.Module, kept: Mapping[str, Tensor], curvature: Mapping[str, Curvature], *, damping: float = 0.05
+    model: nn.Module, kept: Mapping[str, Tensor], images: Tensor, *, rows: int = 8192, damping: float = 0.05
 ) -> nn.Module:
-    """A copy of a network whose readers of a group make up for the channels that will be removed.
+    """The narrower network (`structured.remove_channels`), whose layers make up for the channels it lacks.
 
-    Their weights for the channels that stay become those of least squares (He, Zhang and Sun, 2017, equation
-    1, second step), but for all layers at once, with the second moment of each layer's inputs, damped by a
-    share of its mean diagonal; the others become 0. `structured.remove_channels` then takes them away.
+    Layer after layer, weights become those of least squares: from what the layer sees in the narrower network
+    as compensated so far to the sums that it has in the whole one (He, Zhang and Sun, 2017, equation 1,
+    second step). So no layer hands on its error, and batch-norm finds the sums that it expects.
+
+    Parameters
+    ----------
+    kept : group -> numbers of the channels that stay.
+    images : normalized training images; a layer looks at those that give `rows` output pixels.
+    damping : how far a weight is held where it was, as a share of the inputs' mean square.
     """
     check_plain(model)
-    network, known, device = copy.deepcopy(model), groups(model.spec), exact_device()
-    kernels = {layer.name: layer.kernel**2 for layer in models.layers(model.spec)}
-    for name, channels in kept.items():
-        for reader in known[name].readers:
-            moment, kernel = curvature[reader].inputs.to(device), kernels[reader]
-            raised = moment.clone()  # where no image shows an input, the weights stay as they are
-            raised.diagonal().add_(damping * moment.diagonal().mean() + 1e-30)
-            stay = (channels[:, None] * kernel + torch.arange(kernel)).flatten().to(device)
-            module = network.get_submodule(reader)
-            weight = module.weight.flatten(1).to(device)
-            new = torch.zeros_like(weight)
-            new[:, stay] = torch.linalg.solve(raised[stay][:, stay], raised[stay] @ weight.T).T
-            module.weight.copy_(new.view(module.weight.shape))
-    return network
+    whole, narrow = sample.frozen_copy(model), remove_channels(model, kept).to(exact_device())
+    known = groups(model.spec)
+    written = {writer: kept[name].sort().values for name in kept for writer in known[name].writers}
+    for layer in models.layers(narrow.spec)[1:]:
+        few, seen = images[: math.ceil(rows / layer.size_out**2)], []
+        for network in (whole, narrow):
+            with sample.watched(network, [layer.name], lambda n, inputs, _, seen=seen: seen.append(inputs)):
+                network(next(sample.sent([few], network)))
+        old, module = whole.get_submodule(layer.name).weight, narrow.get_submodule(layer.name)
+        sums = sample.outputs(layer, old[written.get(layer.name, slice(None))], seen[0])
+        missing = (sums - sample.outputs(layer, module.weight, seen[1])).transpose(0, 1).flatten(1)
+        inputs = seen[1]
+        if layer.kind == "conv":
+            inputs = functional.unfold(inputs, layer.kernel, 1, layer.kernel // 2, layer.stride)
+            inputs = inputs.transpose(1, 2).flatten(0, 1)
+        moment = inputs.T @ inputs
+        moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-30)  # some see nothing but 0
+        module.weight += torch.linalg.solve(moment, inputs.T @ missing.T).T.view_as(module.weight)
+    return narrow.to(next(model.parameters()).device)

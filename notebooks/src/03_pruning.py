@@ -557,24 +557,33 @@ print("share of channels that stays:", stages.round(2).to_dict())
 print(f"{stages.idxmin()} loses most, {stages.idxmax()} least")
 
 # %% [markdown]
-# ## 9 · Compensating the readers
+# **What would fool you.** Raw scores of all groups under one threshold: the stage whose scores are far smaller would
+# lose nearly all its channels. *Isomorphic* pruning ([Fang et al., 2024](https://arxiv.org/abs/2407.04616)) compares only groups that
+# like layers write and read, `normalize="isomorphic"`. Here the groups inside all blocks are alike, whatever their
+# stage. Section 9 shows what that is worth.
 #
-# What a removed channel said may be said by those that stay. For each layer that reads the group, least squares gives
-# the weights that come nearest to the old sums ([He et al., 2017](https://arxiv.org/abs/1707.06168)). With $A$ the second
-# moment of its inputs and $S$ the channels that stay,
+# ## 9 · Compensating the layers behind
 #
-# $$W' = W A_{\cdot S}\, A_{SS}^{-1}$$
+# What a removed channel said may be said by those that stay. Layer after layer, least squares gives the weights whose
+# sums come nearest to those in the whole network ([He et al., 2017](https://arxiv.org/abs/1707.06168)). $X$ is what the
+# layer sees in the smaller network, one row an output pixel; $E$ is what its sums lack there; $W$ are its weights for
+# the channels that stay:
+#
+# $$W' = W + E^\top X\,(X^\top X)^{-1}$$
 
 # %% tags=["nbval-check-output"]
-def compensated(weight: torch.Tensor, moment: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
-    """Weights for the inputs that stay, nearest to the old sums."""
-    return torch.linalg.solve(moment[stay][:, stay], moment[stay] @ weight.T).T
+def compensated(weight: torch.Tensor, inputs: torch.Tensor, sums: torch.Tensor, damping=0.0):
+    """Weights whose sums of these inputs are nearest to those of the whole network."""
+    missing = sums - inputs @ weight.T
+    moment = inputs.T @ inputs
+    moment = moment + damping * moment.diagonal().mean() * torch.eye(len(moment))
+    return weight + torch.linalg.solve(moment, inputs.T @ missing).T
 
 
 inputs = torch.randn(200, 5, generator=generator) @ torch.randn(5, 5, generator=generator)  # correlated
 weight, stay = torch.randn(2, 5, generator=generator), torch.tensor([0, 2, 3])
 sums = inputs @ weight.T
-new = compensated(weight, inputs.T @ inputs / len(inputs), stay)
+new = compensated(weight[:, stay], inputs[:, stay], sums)
 for name, w in (("as they are", weight[:, stay]), ("compensated", new)):
     error = float((inputs[:, stay] @ w.T - sums).square().mean() / sums.square().mean())
     print(f"{name:12} {error:.1%} of the sums' squares lost")
@@ -582,12 +591,22 @@ exact = torch.linalg.lstsq(inputs[:, stay], sums).solution
 print("torch's least squares gives the same:", torch.allclose(new.T, exact, atol=1e-4))
 
 # %% tags=["nbval-check-output"]
+def classifier_inputs(network: models.ResNet, images: torch.Tensor) -> torch.Tensor:
+    """What the classifier sees, one row an image."""
+    found = []
+    hook = network.fc.register_forward_pre_hook(lambda module, given: found.append(given[0]))
+    with torch.no_grad():
+        network(images)
+    hook.remove()
+    return found[0]
+
+
 group = next(name for name, group in groups.items() if "fc" in group.readers)
-moment, kept = moments["fc"].inputs, torch.arange(0, weights["fc"].shape[1], 2)
-raised = moment + 0.05 * moment.diagonal().mean() * torch.eye(len(moment))  # damping, as the package does
-new = compensated(weights["fc"], raised, kept)
-package = channels.compensated(model, {group: kept}, moments).fc.weight.detach()[:, kept]
-print("the package's weights of the classifier are the same:", torch.allclose(new, package, atol=1e-3))
+kept = torch.arange(0, weights["fc"].shape[1], 2)
+package = channels.compensated(model, {group: kept}, seen)
+ours, theirs = (classifier_inputs(network, seen) for network in (package, model))
+new = compensated(weights["fc"][:, kept], ours, theirs @ weights["fc"].T, damping=0.05)
+print("the package's weights of the classifier are the same:", torch.allclose(new, package.fc.weight, atol=1e-3))
 
 # %% [markdown]
 # How much of the accuracy comes back? Re-estimating batch-norm on some training images helps, too, and no gradient step
@@ -597,12 +616,12 @@ print("the package's weights of the classifier are the same:", torch.allclose(ne
 from nnc_utils import batch_norm
 
 rows = {}
-for times in (2, macs):
-    kept = channels.within_macs(model.spec, fisher, macs=models.macs(model.spec) / times, multiple=multiple)
+for times, normalize in ((2, "group"), (macs, "isomorphic"), (macs, "group")):
+    options = {"macs": models.macs(model.spec) / times, "multiple": multiple, "normalize": normalize}
+    kept = channels.within_macs(model.spec, fisher, **options)
     plain = structured.remove_channels(model, kept)
-    repaired = structured.remove_channels(channels.compensated(model, kept, moments), kept)
-    repaired = batch_norm.reestimate(repaired, seen)
-    rows[f"{times:g}× fewer MACs"] = {
+    repaired = batch_norm.reestimate(channels.compensated(model, kept, seen), seen)
+    rows[f"{times:g}× fewer MACs, {normalize}"] = {
         "removed": accuracy(plain),
         "batch-norm re-estimated": accuracy(batch_norm.reestimate(plain, seen)),
         "compensated, too": accuracy(repaired),

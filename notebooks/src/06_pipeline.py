@@ -117,10 +117,7 @@ def prune(network: models.ResNet, fewer: float) -> models.ResNet:
     scores = channels.scores(network, "fisher", images=seen, labels=seen_labels)
     budget = models.macs(dense.spec) / fewer
     kept = channels.within_macs(network.spec, scores, macs=budget, multiple=multiple)
-    curved = curvature.curvatures(network, seen, seed=seed)
-    compensated = channels.compensated(network, kept, curved)
-    narrow = structured.remove_channels(compensated, kept)
-    return batch_norm.reestimate(narrow, seen)
+    return batch_norm.reestimate(channels.compensated(network, kept, seen), seen)
 
 
 pruned = prune(dense, macs)
@@ -131,9 +128,7 @@ print(f"parameters {fewer_parameters:.1f}× fewer")
 print(f"accuracy without any training: {row['accuracy (%)']:.2f} %")
 
 # %% tags=["machine-dependent"]
-package = pipeline.prune(
-    dense, seen, seen_labels, macs=models.macs(dense.spec) / macs, multiple=multiple, seed=seed
-)
+package = pipeline.prune(dense, seen, seen_labels, macs=models.macs(dense.spec) / macs, multiple=multiple)
 some = images.normalize(images.validation.images[:32])
 with torch.inference_mode():
     same = torch.equal(pruned(some), package(some))
