@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnc_utils import allocation, artifact, batch_norm, curvature, encoding, evaluation, models, peers
+from nnc_utils import allocation, artifact, batch_norm, encoding, evaluation, models, peers
 from nnc_utils.baseline import dense_finetuned, narrow_resnet, trained_from_new_weights
 from nnc_utils.configurations import Built, Configuration, of_row
 from nnc_utils.data import Split
