@@ -26,8 +26,7 @@ def fisher_diagonal(
 
     Returns
     -------
-    Layer -> mean over the images, in the shape of the layer's weight; at least 0. A ValueError for images of
-    another shape, and logits that are not finite.
+    Layer -> mean over the images, in the shape of the layer's weight; at least 0.
 
     Notes
     -----
@@ -75,8 +74,6 @@ def hessian_diagonal(
     """
     models.check_images(model, images)
     models.check_labels(model, images, labels)
-    if probes < 1:
-        raise ValueError(f"probes is {probes!r}: a whole number of at least 1 is needed")
     network, weights = _plain_copy(model)
     tensors = list(weights.values())
     diagonal = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -114,8 +111,7 @@ def loss_increase(
 
     Returns
     -------
-    Layer -> number -> mean cross-entropy with the candidate minus without; may be below 0. A ValueError for
-    images of another shape, and logits that are not finite.
+    Layer -> number -> mean cross-entropy with the candidate minus without; may be below 0.
     """
     models.check_images(model, images)
     models.check_labels(model, images, labels)

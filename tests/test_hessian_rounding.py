@@ -172,9 +172,5 @@ def test_zeros_constants_and_dead_inputs_are_no_trouble():
 
 def test_bad_input_is_refused():
     known = small_networks.kronecker(4, 12)
-    weight = torch.zeros(4, 12)
-    for lambda_ in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="positive number of nats"):
-            hessian_rounding.quantize(weight, known, lambda_=lambda_)
     with pytest.raises(ValueError, match="48 weights are not finite"):
         hessian_rounding.quantize(torch.full((4, 12), math.nan), known, lambda_=1e-6)

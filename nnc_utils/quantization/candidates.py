@@ -28,10 +28,7 @@ def build(configuration: Configuration, context: Any) -> Built:
     context : the run: its `dense` network, `images`, `sample`, `fit`, `path`, `file`, `recipe`, `seed` and,
         of its `parameters`, calibration_images, repair_images, train_epochs and learning_rate.
 
-    Raises
-    ------
-    ValueError
-        For a tool that is not installed, a compressor of codes that no file holds, a budget too small.
+    A ValueError for a tool that is not installed, codes that no file holds, a budget too small.
     """
     method = configuration.method
     if configuration.technique == "peer":
@@ -84,11 +81,8 @@ def widths(
 ) -> dict[str, int]:
     """The bits of each layer with the least predicted loss, in the bytes that `like` takes in all layers.
 
-    Parameters
-    ----------
-    curvatures : of each layer.
-    codes : layer -> bits of `WIDTHS` -> its rounded weight, and under "weight" the float one.
-    like : a key of each layer's codes.
+    `codes` are layer -> bits of `WIDTHS` -> its rounded weight, and under "weight" the float one; `like` is a
+    key of each layer's.
     """
     cost = {n: {b: encoding.payload_bits(own[b]) / 8 for b in WIDTHS} for n, own in codes.items()}
     loss = {

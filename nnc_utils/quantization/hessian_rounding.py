@@ -52,8 +52,6 @@ def quantize(
     The step is that whose next bit is worth its price: ``loss = h * step**2 / 24`` a weight falls by a
     factor of 4 for each bit, so ``loss * log(4) = lambda_``, h the geometric mean of a row's columns.
     """
-    if not 0 < lambda_ < math.inf:
-        raise ValueError(f"lambda_ is {lambda_!r}: a positive number of nats a bit is needed, such as 1e-9")
     check_weight(weight)
     rows = weight.detach().flatten(1)
     along, across = (

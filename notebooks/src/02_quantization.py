@@ -973,7 +973,8 @@ for (_, title), row in smallest.iterrows():
 # ## Summary
 #
 # - A code, a scale and a zero-point make a quantizer. The range and the granularity decide its error.
-# - Errors count by the curvature of the loss, and they can cancel. A price $\lambda$ of a bit joins loss and bytes.
+# - Errors count by the curvature of the loss, within a channel more than between channels, and they can cancel. A price $\lambda$
+#   of a bit joins loss and bytes.
 # - Bits are what the entropy coder takes. Measure the file.
 # - Re-estimate batch-norm before you train.
 #
