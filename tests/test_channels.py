@@ -125,6 +125,8 @@ def test_scores_are_ranked_among_groups_that_are_alike(trained):
     for names in (inside, [first], between, [last]):
         ours, theirs = (torch.cat([values[name] for name in names]) for values in (ranks, score))
         torch.testing.assert_close(ours, torch.from_numpy((rankdata(theirs) - 1) / len(theirs)).float())
+    kept = channels.within_macs(spec, score, macs=models.macs(spec) / 3, normalize="isomorphic")
+    assert 0 < models.macs(structured.narrowed(spec, kept)) <= models.macs(spec) / 3
 
 
 def test_a_group_that_no_image_wakes_is_removed_without_harm(trained):

@@ -42,7 +42,8 @@ def test_many_removed_weights_are_made_up_for_exactly(layer):
 def test_scores_are_the_squared_error_without_and_with_correction(layer):
     weight, moment, inputs = layer
     without, with_it = (
-        reconstruct.scores(weight, reconstruct.damped(moment), kind) for kind in ("inputs", "obs")
+        weight.square() * reconstruct.importance(reconstruct.damped(moment), kind)
+        for kind in ("inputs", "obs")
     )
     for row, column in ((0, 0), (2, 5), (3, 1)):
         kept = torch.ones(4, 6, dtype=torch.bool)

@@ -82,3 +82,5 @@ def test_decoupled_is_its_formula():
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"student_logits have shape \(6, 5\), teacher_logits \(6, 4\)"):
         kd(student_logits=STUDENT, teacher_logits=TEACHER[:, :4], temperature=4.0)
+    with pytest.raises(TypeError):
+        kd(STUDENT, TEACHER, temperature=4.0)  # which is whose cannot be left to the order

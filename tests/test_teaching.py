@@ -199,6 +199,8 @@ def test_an_ensemble_is_the_mean_of_its_members():
     images, _ = batch(4)
     expected = sum(member(images) for member in members) / 3
     torch.testing.assert_close(teaching.Ensemble(members)(images), expected)
+    with pytest.raises(ValueError, match="the teacher has 10 classes, the student 7"):
+        teaching.Ensemble([members[0], resnet(0.0625, classes=7)])
 
 
 @pytest.mark.parametrize(

@@ -42,24 +42,26 @@ def clamped_repair(changed, seen, original):
     The memory's surplus over these images is added in the *dense* network's units. Where the pruned channel's
     deviation is nearly nothing, that surplus is many of its own deviations: a constant that drowns the rest.
     """
-    repaired, new, old = (copy.deepcopy(changed) for _ in range(3))
-    new, old = batch_norm.reestimate(changed, seen), batch_norm.reestimate(original, seen)
-    modules = (net.modules() for net in (repaired, new, old))
-    for norm, now, before in zip(*modules, strict=True):
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.running_mean += now.running_mean - before.running_mean
-            norm.running_var *= ((now.running_var + norm.eps) / (before.running_var + norm.eps)).clamp(max=1)
-            norm.running_var += (now.running_var - before.running_var).clamp(min=0)
+    repaired, new = copy.deepcopy(changed), batch_norm.reestimate(changed, seen)
+    for norm, now, before in zip(
+        *map(norms, (repaired, new, batch_norm.reestimate(original, seen))), strict=True
+    ):
+        norm.running_mean += now.running_mean - before.running_mean
+        norm.running_var *= ((now.running_var + norm.eps) / (before.running_var + norm.eps)).clamp(max=1)
+        norm.running_var += (now.running_var - before.running_var).clamp(min=0)
     return repaired
+
+
+def norms(network):
+    return [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
 
 
 def largest_constant(changed, repaired, seen):
     """The mean of a channel behind its repaired batch-norm, in deviations: the worst of all channels."""
-    now, worst = batch_norm.reestimate(changed, seen), 0.0
-    for norm, new in zip(repaired.modules(), now.modules(), strict=True):
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            constant = (new.running_mean - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-            worst = max(worst, float(constant.abs().max()))
+    worst = 0.0
+    for norm, new in zip(norms(repaired), norms(batch_norm.reestimate(changed, seen)), strict=True):
+        constant = (new.running_mean - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+        worst = max(worst, float(constant.abs().max()))
     return worst
 
 
@@ -117,7 +119,7 @@ def pruning_part(dense, images, seen, labels):
         kept = unstructured.masks(unstructured.scores(dense, "magnitude"), sparsity)
         networks = {"magnitude": unstructured.masked(dense, kept)}
         networks["magnitude, corrected"] = with_mask(dense, kept, moments)
-        for score in ("magnitude", "inputs", "obs"):
+        for score in ("obs", "magnitude", "inputs"):
             network = reconstruct.prune_network(dense, seen, sparsity=sparsity, score=score)
             networks[f"reconstruct by {score}"] = network
         for name, network in networks.items():

@@ -118,7 +118,9 @@ def removed(network: nn.Module, configuration: Configuration, share: float, benc
         return prune(network, score, macs=macs, everywhere=configuration.uniform, **sample)
     if method == "blocks":
         return structured.remove_blocks(network, least_missed(bench, configuration.removed))
-    if method in ("obs", "reconstruct"):
+    if method == "obs":
+        return reconstruct.prune_network(network, images, sparsity=share, rounds=1)
+    if method == "reconstruct":
         return reconstruct.prune_network(network, images, sparsity=share, score=score)
     if method == "two_of_four" and configuration.correct:
         return reconstruct.prune_network(network, images, two_of_four=True)

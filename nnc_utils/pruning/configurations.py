@@ -10,7 +10,7 @@ from nnc_utils.configurations import Configuration, Share, Times
 SCANNED = (0.5, 0.8, 0.9, 0.95, 0.98)  # shares of zeros that the sensitivity scan measures
 SCORES = {"random": "chance", "magnitude": "magnitude", "gradient": "gradient", "taylor": "Taylor"}
 SCORES |= {"obd_fisher": "OBD (Fisher)", "obd_hessian": "OBD (Hessian)", "fisher": "Fisher"}
-SCORES |= {"inputs": "magnitude × input"}
+SCORES |= {"inputs": "magnitude × input", "obs": "OBS"}
 SCORES |= {"l1": "L1 norm", "l2": "L2 norm", "bn_scale": "batch-norm scale"}
 RULES = {"hand": "a rule of thumb", "uniform": "{percent:g} %", "scan": "a scan, {percent:g} % in all"}
 Schedule = Literal["one_shot", "iterative", "gradual"]
@@ -89,14 +89,13 @@ class Reconstruct(Masked):
 
     method: Literal["reconstruct"] = "reconstruct"
     what: ClassVar[str] = "{percent:g} % zeros by {by}, reconstructed"
-    score: Literal["magnitude", "inputs"] = "magnitude"  # of the corrected weights, inside a layer
+    score: Literal["obs", "magnitude", "inputs"] = "obs"  # of the corrected weights, inside a layer
     sparsity: Share
 
 
 class Obs(Masked):
-    """Reconstruction with Optimal Brain Surgeon's own score."""
+    """Reconstruction in one round: scored once, removed at once, the rest corrected."""
 
-    score: ClassVar[str] = "obs"
     method: Literal["obs"] = "obs"
     what: ClassVar[str] = "{percent:g} % zeros, Optimal Brain Surgeon"
     sparsity: Share

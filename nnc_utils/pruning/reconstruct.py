@@ -18,23 +18,26 @@ from nnc_utils.pruning.structured import check_plain
 from nnc_utils.training import progress
 
 DAMPING = 0.05  # of H, a share of its mean diagonal: directions that no image showed still cost something
-ROUNDS, ITERATIONS = 4, 6
+ROUNDS, ITERATIONS = 4, 8
 
 
 def damped(moment: Tensor) -> Tensor:
     """The moment with its diagonal raised."""
-    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
+    raised = DAMPING * moment.diagonal().mean() + 1e-30
+    return moment + raised * torch.eye(len(moment), device=moment.device)
 
 
-def scores(weight: Tensor, moment: Tensor, kind: str) -> Tensor:
-    """A score for each weight of a layer, (out, n), given its inputs' moment; larger means keep.
+def importance(moment: Tensor, kind: str) -> Tensor:
+    """What the square of a weight counts in each column, (n,), given the inputs' moment.
 
-    "magnitude" is |w|. "inputs" is ``w**2 * H_cc``, the squared error without that weight. "obs" is
-    ``w**2 / [H^-1]_cc``, the error left once all others of its row have made up for it.
+    "magnitude": the same in all. "inputs": ``H_cc``, the squared error without the weight. "obs":
+    ``1 / [H^-1]_cc``, the error that is left once all others of its row have made up for it.
     """
     if kind == "magnitude":
-        return weight.abs()
-    return weight.square() * (moment.diagonal() if kind == "inputs" else 1 / moment.inverse().diagonal())
+        return torch.ones_like(moment.diagonal())
+    if kind == "inputs":
+        return moment.diagonal()
+    return 1 / torch.cholesky_inverse(torch.linalg.cholesky(moment)).diagonal()
 
 
 def corrected(
@@ -62,17 +65,26 @@ def corrected(
     return now
 
 
-def prune_layer(weight: Tensor, moment: Tensor, sparsity: float, *, score: str, two_of_four: bool = False):
+def prune_layer(
+    weight: Tensor,
+    moment: Tensor,
+    sparsity: float,
+    *,
+    score: str = "obs",
+    rounds: int = ROUNDS,
+    two_of_four: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The weight (out, in, ...) of a layer with a share of zeros, the others corrected, and its mask.
 
     In rounds: each scores the corrected weights anew, which have taken over what others did, and removes the
     same share of them. `two_of_four` is half: in each of two rounds one of four neighbouring inputs goes.
     """
     target, moment = weight.flatten(1), damped(moment)
+    columns = importance(moment, score)
     now, kept = target, torch.ones_like(weight, dtype=torch.bool)
-    shares = [0.25, 0.5] if two_of_four else schedules.sparsities(sparsity, "iterative", ROUNDS)
+    shares = [0.25, 0.5] if two_of_four else schedules.sparsities(sparsity, "iterative", rounds)
     for share in shares:
-        values = scores(now, moment, score).view_as(weight).masked_fill(~kept, -torch.inf)
+        values = (now.square() * columns).view_as(weight).masked_fill(~kept, -torch.inf)
         if two_of_four:
             kept = unstructured.of_four(values, 3 if share == 0.25 else 2)
         else:
@@ -87,7 +99,8 @@ def prune_network(
     images: Tensor,
     *,
     sparsity: float = 0.5,
-    score: str = "magnitude",
+    score: str = "obs",
+    rounds: int = ROUNDS,
     two_of_four: bool = False,
 ) -> nn.Module:
     """A copy of a network with a share of zeros in [0, 1), the weights that stay corrected.
@@ -104,7 +117,7 @@ def prune_network(
         layer, share = network.get_submodule(name), 1 - float(free[name].float().mean())
         fits = layer.weight.shape[1] % 4 == 0
         if fits if two_of_four else share:
-            options = {"score": score, "two_of_four": two_of_four}
+            options = {"score": score, "rounds": rounds, "two_of_four": two_of_four}
             pruned, kept = prune_layer(layer.weight.to(device), moment.to(device), share, **options)
             encoding.attach(layer, encoding.Dense(pruned, kept))
     return network
