@@ -38,18 +38,10 @@ def score(
 ) -> list[dict[str, Any]]:
     """Score artifacts, or files of a peer, in one fresh process that gets their names only.
 
-    Parameters
-    ----------
-    paths : of artifacts, or of what `peers.make` wrote.
-    folder : for the predictions; an artifact whose predictions are there is not run again.
-    split : "train", "validation" or "test".
-    peer, source : one of `peers.NAMES`, and the artifact that its files were made from, whose Spec gives
-        params and macs; bits_per_weight is then that of the whole file.
-
-    Returns
-    -------
-    For each path: path, sha256, params, nonzeros, macs, artifact_bytes, bits_per_weight, simulated, correct,
-    total, predictions (file of uint8 classes, one an image). ChildError holds the process's own words.
+    Predictions on `split` are kept in `folder`: an artifact that has some is not run again. A `peer`, one of
+    `peers.NAMES`, needs `source`, the artifact that its files were made from, whose Spec gives params and
+    macs; bits_per_weight is then that of the whole file. Gives for each path: path, sha256, params, nonzeros,
+    macs, artifact_bytes, bits_per_weight, simulated, correct, total, predictions (file of uint8 classes).
     """
     paths = [str(path) for path in paths]
     if bool(peer) != bool(source):

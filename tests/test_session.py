@@ -132,6 +132,7 @@ def test_one_network_that_fails_costs_no_other(baseline):
     bench, namespace = start(baseline, configurations=SPARSE)
     assert [c.configuration.sparsity for c in bench.build(namespace["configurations"], failing)] == [0.9]
     assert bench.missing == {'weights {"sparsity":0.5}': "a layer would be empty"}
+    assert bench.show(bench.measure([])).empty  # nor does a shard of which nothing can be made
 
 
 def test_files_of_earlier_runs_are_found_by_their_configuration(baseline):

@@ -264,7 +264,7 @@ class Bench:
                     train_seconds=c.built.train_seconds,
                 )
             )
-        return pd.DataFrame([row.model_dump() for row in self._rows])
+        return pd.DataFrame([row.model_dump() for row in self._rows], columns=rows.CompressionRow.columns())
 
     def _measure_baseline(self, candidate: Candidate) -> pd.DataFrame:
         """The row of the uncompressed network, which is its own reference."""
