@@ -120,11 +120,6 @@ def makefile_targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
-def test_the_server_calls_make():
-    script = ROOT / ".ci" / "run"
-    assert "make test" in script.read_text() and (os.name == "nt" or os.access(script, os.X_OK))
-
-
 def commands(markdown: str) -> list[str]:
     """The lines of the code blocks that start a program of the repository."""
     blocks = re.findall(r"^```(?:sh|bash|console|)\n(.*?)^```", markdown, re.M | re.S)
