@@ -28,7 +28,7 @@ def build(configuration: Configuration, context: Any) -> Built:
     context : the run: its `dense` network, `images`, `sample`, `fit`, `path`, `file`, `recipe`, `seed` and,
         of its `parameters`, calibration_images, repair_images, train_epochs and learning_rate.
 
-    A ValueError for a tool that is not installed, codes that no file holds, a budget too small.
+    A ValueError: no such tool, codes that no file holds, a budget too small.
     """
     method = configuration.method
     if configuration.technique == "peer":
@@ -101,7 +101,8 @@ def _trained(configuration: Configuration, context: Any) -> Built:
     if is_rounded:
         network = qat.prepare(network, calibration, bits=configuration.bits, method=configuration.quantizer)
     elif configuration.method == "kmeans":
-        network = codebook.trainable(_kmeans(configuration, context))
+        network, images = _kmeans(configuration, context), _images(context, "repair_images")
+        network = codebook.trainable(batch_norm.reestimate(network, images, original=context.dense))
     batch = context.recipe["batch_size"]
     epochs = max(parameters["train_epochs"], batch / len(context.images.train))  # a step at least
     options = {"learning_rate": parameters["learning_rate"], "batch_size": batch, "augment": False}

@@ -56,7 +56,7 @@ class Uniform(Rounded):
 class KMeans(Rounded):
     """Weights replaced by the nearest entry of a codebook; `hessian` weights their errors.
 
-    train "finetune": the entries are trained on, and batch-norm, which is re-estimated thereby.
+    train "finetune": the entries are trained on, and batch-norm, which is re-estimated before.
     """
 
     method: Literal["kmeans"] = "kmeans"
@@ -72,7 +72,7 @@ class KMeans(Rounded):
     @model_validator(mode="after")
     def _once(self) -> KMeans:
         if self.trains and self.reestimate:
-            raise ValueError("fine-tuning re-estimates batch-norm: omit reestimate")
+            raise ValueError("fine-tuning re-estimates batch-norm anyway: omit reestimate")
         return self
 
 
