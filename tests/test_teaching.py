@@ -74,7 +74,10 @@ def test_each_part_of_a_recipe_is_in_the_loss(teacher):
 @pytest.mark.parametrize(
     ("mapping", "soft"),
     [
-        ({"method": "kd", "temperature": 3, "standardize": True}, {"function": "kd", "standardize": True}),
+        (
+            {"method": "kd", "temperature": 3, "standardize": True, "gain": 5},
+            {"function": "kd", "standardize": 1},
+        ),
         ({"method": "dkd", "temperature": 3, "others": 5}, {"function": "dkd", "others": 5, "labels": None}),
         ({"method": "dist", "temperature": 3, "inter": 4}, {"function": "dist", "inter": 4, "intra": 2}),
     ],
@@ -89,7 +92,8 @@ def test_a_configuration_s_settings_reach_the_loss_of_an_online_and_a_cached_tea
         soft["labels"] = labels
     function, student_logits = getattr(soft_labels, soft.pop("function")), student(images)
     pair = {"student_logits": student_logits, "teacher_logits": teacher(images), "temperature": 3}
-    expected = 0.3 * functional.cross_entropy(student_logits, labels) + 0.7 * function(**pair, **soft)
+    weight = 0.7 * mapping.get("gain", 1)
+    expected = 0.3 * functional.cross_entropy(student_logits, labels) + weight * function(**pair, **soft)
     online = teaching.online(teacher, recipe, student.spec)(student, images, labels)
     cached = teaching.cached(memory, recipe, student.spec)(student, images, torch.arange(64))
     torch.testing.assert_close(online, expected)

@@ -69,6 +69,7 @@ class Kd(Distilled):
     temperature: Temperature = 4.0
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.9
     standardize: bool = False  # each image's logits first get mean 0 and deviation 1
+    gain: Weight = 1.0  # a factor on the soft labels, 10 for standardized ones in Sun et al. (2024)
 
 
 class Dkd(Distilled):

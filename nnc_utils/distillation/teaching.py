@@ -31,13 +31,14 @@ STAGES = ("layer2", "layer3", "layer4")
 class Recipe:
     """What a student learns from its teacher, and how much each part weighs.
 
-    ``(1 - alpha) * cross-entropy + alpha * soft labels + attention * ... + hints * ... + similarity * ...``
+    ``(1 - alpha) * cross-entropy + alpha * gain * soft labels + attention * ... + hints * ...`` and so on
     """
 
     soft: str = "kd"  # or "dkd", "dist", or "" for none; see `soft_labels`
     alpha: float = 0.9  # weight of the soft labels, in [0, 1]; what is left is the label term's
     temperature: float = 4.0
-    standardize: bool = False  # for "kd": of logits with mean 0 and deviation 1
+    standardize: bool = False  # for "kd": of logits with mean 0 and deviation 1; gradients are smaller then,
+    gain: float = 1.0  # and need a factor; Sun et al. (2024) weigh 0.1 and 9: alpha 0.9 and gain 10
     others: float = 8.0  # for "dkd": weight of the classes that are not the label's
     inter: float = 2.0  # for "dist": weight of the correlation over an image's classes,
     intra: float = 2.0  # and over a class's images
@@ -122,7 +123,8 @@ def _of_logits(recipe: Recipe, *, student_logits: Tensor, teacher_logits: Tensor
         "dist": functools.partial(soft_labels.dist, inter=recipe.inter, intra=recipe.intra),
     }[recipe.soft]
     pair = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    return (1 - recipe.alpha) * hard + recipe.alpha * soft(**pair, temperature=recipe.temperature)
+    value = soft(**pair, temperature=recipe.temperature)
+    return (1 - recipe.alpha) * hard + recipe.alpha * recipe.gain * value
 
 
 def smoothed(smoothing: float) -> Loss:

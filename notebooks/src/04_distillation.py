@@ -270,8 +270,9 @@ print("the package computes the same:", all(map(torch.allclose, by_hand, of_pack
 # **What it means.** Standardizing forgives a factor on the logits completely, correlations almost: a softmax at a high
 # temperature is nearly linear.
 #
-# **What would fool you.** Standardizing divides the gradient by the deviation of the student's logits. So the same
-# $\alpha$ says less; the authors weigh that term 90 times the labels', which is $\alpha = 0.989$, at $T = 2$.
+# **What would fool you.** Standardizing divides the gradient by the deviation of the student's logits. With the same
+# weight that term hardly speaks, and the method looks weak. The authors weigh it 9 and the labels 0.1, at $T = 2$:
+# `"alpha": 0.9, "gain": 10, "temperature": 2`.
 #
 # ## 6 · Can a student compute what the teacher computes?
 #
@@ -502,7 +503,7 @@ results.verdicts()
 # the student alone a harder rival than the shuffled teacher where $\alpha$ is large?
 #
 # **Exercises.** (1) Set `alpha = 0.5`: does the student gain? (2) Add `{"method": "dist", "width": 0.25}` and
-# `{"method": "kd", "width": 0.25, "standardize": True, "temperature": 2, "alpha": 0.99}` to `configurations`. (3) Add `{"method": "student_longer", "width": 0.25, "times": 2}` to `controls`: is the teacher worth
+# `{"method": "kd", "width": 0.25, "standardize": True, "temperature": 2, "gain": 10}` to `configurations`. (3) Add `{"method": "student_longer", "width": 0.25, "times": 2}` to `controls`: is the teacher worth
 # more than twice the training?
 #
 # Next: [05_architecture_search](05_architecture_search.ipynb): who chooses the student's architecture?
