@@ -319,7 +319,9 @@ package = reconstruct.prune_layer(toy, inputs.T @ inputs / len(inputs), 0.5)
 print("the package's mask and weights are the same:", end=" ")
 print(torch.equal(package[1], kept), torch.allclose(package[0], new, atol=1e-2))
 for name, weight in (("masked", toy * mask_of(toy.abs(), 0.5)), ("reconstructed", new)):
-    print(f"{name:13} {float((inputs @ (weight - toy).T).square().sum() / (inputs @ toy.T).square().sum()):.1%}")
+    print(
+        f"{name:13} {float((inputs @ (weight - toy).T).square().sum() / (inputs @ toy.T).square().sum()):.1%}"
+    )
 
 # %% [markdown]
 # The package solves all rows at once by a few steps of conjugate gradients. Now a real layer. *Predict* the loss on
@@ -338,7 +340,9 @@ for number, name in enumerate(("masked", "reconstructed")):
     change = (changed[number] - weights[layer]).flatten(1)
     wrong = float(((change @ input_moments[layer]) * change).sum())
     right = float(((weights[layer].flatten(1) @ input_moments[layer]) * weights[layer].flatten(1)).sum())
-    print(f"{name:13} squared error {wrong / right:.1%} of the outputs' squares, loss {measured[number]:+.4f}")
+    print(
+        f"{name:13} squared error {wrong / right:.1%} of the outputs' squares, loss {measured[number]:+.4f}"
+    )
 print("reconstruction " + ("helps" if measured[1] < measured[0] else "does not help") + " on unseen images")
 
 # %% [markdown]
@@ -415,7 +419,9 @@ axes = table.plot.bar(rot=0, figsize=(7, 3.5))
 axes.axhline(accuracy(model), color="grey", linewidth=1)
 axes.set(ylabel="validation accuracy (%)", title="The same networks, three times batch-norm")
 axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-figures.show(axes.figure, "Accuracy of three pruned networks: as they are, with the faulty and the right repair")
+figures.show(
+    axes.figure, "Accuracy of three pruned networks: as they are, with the faulty and the right repair"
+)
 table.round(1)
 
 # %% [markdown]
