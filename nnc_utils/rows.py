@@ -1,7 +1,7 @@
 """One measurement is one row: its columns, what they may hold, and how they are computed.
 
 The columns and their order are those of the measurement protocol. `compression_row` and `latency_rows` build
-rows; differences, intervals and ratios are computed here only.
+rows, with their differences and ratios; the paired interval itself is `evaluation.paired_interval`.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@
 # **You need** Python and a rough idea of a convolution. **Time:** about a minute with the defaults, on scikit-learn's
 # digits.
 #
-# 1. Quantize. 2. Prune. 3. Distill. Then the table: claimed, as published, done right.
+# **Contents.** 1 · Quantize. 2 · Prune. 3 · Distill. Then the table: claimed, as published, done right.
 
 # %% tags=["parameters"]
 amount: float = 0.65  # [0.05, 0.9] share of each layer's filters that step 2 removes

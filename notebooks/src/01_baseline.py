@@ -25,8 +25,8 @@
 # and how fast it is, and how sure you are. **You need** Python and a rough idea of a convolution. **Time:** about a
 # minute with the defaults, which use scikit-learn's digits: 8×8 images that come with the library.
 #
-# 1. The images. 2. The network. 3. Parameters. 4. MACs. 5. Training. 6. Bytes. 7. Milliseconds. 8. Accuracy. Then the
-# benchmark, and the committed results.
+# **Contents.** 1 · The images. 2 · The network. 3 · Parameters. 4 · MACs. 5 · Training. 6 · Bytes. 7 · Milliseconds. 8
+# · Accuracy. Then the benchmark, and the committed results.
 
 # %% tags=["parameters"]
 dataset: str = "digits"  # name: digits, fashion_mnist, cifar10, cifar100 or imagefolder:PATH

@@ -22,9 +22,10 @@
 # weights are, let rounding errors cancel, spend bits where they matter, repair batch-norm, train with the rounding, and
 # count the bytes that are left. **You need** [01](01_baseline.ipynb). **Time:** an hour to read, a minute to run.
 #
-# 1. What do weights look like? 2. The uniform quantizer. 3. Which range? 4. One scale for each channel. 5. Levels by
-# k-means. 6. Which errors matter? 7. Errors that cancel. 8. How many bits does a code take? 9. Which layer gets how many
-# bits? 10. Activations. 11. Repair batch-norm. 12. Train with the rounding. Then the benchmark and the committed results.
+# **Contents.** 1 · What do weights look like? 2 · The uniform quantizer. 3 · Which range? 4 · One scale for each
+# channel. 5 · Levels by k-means. 6 · Which errors matter? 7 · Errors that cancel. 8 · How many bits does a code take? 9
+# · Which layer gets how many bits? 10 · Activations. 11 · Repair batch-norm. 12 · Train with the rounding. Then the
+# benchmark and the committed results.
 #
 # Each section builds a method in a few lines, measures it, and checks that the package does the same. Write down your
 # prediction before you run a cell.

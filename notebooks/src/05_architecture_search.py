@@ -25,9 +25,9 @@
 # search in four ways, and say whether the search was worth it. **You need** [01](01_baseline.ipynb) and the soft labels of
 # [04](04_distillation.ipynb). **Time:** about a minute with the defaults.
 #
-# 1. What may a network be? 2. What does it cost? 3. How long will it take? 4. Can one network hold all others?
-# 5. Which network next: random, evolution, REINFORCE, gradients. 6. Do shared weights rank networks? 7. The benchmark and
-# the committed results.
+# **Contents.** 1 · What may a network be? 2 · What does it cost? 3 · How long will it take? 4 · Can one network hold
+# all others? 5 · Which network next: random, evolution, REINFORCE, gradients. 6 · Do shared weights rank networks? 7 ·
+# The benchmark and the committed results.
 
 # %% tags=["parameters"]
 widest: float = 0.25  # [0.0625, 1] largest width of a stage as a share of ResNet-18's, in sixteenths

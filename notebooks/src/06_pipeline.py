@@ -24,13 +24,14 @@
 # toughest fair rival. **You need** [02](02_quantization.ipynb), [03](03_pruning.ipynb) and [04](04_distillation.ipynb).
 # **Time:** about a minute with the defaults.
 #
-# 1. Where do we start? 2. Prune. 3. Distill. 4. Round. 5. Do the gains multiply? 6. Does the order matter?
-# 7. The narrow rival. 8. All steps in one picture. Then the benchmark, and the committed results.
+# **Contents.** 1 · Where do we start? 2 · Prune. 3 · Distill. 4 · Round. 5 · Do the gains multiply? 6 · Does the order
+# matter? 7 · The narrow rival. 8 · All steps in one picture. Then the benchmark, and the committed results.
 
 # %% tags=["parameters"]
 macs: float = 16.0  # [1, 1000] how many times fewer multiplications (MACs) pruning leaves
 lambda_: float = 1e-10  # (0, 1) the loss that one bit of the file may cost
-epochs: float = 4.0  # [0.01, 1000] of distillation; the rival gets these on top of the baseline's
+epochs: float = 4.0  # [0.01, 1000] of distillation in sections 3 to 7; the rival gets as many more
+learning_rate: float = 0.01  # [0.00001, 1] peak of every training here, the benchmark's, too
 temperature: float = 4.0  # [0.1, 100] of the teacher's soft labels
 alpha: float = 0.9  # [0, 1] share of the soft labels in the loss
 seed: int = 1  # [0, 1000000] of new weights, of the images that score, of the order of training
@@ -40,10 +41,7 @@ controls: list = [{"method": "small_dense", "macs": 16, "lambda_": 1e-10}]  # ri
 peers: list = []  # other tools, such as {"method": "torch_pruning_nncf", "macs": 16}
 prune_epochs: float = 0.5  # [0.001, 1000] of training behind the stage prune
 quantize_epochs: float = 0.5  # [0.001, 1000] of training with the rounding
-distill_epochs: float = (
-    1.0  # [0.001, 1000] of distillation; every configuration trains for the sum of these three
-)
-learning_rate: float = 0.01  # [0.00001, 1] peak of each of these trainings
+distill_epochs: float = 1.0  # [0.001, 1000] of the stage distill; each network trains for all three
 batch_size: int = 0  # [0, 4096] images a step of these trainings; 0: as the baseline
 copies: int = 0  # [0, 64] augmentations of each image with cached teacher logits; 0: online
 scoring_images: int = 256  # [2, 100000] training images for scores, curvature, ranges and batch-norm
@@ -102,7 +100,7 @@ print(f"{first['bytes']:,} bytes, {first['MACs']:,} MACs, {first['accuracy (%)']
 # A narrower network is smaller *and* faster, so it comes first. A Fisher score estimates how much the loss rises if a
 # channel is removed ([Theis et al., 2018](https://arxiv.org/abs/1801.05787)). Remove the lowest-scoring channels until
 # the network has 16 times fewer MACs. Then refit the next layer's remaining weights by least squares, which
-# **compensates** for the missing input, and re-estimate batch-norm. All four steps are built in
+# **compensates** for the missing input, and re-estimate batch-norm on the same images. All four steps are built in
 # [03](03_pruning.ipynb).
 #
 # *Predict*: with 16 times fewer MACs, how many times fewer parameters? Most parameters are in the last stage, most MACs
@@ -143,6 +141,11 @@ print(f"the package's stage `prune` gives the same network: {same}")
 # labels $y$ and the teacher's softened probabilities $p$ ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531)):
 #
 # $$L = (1-\alpha)\,\text{CE}(q^{(1)}, y) + \alpha\, T^2\, \text{KL}(p^{(T)} \,\|\, q^{(T)})$$
+#
+# The student's probabilities are $q$. A superscript is the **temperature** by which logits are divided before the
+# softmax: $T$ is `temperature`, and 1 changes nothing. CE is the cross-entropy with the labels, KL how far $q$ is from
+# $p$. The share of the teacher, $\alpha$, is `alpha`. Gradients of softened probabilities shrink by $T^2$; the factor
+# undoes that.
 #
 # *Predict*: how much of the lost accuracy comes back in a few epochs?
 
@@ -191,7 +194,8 @@ print(f"pruning lost {lost:.2f} percentage points, distillation brought back {ba
 # Now each weight becomes a small integer. Plain rounding takes the nearest one. **Second-order rounding** takes the one
 # for which loss and bits together cost least: $\Delta L + \lambda \cdot \text{bits}$, where $\Delta L$ is estimated from
 # the curvature (built in [02](02_quantization.ipynb)). $\lambda$ is the loss that one bit may cost. Entropy coding then
-# makes frequent integers cheap. Activations get 8 bits.
+# makes frequent integers cheap. Activations get 8 bits; a few training images **calibrate** their ranges. Files, tables
+# and the benchmark call this stage *quantize*.
 #
 # *Predict*: the file holds 16 bits a weight now. How many will be left?
 
@@ -237,8 +241,9 @@ print("The gains multiply." if ratio > 0.9 else overlap)
 #
 # ## 6 · Does the order matter?
 #
-# Swap the last two steps: round first, then distill. *Predict*: after one gradient step on a rounded network, how many
-# of its weights are still one of the integers times their step?
+# Swap the last two steps: round first, then distill. A rounded weight is an integer times its channel's **step**.
+# `pipeline.unrounded` gives back the same values as plain floats, which can be trained. *Predict*: after one gradient
+# step on them, how many are still an integer times the step?
 
 # %% tags=["machine-dependent"]
 rounded_first = quantize(pruned)
@@ -252,17 +257,11 @@ still = (after == before).float().mean()
 print(f"{before.unique().numel()} different values before the step, {after.unique().numel()} after it")
 print(f"{100 * still:.0f} % of the weights are still on their integer")
 
-# %% tags=["nbval-check-output"]
-try:
-    structured.remove_channels(rounded_first, {"layer1.0.conv1": torch.arange(8)})
-except ValueError as error:
-    print(f"prune what is rounded: {error}")
-
 # %% [markdown]
-# So rounded weights cannot simply train on, nor be pruned. **Quantization-aware training**
-# keeps float weights behind the integers and learns each channel's step
-# ([LSQ, Esser et al., 2020](https://arxiv.org/abs/1902.08153); built in [02](02_quantization.ipynb)). So the swapped
-# order goes back to floats, trains with the rounding in the loop, and rounds once more.
+# So rounded weights cannot simply train on. **Quantization-aware training** keeps float weights behind the integers and
+# learns each channel's step ([LSQ, Esser et al., 2020](https://arxiv.org/abs/1902.08153); built in
+# [02](02_quantization.ipynb)). The swapped order goes back to floats, starts LSQ from the steps of the first rounding,
+# trains with the rounding in the loop, and rounds once more.
 
 # %% tags=["machine-dependent"]
 from nnc_utils import encoding
@@ -282,14 +281,15 @@ measure("pruned, rounded, distilled", train_rounded(rounded_first))
 orders = ["pruned, distilled, rounded", "pruned, rounded, distilled"]
 pd.DataFrame(steps).T.loc[orders].drop(columns="right")
 
+# %% [markdown]
+# Which is better? Both were scored on the same images, so only images on which they differ count. The **paired
+# difference**, in percentage points (pp), stands with its 95 % interval, as in [01](01_baseline.ipynb).
+
 # %% tags=["machine-dependent"]
 def between(ours: str, theirs: str) -> str:
     """The paired difference of two steps on the validation images, as a sentence."""
-    sides = {
-        f"{side}_correct": steps[name]["right"]
-        for side, name in (("compressed", ours), ("reference", theirs))
-    }
-    interval = evaluation.paired_interval(**sides)
+    right, reference = steps[ours]["right"], steps[theirs]["right"]
+    interval = evaluation.paired_interval(compressed_correct=right, reference_correct=reference)
     low, mean, high = interval.low, interval.mean, interval.high
     verdict = "ours is better" if low > 0 else "ours is worse" if high < 0 else "these images cannot tell"
     smaller = steps[theirs]["bytes"] / steps[ours]["bytes"]
@@ -400,7 +400,8 @@ results.verdicts()
 # **Questions.** (1) Why is the product of the two factors not reached? (2) What does a removed channel do to the scale
 # of the layer that reads it? (3) Why must the rival get the baseline's epochs, too?
 #
-# **Exercises.** (1) Set `lambda_ = 1e-8`: what is left? (`python -m nnc_utils.inspect FILE` shows each layer.) (2) Give the pipeline `"sparsity": 0.5`: does the
+# **Exercises.** (1) Set `lambda_ = 1e-8`: what is left? `python -m nnc_utils.inspect FILE` shows each layer. (2) Give the
+# pipeline `"sparsity": 0.5`, so that half of the weights it keeps become 0: does the
 # file shrink by half? (3) Add `{"method": "pipeline", "stages": ["narrow", "distill", "quantize"], "macs": 16,
 # "bits": 4}` to `configurations`: what are the large network's weights worth?
 #

@@ -23,10 +23,10 @@
 # network so that the number holds, and say which speed-up is yours. **You need** [02](02_quantization.ipynb) and
 # [03](03_pruning.ipynb). **Time:** 45 minutes to read, a minute to run.
 #
-# 1. Folding batch-norm. 2. A layer in integers. 3. Are the file's codes the runtime's? 4. Does it run in integers? 5. What does
-# one timing say? 6. The benchmark: which speed-up do you quote? 7. What does signed int8 cost? 8. What does a mask gain?
-# 9. Multiplications, bytes, milliseconds. 10. Which networks are worth having? 11. What fits a device? 12. Are the answers the
-# same? 13. Would you measure the same again? Then the committed results.
+# **Contents.** 1 · Folding batch-norm. 2 · A layer in integers. 3 · Are the file's codes the runtime's? 4 · Does it run
+# in integers? 5 · What does one timing say? 6 · The benchmark: which speed-up do you quote? 7 · What does signed int8
+# cost? 8 · What does a mask gain? 9 · Multiplications, bytes, milliseconds. 10 · Which networks are worth having? 11 ·
+# What fits a device? 12 · Are the answers the same? 13 · Would you measure the same again? Then the committed results.
 #
 # Write down your prediction before you run a cell.
 

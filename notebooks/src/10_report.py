@@ -24,8 +24,8 @@
 # is and why it is not chosen on the test set, and read a comparison without being fooled by it. **You need** notebook
 # [01](01_baseline.ipynb). **Time:** about a minute, once the runs of 01, 02, 03 and 07 are there.
 #
-# 1. A row. 2. An interval. 3. Is the interval honest? 4. Seeds. 5. A verdict. 6. A claim. 7. A race against rivals.
-# 8. Times. Then the benchmark: the tables of your runs.
+# **Contents.** 1 · A row. 2 · An interval. 3 · Is the interval honest? 4 · Seeds. 5 · A verdict. 6 · A claim. 7 · A
+# race against rivals. 8 · Times. Then the benchmark: the tables of your runs.
 
 # %% tags=["parameters"]
 limit: float = -0.3  # [-10, 0] percentage points below the uncompressed network that still count as good

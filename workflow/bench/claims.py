@@ -1,7 +1,8 @@
 """What is claimed, decided on validation images before the test set is scored: by one seed, then by all.
 
 A race is what competes for one claim. Its winner is the smallest file that is likely within 0.3 points of its
-reference; networks that lost channels or blocks race by MACs.
+reference; networks that lost channels or blocks race by MACs, students
+and searched networks by accuracy (`session.Bench`).
 """
 
 from __future__ import annotations
