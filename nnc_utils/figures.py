@@ -198,7 +198,7 @@ def _series(row: dict) -> str:
             told.append(" → ".join(value.split(",")))
         elif setting in kept and value:
             told.append(f"MACs ÷ {value:g}")
-        elif setting not in (*BUDGETS, *UNNAMED) and value:
+        elif setting not in (*BUDGETS, *UNNAMED) and value not in ("", 0, "group"):
             told.append(setting if value is True else str(value))
     return ", ".join([name(settings.get("family") or row["method"]), *(name(word) for word in told if word)])
 

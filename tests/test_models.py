@@ -124,9 +124,8 @@ def test_a_random_spec_is_built_counted_and_written_as_it_says(seed):
     model, called = build(spec).eval(), []
     assert models.parameters(spec) == sum(p.numel() for p in model.parameters())
     described = layers(spec)
-    assert [x.name for x in described] == [
-        n.removesuffix(".weight") for n, t in model.state_dict().items() if t.ndim in (2, 4)
-    ]
+    weights = [n.removesuffix(".weight") for n, t in model.state_dict().items() if t.ndim in (2, 4)]
+    assert [x.name for x in described] == weights
     sizes = {}
     for layer in described:
         module = model.get_submodule(layer.name)
@@ -249,7 +248,6 @@ def test_activation_rounds_to_its_range_and_passes_the_gradient_inside():
         (lambda: one_block(stride=2), ["layer1.0.conv2", "stride 2", "conv1", "projection"]),
         (lambda: one_block(widths=(8, 8, 8), kernels=(3, 3)), ["layer1.0", "3 widths", "2 convolutions"]),
         (lambda: one_block(kernels=(3, 4)), ["layer1.0.conv2", "kernel 4", "odd"]),
-        (lambda: one_block(kernels=(0, 3)), ["layer1.0.conv1", "kernel 0", "odd"]),
         (lambda: one_block(widths=(0, 8)), ["layer1.0.conv1: width", "0"]),
         (lambda: one_block(stride=0), ["layer1.0: stride", "0"]),
         (lambda: one_block(connection="sum"), ["layer1.0", "'sum'", "identity, projection, none"]),

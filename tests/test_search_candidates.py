@@ -143,11 +143,8 @@ def test_a_shard_retrains_what_another_found(bench):
     assert wanted[0].method == found["winner"]["method"] and not wanted[0].control and wanted[2].control
     assert winner.network.spec == distilled.network.spec == models.Spec.from_json(found["winner"]["spec"])
     macs = [models.macs(built.network.spec) for built in (winner, alone, narrow, three)]
-    assert (
-        min(macs[2:]) >= max(macs[:2])
-        and wanted[3].control == "three_stage"
-        and macs[0] <= models.macs(models.resnet(18, **ABOUT)) / 100
-    )
+    assert min(macs[2:]) >= max(macs[:2]) and wanted[3].control == "three_stage"
+    assert macs[0] <= models.macs(models.resnet(18, **ABOUT)) / 100
     assert {built.train_images for built in (winner, alone, narrow, three, distilled, compressed)} == {5 * 16}
     assert compressed.train_seconds > 1e6 > distilled.train_seconds  # its teacher's training counts
     kernels = [built.network.conv1.weight.detach().numpy() for built in (winner, distilled)]

@@ -20,9 +20,7 @@ COMMITTED = Path(__file__).parents[1] / "results/standard/provenance.json"
 def clock(spec):
     """Milliseconds by a law of its own: for a call, a convolution, a multiplication, a narrow pixel."""
     convolutions = [layer for layer in models.layers(spec) if layer.kind == "conv"]
-    full = sum(
-        -(-layer.out_channels // 16) * 16 * layer.macs / layer.out_channels for layer in convolutions[1:]
-    )
+    full = sum(-(-x.out_channels // 16) * 16 * x.macs / x.out_channels for x in convolutions[1:])
     narrow = sum((layer.kernel * layer.size_out) ** 2 for layer in convolutions[1:] if layer.in_channels < 16)
     return 0.01 + 0.002 * len(convolutions) + 1e-8 * full + 1e-5 * narrow
 
@@ -36,18 +34,16 @@ def test_the_features_of_a_block_are_those_counted_by_hand():
     """6 channels of 8x8 to 20 of 4x4: 6 fill up to 8, 20 to 32 as outputs; 5x5, 3x3 and a projection."""
     block = models.BlockSpec((20, 20), (5, 3), 2, "projection")
     spec = models.Spec(1, 8, 10, "small", 6, "basic", ((block,),))
-    stem, inside, classifier = (
-        dict(zip(latency.FEATURES, latency.features(*p), strict=True)) for p in parts(spec)
-    )
+    counts = [latency.features(*part) for part in parts(spec)]
+    stem, inside, classifier = (dict(zip(latency.FEATURES, count, strict=True)) for count in counts)
     counted = {"convolutions": 3, "5x5 MACs": 8 * 32 * 25 * 16, "3x3 MACs": 20 * 32 * 9 * 16}
     counted |= {"1x1 MACs": 8 * 32 * 16, "outputs": 3 * 20 * 16, "additions": 1}
     counted |= {"gathered inputs": (6 * 25 + 20 * 9 + 6) * 16, "weights": 20 * (6 * 25 + 20 * 9 + 6)}
     counted |= {"gathered pixels of few channels": (25 + 1) * 16}
     assert {name: value for name, value in inside.items() if value} == counted
     counted = {"network": 1, "convolutions": 1, "stem MACs": 4 * 16 * 9 * 64, "outputs": 6 * 64}
-    assert {name: value for name, value in stem.items() if value} == counted | {
-        "gathered inputs": 9 * 64, "weights": 54,
-    }  # fmt: skip
+    counted |= {"gathered inputs": 9 * 64, "weights": 54}
+    assert {name: value for name, value in stem.items() if value} == counted
     assert {name: value for name, value in classifier.items() if value} == {"outputs": 10, "weights": 200}
 
 

@@ -93,9 +93,8 @@ def test_limits_are_checked_and_an_impossible_one_says_what_the_smallest_costs()
             Costs(FASHION, limits)
     params = models.parameters(FASHION.spec(FASHION.smallest))
     assert Costs(FASHION, {"macs": least, "params": params}).ratio(FASHION.smallest) == 1
-    assert (
-        Costs(FASHION, {"macs": 4 * least, "params": 2 * params}).ratio(FASHION.smallest) == 0.5
-    )  # the worse
+    worse = Costs(FASHION, {"macs": 4 * least, "params": 2 * params})
+    assert worse.ratio(FASHION.smallest) == 0.5
 
 
 def test_draws_keep_the_limits():
@@ -124,9 +123,8 @@ def test_nobody_else_imports_the_search():
     """Else an edit of search/ would mark the rows of every technique as those of other code."""
     root = Path(models.__file__).parents[1]
     allowed = {"nnc_utils/peers/optuna_nsga2.py", "notebooks/src/05_architecture_search.py"}
-    files = [
-        file for top in ("nnc_utils", "workflow", "notebooks/src") for file in (root / top).rglob("*.py")
-    ]
+    tops = ("nnc_utils", "workflow", "notebooks/src")
+    files = [file for top in tops for file in (root / top).rglob("*.py")]
     assert len(files) > 50
     importers = {
         file.relative_to(root).as_posix()
