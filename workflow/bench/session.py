@@ -360,7 +360,7 @@ class Bench:
 
     def with_reference(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows, behind the one of the uncompressed network: what figures are drawn of."""
-        return pd.concat([pd.DataFrame([self.baseline.baseline.model_dump()]), table], ignore_index=True)
+        return pd.DataFrame([self.baseline.baseline.model_dump(), *table.to_dict("records")])
 
     def finish(self, latency: Iterable[dict[str, Any]] = (), **extra: Any) -> Run:
         """Write `result.json`: rows, files, what is missing, and what later notebooks want to know."""
