@@ -28,9 +28,8 @@ from nnc_utils.rows import (
 PIPELINE = "prune,distill,quantize"  # its stages: held against the other orders, and against every rival
 COLUMNS = ("technique", "method", "division", "control", "run", "train_images", "all_images")  # no settings
 LARGER = ", in a larger file"
-FROM_SCRATCH = {
-    "control": ("from_scratch", "small_dense")
-}  # their training is not in addition to the baseline's
+# their training is not in addition to the baseline's
+FROM_SCRATCH = {"control": ("from_scratch", "small_dense")}
 
 
 class Pair(NamedTuple):
