@@ -88,20 +88,22 @@ def _pass(model: nn.Module, images: Tensor, see: Callable, *, batch_size: int, s
 
 
 class _InputMoments:
-    """Second moments of each layer's inputs, from as many output pixels as `rows`."""
+    """Second moments of each layer's inputs, from so many output pixels, or a multiple of its inputs."""
 
-    def __init__(self, model: nn.Module, rows: int) -> None:
-        self.layers, self.rows = {layer.name: layer for layer in models.layers(model.spec)}, rows
+    def __init__(self, model: nn.Module, rows: int, multiple: float = math.inf) -> None:
+        self.layers = {layer.name: layer for layer in models.layers(model.spec)}
+        lengths = {name: math.prod(layer.weight_shape[1:]) for name, layer in self.layers.items()}
+        self.rows = {name: min(rows, max(1024, multiple * length)) for name, length in lengths.items()}
         self.seen, self.sums = dict.fromkeys(self.layers, 0), dict.fromkeys(self.layers, 0.0)
 
     def add(self, name: str, inputs: Tensor) -> None:
-        layer, left = self.layers[name], self.rows - self.seen[name]
+        layer, left = self.layers[name], self.rows[name] - self.seen[name]
         if left <= 0:
             return
         if layer.kind == "conv":
             inputs = functional.unfold(inputs, layer.kernel, 1, layer.kernel // 2, layer.stride)
             inputs = inputs.transpose(1, 2).flatten(0, 1)
-        some = inputs[:: max(1, len(inputs) // left)]  # of all these images, not all pixels of a few
+        some = inputs[:: max(1, int(len(inputs) // left))]  # of all these images, not all pixels of a few
         self.sums[name] += some.T @ some
         self.seen[name] += len(some)
 
@@ -115,15 +117,14 @@ def input_moments(
 ) -> dict[str, Tensor]:
     """`Curvature.inputs` of each layer alone, without a backward pass; parameters as for `curvatures`.
 
-    No image is looked at once each layer has its `rows`, or four for each of its inputs.
+    Two output pixels for each input of a layer are enough; once all have them no further image is looked at.
     """
     models.check_images(model, images)
-    network, moments = sample.frozen_copy(model), _InputMoments(model, rows)
-    enough = {name: min(rows, 4 * math.prod(x.weight_shape[1:])) for name, x in moments.layers.items()}
+    network, moments = sample.frozen_copy(model), _InputMoments(model, rows, multiple=2)
     with sample.watched(network, moments.layers, lambda name, inputs, outputs: moments.add(name, inputs)):
         for batch in sample.sent(progress(images.split(batch_size), "input moments"), network):
             sample.check_finite(network(batch))
-            if all(moments.seen[name] >= enough[name] for name in enough):
+            if all(moments.seen[name] >= rows for name, rows in moments.rows.items()):
                 break
     home = next(model.parameters()).device
     return {name: moment.to(home) for name, moment in moments.means().items()}

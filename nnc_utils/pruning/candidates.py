@@ -20,6 +20,7 @@ from nnc_utils.training import cross_entropy
 
 HAND = {"conv1": 0.5, "layer1": 0.3, "layer2": 0.4, "layer3": 0.5, "layer4": 0.6, "fc": 0.7}
 SCAN_IMAGES, BLOCK_IMAGES = 64, 500  # validation images that layers, and blocks, are measured on
+NORM_IMAGES = 1024  # more change no statistic beside the dense network's by more than noise
 Rates = dict[str, dict[float, float]]  # layer -> share of zeros -> bytes, or loss
 
 
@@ -85,7 +86,10 @@ def _float(configuration: Configuration, bench: Any) -> Built:
             )
             seen, seconds = seen + history.images, seconds + history.seconds
     if getattr(configuration, "reestimate", False):
-        network = batch_norm.reestimate(network, images, original=None if seen else bench.dense)
+        if seen:
+            network = batch_norm.reestimate(network, images)
+        else:
+            network = batch_norm.reestimate(network, images[:NORM_IMAGES], original=bench.dense)
     return Built(network.eval(), seen, seconds)
 
 

@@ -18,7 +18,7 @@ from nnc_utils.pruning.structured import check_plain
 from nnc_utils.training import progress
 
 DAMPING = 0.05  # of H, a share of its mean diagonal: directions that no image showed still cost something
-ROUNDS, ITERATIONS = 4, 8
+ROUNDS, ITERATIONS = 4, 6
 
 
 def damped(moment: Tensor) -> Tensor:
