@@ -24,9 +24,10 @@
 # channels across residual connections; and tell a smaller file from a smaller computation. **You need**
 # [01](01_baseline.ipynb). **Time:** about a minute with the defaults.
 #
-# 1. What is a mask? 2. Which weights matter? 3. Can the others make up for it? 4. What fooled us. 5. The same share for
-# each layer? 6. Two of four. 7. What does a mask save? 8. Removing channels. 9. Which channels? 10. Compensating the
-# layers behind. 11. Removing blocks. 12. When to prune, and fine-tuning. Then the benchmark, and the committed results.
+# **Contents.** 1 · What is a mask? 2 · Which weights matter? 3 · Can the others make up for it? 4 · What fooled us. 5 ·
+# The same share for each layer? 6 · Two of four. 7 · What does a mask save? 8 · Removing channels. 9 · Which channels?
+# 10 · Compensating the layers behind. 11 · Removing blocks. 12 · When to prune, and fine-tuning. Then the benchmark,
+# and the committed results.
 
 # %% tags=["parameters"]
 sparsity: float = 0.9  # (0, 1) share of the weights that a mask removes
@@ -888,9 +889,8 @@ results.verdicts()
 
 # %% tags=["machine-dependent"]
 from nnc_utils import configurations as known
-from nnc_utils.provenance import root
 
-table = pd.read_csv(root() / "results" / results.name / "compression.csv").fillna("")
+table = pd.read_csv(results.folder / "compression.csv").fillna("")
 table = table[table["method"].isin(["weights", "obs", "reconstruct"])].drop_duplicates(["method", "settings"])
 accuracies = {}
 for row in table.itertuples():
@@ -911,8 +911,8 @@ print("above magnitude:", "; ".join(above) or "none")
 #
 # **Was the large network worth training?** `from_scratch` copies the pruned architecture with new weights; the narrow
 # ResNet scales all widths equally. Both train for the large network's images and the fine-tuning's together. Elsewhere
-# such networks were as good as pruned ones ([Liu et al., 2019](https://arxiv.org/abs/1810.05270)). "Cannot tell" is no proof of equality: look at
-# the width of the interval. What pruning does save is time, if you have the large network already.
+# such networks were as good as pruned ones ([Liu et al., 2019](https://arxiv.org/abs/1810.05270)). "Cannot tell" is no
+# proof of equality: look at the width of the interval. What pruning does save is time, if you have the large network already.
 #
 # ## Summary
 #

@@ -23,9 +23,9 @@
 # widths, count the teacher's cost, and tell with controls whether a teacher helped. **You need**
 # [01](01_baseline.ipynb). **Time:** about a minute with the defaults.
 #
-# 1. What does a teacher know? 2. Soft labels. 3. Silent bugs. 4. Decoupled soft labels. 5. Standardized logits and
-# correlations. 6. Features. 7. Attention. 8. Is it the teacher that helps? 9. What does a teacher cost? Then the
-# benchmark, and the committed results.
+# **Contents.** 1 · What does a teacher know? 2 · Soft labels. 3 · Silent bugs. 4 · Decoupled soft labels. 5 ·
+# Standardized logits and correlations. 6 · Features. 7 · Attention. 8 · Is it the teacher that helps? 9 · What does a
+# teacher cost? Then the benchmark, and the committed results.
 
 # %% tags=["parameters"]
 width: float = 0.25  # (0, 1] of the student, as a share of ResNet-18's channels

@@ -107,7 +107,7 @@ print(f"{first['bytes']:,} bytes, {first['MACs']:,} MACs, {first['accuracy (%)']
 # are not.
 
 # %% tags=["machine-dependent"]
-from nnc_utils.pruning import channels, structured
+from nnc_utils.pruning import channels
 
 
 def prune(network: models.ResNet, fewer: float) -> models.ResNet:
