@@ -286,7 +286,7 @@ print(f"loss {float(delta @ moment @ delta) / 2:.3f} instead of {float(moment[0,
 # weights by $w_q^2/[H^{-1}]_{qq}$, remove some, correct again ([Frantar and Alistarh, 2022](https://arxiv.org/abs/2208.11580);
 # [SparseGPT, 2023](https://arxiv.org/abs/2301.00774)).
 
-# %% tags=["nbval-check-output"]
+# %%
 from nnc_utils.pruning import reconstruct
 
 

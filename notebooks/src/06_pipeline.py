@@ -31,7 +31,6 @@
 macs: float = 16.0  # [1, 1000] how many times fewer multiplications (MACs) pruning leaves
 lambda_: float = 1e-10  # (0, 1) the loss that one bit of the file may cost
 epochs: float = 4.0  # [0.01, 1000] of distillation in sections 3 to 7; the rival gets as many more
-learning_rate: float = 0.01  # [0.00001, 1] peak of every training here, the benchmark's, too
 temperature: float = 4.0  # [0.1, 100] of the teacher's soft labels
 alpha: float = 0.9  # [0, 1] share of the soft labels in the loss
 seed: int = 1  # [0, 1000000] of new weights, of the images that score, of the order of training
@@ -42,6 +41,7 @@ peers: list = []  # other tools, such as {"method": "torch_pruning_nncf", "macs"
 prune_epochs: float = 0.5  # [0.001, 1000] of training behind the stage prune
 quantize_epochs: float = 0.5  # [0.001, 1000] of training with the rounding
 distill_epochs: float = 1.0  # [0.001, 1000] of the stage distill; each network trains for all three
+learning_rate: float = 0.01  # [0.00001, 1] peak of these three, and of the trainings in the sections
 batch_size: int = 0  # [0, 4096] images a step of these trainings; 0: as the baseline
 copies: int = 0  # [0, 64] augmentations of each image with cached teacher logits; 0: online
 scoring_images: int = 256  # [2, 100000] training images for scores, curvature, ranges and batch-norm
