@@ -136,8 +136,10 @@ def registry(*modules: str) -> dict[str, type[Configuration]]:
     return kinds
 
 
-def read(mappings: Iterable[Mapping[str, Any]], *modules: str) -> list[Configuration]:
+def read(mappings: Iterable[Mapping[str, Any]], *modules: str, repeated=False) -> list[Configuration]:
     """The configurations of mappings with `method` and its settings; `modules` (none: all) allow methods.
+
+    The same twice is a fault unless `repeated`.
 
     Raises
     ------
@@ -155,7 +157,8 @@ def read(mappings: Iterable[Mapping[str, Any]], *modules: str) -> list[Configura
         except ValidationError as error:
             faults += [f"{place}: {mapping!r}: {_said(problem)}" for problem in error.errors()]
     names = [f"{one.method} {one.key}".strip() for one in configurations]
-    faults += [f"{name} occurs twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1 and not repeated]
+    faults += [f"{name} occurs twice" for name in twice]
     if faults:
         raise ConfigurationError("\n  ".join(["these configurations cannot be measured:", *faults]))
     return configurations

@@ -32,12 +32,12 @@ def bench(tmp_path_factory):
         return SimpleNamespace(artifact_sha256=shas[name], control=control, headline=headline, seed=1)
 
     known = {"int8": row("int8"), "narrow": row("narrow"), "masked": row("masked")}
-    known |= {"stage": row("stage", "after_prune")}
-    run = SimpleNamespace(artifact=paths.get, compression=[*known.values(), row("claim", headline=1)])
+    known |= {"stage": row("stage", "after_prune"), "claim": row("claim", headline=1)}
+    run = SimpleNamespace(artifact=paths.get, compression=[*known.values()])
     named = {"uniform": "int8", "channels": "narrow", "weights": "masked"}
 
     def rows_of(configuration, stage=""):
-        name = "stage" if stage == "prune" else named.get(configuration.method)
+        name = {"prune": "stage", "distill": "claim"}.get(stage) or named.get(configuration.method)
         return [(run, known[name])] if name and configuration.settings.get("bits") != 3 else []
 
     baseline = SimpleNamespace(baseline=row("dense"), artifact=lambda name: paths[shas["dense"]])
@@ -48,7 +48,13 @@ def bench(tmp_path_factory):
 
 def test_narrow_networks_run_everywhere_others_in_onnx_runtime(bench, monkeypatch):
     monkeypatch.setattr(runtimes, "available", lambda *_: "not installed")
-    mappings = [INT8, NARROW, MASKED, STAGE | {"stage": "prune"}]
+    mappings = [
+        INT8,
+        NARROW,
+        MASKED,
+        STAGE | {"stage": "prune"},
+        STAGE | {"stage": "distill"},
+    ]  # one pipeline
     timing = latency.Timing(bench, mappings, ["eager", "inductor", "onnxruntime", "openvino"])
     asked = {}
     for r in timing.requests():

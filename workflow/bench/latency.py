@@ -51,7 +51,7 @@ class Timing:
         faults, self.networks = [], []
         if unknown := set(in_runtimes) - set(runtimes.NAMES):
             faults.append(f"unknown runtime {', '.join(unknown)}: one of {', '.join(runtimes.NAMES)}")
-        for configuration, stage in zip(configurations.read(mappings), stages):
+        for configuration, stage in zip(configurations.read(mappings, repeated=True), stages):
             if upstream := bench.rows_of(configuration, stage):
                 run, row = upstream[0]
                 self.networks.append(Network(row, run.artifact(row.artifact_sha256)))
