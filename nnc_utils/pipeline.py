@@ -81,6 +81,7 @@ def _tool(configuration: Configuration, bench: Any) -> Built:
     tool, options, of = configuration.method, {}, getattr(configuration, "of", None)
     if tool == "torch_pruning_nncf":
         tool, of = "nncf_ptq", {"method": "torch_pruning", "macs": configuration.macs, "train": "finetune"}
+        of["uniform"] = True  # the library's default
     elif tool == "nncodec_pruned":
         tool, options = "nncodec", {"qp": configuration.qp, "reestimate": True}
         of = {"method": "pipeline", "stages": ["prune", "distill"], "macs": configuration.macs}
