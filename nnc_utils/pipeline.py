@@ -81,7 +81,6 @@ def _tool(configuration: Configuration, bench: Any) -> Built:
     tool, options, of = configuration.method, {}, getattr(configuration, "of", None)
     if tool == "torch_pruning_nncf":
         tool, of = "nncf_ptq", {"method": "torch_pruning", "macs": configuration.macs, "train": "finetune"}
-        of["uniform"] = True  # the library's default
     elif tool == "nncodec_pruned":
         tool, options = "nncodec", {"qp": configuration.qp, "reestimate": True}
         of = {"method": "pipeline", "stages": ["prune", "distill"], "macs": configuration.macs}
@@ -188,7 +187,7 @@ class _Work:
     def _torch(self, network: models.ResNet, budgets: Budgets) -> models.ResNet:
         if why := peers.available("torch_pruning"):
             raise ValueError(f"Torch-Pruning: {why}")
-        options = {"images": self.images, "labels": self.labels, "everywhere": budgets.uniform}
+        options = {"images": self.images, "labels": self.labels, "everywhere": True}  # its default
         options["macs"] = self.whole / budgets.macs
         network = peers.peer("torch_pruning").prune(network, budgets.score, **options)
         return batch_norm.reestimate(network, self.images)

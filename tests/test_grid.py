@@ -1,8 +1,6 @@
 """Which runs a profile has, what each builds on, and what of a profile is refused."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 
@@ -126,10 +124,3 @@ def test_what_a_profile_cannot_say(profile, change, message):
 
 def test_every_notebook_that_measures_is_in_the_report():
     assert set(STAGES["10_report"]["upstream"]) == set(STAGES) - {"10_report"}
-
-
-def test_other_tools_prune_by_their_default():
-    """Torch-Pruning takes the same share of each group by default; one ranking of all is far weaker here."""
-    for profile in Path(__file__).parents[1].glob("workflow/profiles/*.yaml"):
-        asked = re.findall(r"\{method: torch_pruning,[^}]*\}", profile.read_text(encoding="utf-8"))
-        assert [mapping for mapping in asked if "uniform: true" not in mapping] == [], profile.name
