@@ -113,3 +113,13 @@ def test_a_file_of_a_given_size_is_met(bench, tmp_path):
     about = {"mean": digits.mean, "std": digits.std, "classes": digits.classes, "dtype": torch.float16}
     nbytes = artifact.save(one.network, tmp_path / "a.safetensors", **about).nbytes
     assert 7.5 < artifact.fp32_bytes(bench.dense.spec) / nbytes < 12
+
+
+def test_torch_pruning_keeps_its_default(monkeypatch):
+    """The same share of each group: one ranking of all groups made it a weak rival."""
+    asked, tool = {}, types.SimpleNamespace(prune=lambda network, score, **options: asked.update(options))
+    monkeypatch.setattr(pipeline, "peers", types.SimpleNamespace(available=lambda _: "", peer=lambda _: tool))
+    monkeypatch.setattr(pipeline.batch_norm, "reestimate", lambda *_: None)
+    work = types.SimpleNamespace(images=1, labels=2, whole=60)
+    pipeline._Work._torch(work, None, types.SimpleNamespace(macs=6, score="magnitude"))
+    assert asked == {"images": 1, "labels": 2, "macs": 10, "everywhere": True}
