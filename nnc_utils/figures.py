@@ -19,7 +19,7 @@ from nnc_utils.rows import AFTER, AGAIN, APART, NO_LOSS, SETTING, with_settings
 
 MARKERS = "osD^vP*X<>hdp8"
 SERIES = 6  # named in a figure at most; what is beyond is grey
-SHOWN = 4  # percentage points of accuracy below the best that a figure shows
+SHOWN = 3  # percentage points of accuracy below the best that a figure shows
 KEY = ["dataset", "technique", "method", "settings", "control"]
 NARROW = ("small_dense", "small_dense_qat4", "small_dense_distilled", "searched")  # controls: narrow networks
 BUDGETS = (
@@ -115,7 +115,9 @@ def parameters_against_accuracy(compression: pd.DataFrame, axes: Axes | None = N
     """How good is a network of so many parameters? Controls, such as students without a teacher, are grey."""
     axes = axes or plt.subplots(figsize=(8, 4.2))[1]
     _lines(axes, _pooled(compression, compression["params"]), grey_controls=True)
-    counts = sorted(set(compression[~_is_reference(compression)]["params"]))
+    counts: list[int] = []  # labels, where there is room for one
+    for count in sorted(set(compression["params"])):
+        counts += [count] if not counts or count > 1.25 * counts[-1] else []
     axes.set(xscale="log", xlabel="parameters", title="How good is a small network?")
     axes.set_xticks(counts, [f"{count / 1e6:.2g} M" for count in counts])
     axes.minorticks_off()
@@ -131,8 +133,8 @@ def claims_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None)
     shown = compression["control"].isin(["", "dense_finetuned", *NARROW])
     shown &= ~compression["method"].isin(["gzip", "xz", "zstd"])
     table = _pooled(compression[shown], compression["size_ratio"][shown])
-    for (kind, rows), marker in zip(table.groupby(_kinds(table), sort=False), MARKERS, strict=False):
-        label, colour = _kind(kind)
+    for kind, rows in table.groupby(_kinds(table), sort=False):
+        label, colour, marker = _kind(kind)
         faint = (rows["seeds"] < table["seeds"].max()).map({True: 0.45, False: 1.0})
         hollow = {"facecolors": "white", "edgecolors": colour, "marker": marker, "alpha": faint, "zorder": 2}
         axes.scatter(rows["x"], rows["accuracy"], s=22, **hollow)
@@ -142,7 +144,7 @@ def claims_against_accuracy(compression: pd.DataFrame, axes: Axes | None = None)
         axes.errorbar(claimed["x"], claimed["accuracy"], (claimed["below"], claimed["above"]), **filled)
         axes.plot([], [], linestyle="none", color=colour, marker=marker, label=label)
         for _, row in claimed[claimed["accuracy"] > table["accuracy"].max() - SHOWN].iterrows():
-            place = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8, "color": colour}
+            place = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 10, "color": colour}
             axes.annotate(f"{row['x']:.0f}×", (row["x"], row["accuracy"]), **place)
     _reference(axes, table)
     _times(axes, table["x"], "times smaller than the fp32 file")
@@ -162,10 +164,10 @@ def _kinds(table: pd.DataFrame) -> pd.Series:
     return kinds.mask(table["control"] == "dense_finetuned", "baseline")
 
 
-def _kind(kind: str) -> tuple[str, tuple[float, float, float]]:
-    """Label and colour of one of `KINDS`, in every figure the same."""
+def _kind(kind: str) -> tuple[str, tuple[float, float, float], str]:
+    """Label, colour and marker of one of `KINDS`, in every figure the same."""
     label, place = KINDS[kind]
-    return label, sns.color_palette("colorblind")[place]
+    return label, sns.color_palette("colorblind")[place], MARKERS[list(KINDS).index(kind)]
 
 
 def _pooled(compression: pd.DataFrame, x: pd.Series) -> pd.DataFrame:
@@ -221,7 +223,7 @@ def _lines(axes: Axes, table: pd.DataFrame, *, grey_controls: bool = False) -> N
             axes.annotate(f"{row['bits']:g}", (row["x"], row["accuracy"]), **place)
     if others := order[SERIES:]:
         rows = table[table["series"].isin(others)]
-        label = f"{len(others)} others"
+        label = f"{len(others)} other{'s' if len(others) > 1 else ''}"
         axes.plot(rows["x"], rows["accuracy"], ".", color="lightgrey", zorder=1, label=label)
     if len(axes.figure.axes) == 1:  # the legend stands beside it
         axes.figure.set_size_inches(10, 4.5)
@@ -264,29 +266,25 @@ def _single(latency: pd.DataFrame, threads: int) -> pd.DataFrame:
 
 
 def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 1) -> Figure:
-    """Which networks are worth having? Accuracy against time: a colour a technique, a marker a runtime."""
+    """Which networks are worth having? Each once, in its fastest runtime; what none beats is joined."""
     axes = axes or plt.subplots(figsize=(8, 4.5))[1]
     rows = _single(latency, threads).dropna(subset=["accuracy"]).sort_values("p50_ms", kind="stable")
-    rows = rows[~rows["control"].str.startswith(AFTER)]
-    kinds, markers = _kinds(rows), dict(zip(rows["runtime"].unique(), MARKERS, strict=False))
-    for kind, (_, row) in zip(kinds, rows.iterrows(), strict=True):
-        colour = _kind(kind)[1]
-        face = colour if row["precision"] in ("int8", "s8s8") else "none"
-        style = {"facecolors": face, "edgecolors": colour, "marker": markers[row["runtime"]], "s": 70}
-        axes.scatter(row["p50_ms"], row["accuracy"], **style)
+    rows = rows[~rows["control"].str.startswith(AFTER)].drop_duplicates("artifact_sha256")
+    for kind, own in rows.groupby(_kinds(rows), sort=False):
+        label, colour, marker = _kind(kind)
+        axes.scatter(own["p50_ms"], own["accuracy"], color=colour, marker=marker, s=60, label=label)
     best = _worth_having(rows)
     axes.step(best["p50_ms"], best["accuracy"], where="post", color="grey", linewidth=1, zorder=0)
-    handles = [axes.scatter([], [], color=_kind(k)[1], label=_kind(k)[0]) for k in KINDS if k in set(kinds)]
-    handles += [axes.scatter([], [], color="black", marker=m, label=name(r)) for r, m in markers.items()]
-    if handles:
-        axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(rows):
+        least, most = rows["p50_ms"].min(), rows["p50_ms"].max()
         ticks = [t * 10.0**power for power in range(-3, 4) for t in (1, 2, 5)]
-        ticks = [t for t in ticks if 0.7 * rows["p50_ms"].min() < t < 1.4 * rows["p50_ms"].max()]
+        ticks = [t for t in ticks if 0.7 * least < t < 1.4 * most]
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
-    axes.set(xlabel="median milliseconds an image", ylabel="test accuracy (%)")
-    axes.set_title("Which networks are worth having? (filled: in integers)")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xlabel="median milliseconds an image, fastest runtime", ylabel="test accuracy (%)")
+    axes.set_title("Which networks are worth having?")
     _cut(axes, rows["accuracy"])
     return axes.figure
 
@@ -313,12 +311,17 @@ def headline(profile_dir: Path) -> Figure:
     """Smaller, worse, faster? The tables of one profile in one figure."""
     compression, latency = (read_table(profile_dir / f"{kind}.csv") for kind in ("compression", "latency"))
     style()
-    figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(15 if len(latency) else 10, 4.5))
+    figure, panels = plt.subplots(1, 2 if len(latency) else 1, figsize=(11, 5), sharey=True)
     left, *rest = np.atleast_1d(panels)
     claims_against_accuracy(compression, left)
+    handles, labels = left.get_legend_handles_labels()
     for right in rest:
         frontier(latency, right, threads=int(latency["threads"].min()))
-    figure.tight_layout()
+        right.set_ylabel("")
+    for axes in figure.axes:
+        axes.get_legend().remove()
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=4)
     return figure
 
 
@@ -353,6 +356,7 @@ def waterfall(compression: pd.DataFrame, latency: pd.DataFrame | None = None) ->
         panels[2].annotate(f"{accuracy:.2f}", (place, accuracy), **right)
     panels[2].set_title("test accuracy (%)")
     panels[2].margins(x=0.2)
+    figure.tight_layout()
     return figure
 
 
@@ -376,6 +380,5 @@ def write(profile_dir: Path) -> None:
     (profile_dir / "figures").mkdir(exist_ok=True)
     for key, figure in drawn.items():
         if figure is not None:
-            figure.tight_layout()
-            figure.savefig(profile_dir / "figures" / f"{key}.png")
+            figure.savefig(profile_dir / "figures" / f"{key}.png", bbox_inches="tight")
             plt.close(figure)

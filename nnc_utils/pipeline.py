@@ -194,6 +194,8 @@ class _Work:
 
     def _from_scratch(self, spec: models.Spec, name: str) -> models.ResNet:
         """New weights with the baseline's training, which the pruned networks had, too."""
+        if network := self.bench.trained_before(spec):
+            return network.eval()
         torch.manual_seed(self.bench.seed)
         network = models.build(spec)
         options = ("epochs", "learning_rate", "augment", "batch_size")

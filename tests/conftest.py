@@ -14,7 +14,7 @@ from small_networks import PLAIN, quantized
 from xdist.scheduler import LoadFileScheduling
 
 from bench import folder as notebook
-from bench import marks, publish
+from bench import marks, publish, readme
 from nnc_utils import artifact, data, encoding, evaluation, models, provenance, rows
 
 PARAMETERS = """\
@@ -200,7 +200,8 @@ def example(tmp_path_factory):
     run.finish(latency=rows.latency_rows(measured, networks, reference_sha256=reference))
     folders.append(run.folder)
     publish.publish(folders, "quick")
-    (root / "README.md").write_text("# T\n<!-- headline:begin -->\nold\n<!-- headline:end -->\nrest\n")
+    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in readme.BLOCKS]
+    (root / "README.md").write_text("# T\n" + "".join(blocks) + "rest\n")
     patch.undo()
     return types.SimpleNamespace(root=root, folders=folders, labels=labels, scores=scores)
 

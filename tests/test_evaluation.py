@@ -114,11 +114,11 @@ def test_docstring_examples_hold():
 
 
 def test_paired_interval_by_hand():
-    # d = 100, 0, -100, 100: mean 25, squared deviations 75^2 + 25^2 + 125^2 + 75^2 = 27500
+    # d = 100, 0, -100, 100: mean 25; with 100 and -100 the mean is 100/6, the sum of squares 5 * 100^2
     interval = paired_interval(
         compressed_correct=np.array([1, 1, 0, 1], bool), reference_correct=np.array([0, 1, 1, 0], bool)
     )
-    half = 1.96 * (27500 / 3) ** 0.5 / 2
+    half = 1.96 * ((50000 - 100**2 / 6) / 5) ** 0.5 / 2
     assert (interval.mean, interval.low, interval.high) == pytest.approx((25, 25 - half, 25 + half))
 
 
@@ -126,7 +126,9 @@ def test_paired_interval_by_hand():
 def test_paired_interval_of_several_seeds_is_scipys(seeds):
     compressed, reference = np.random.default_rng(2).random((2, seeds, 500)) < 0.8
     difference = 100 * (compressed.astype(float) - reference).mean(0)
-    low, high = scipy.stats.norm.interval(0.95, difference.mean(), scipy.stats.sem(difference))
+    more = np.append(difference, [100, -100])
+    error = scipy.stats.sem(more) * (502 / 500) ** 0.5
+    low, high = scipy.stats.norm.interval(0.95, difference.mean(), error)
     interval = paired_interval(compressed_correct=compressed, reference_correct=reference)
     assert interval.mean == pytest.approx(100 * compressed.mean() - 100 * reference.mean())
     assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-3)
@@ -142,9 +144,18 @@ def test_paired_interval_covers_the_true_difference_in_95_of_100_samples():
     assert 0.935 < inside / 2000 < 0.965
 
 
-def test_equal_networks_have_an_interval_of_no_width():
+def test_where_no_image_differs_the_rule_of_three_is_the_interval():
     same = np.array([[True, False, True]] * 2)
-    assert paired_interval(compressed_correct=same, reference_correct=same) == Interval(0.0, 0.0, 0.0)
+    assert paired_interval(compressed_correct=same, reference_correct=same) == Interval(0.0, -100.0, 100.0)
+
+
+@pytest.mark.parametrize("lost", [1, 5, 6, 12])
+def test_few_images_tell_as_much_as_an_exact_test_of_them(lost):
+    """McNemar's exact test: the images that differ are won or lost with equal chance."""
+    compressed = np.arange(1000) >= lost
+    interval = paired_interval(compressed_correct=compressed, reference_correct=np.ones(1000))
+    exact = scipy.stats.binomtest(lost, lost).pvalue
+    assert (interval.high < 0) == (exact < 0.05)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_size_against_accuracy_holds_every_row_with_its_interval():
     assert drawn(axes) == {"uncompressed": [[1.0, 92.0]], "uniform": [[4.6, 91.9], [9.1, 80.0]]}
     assert interval_lengths(axes) == {0.2} and not axes.get_legend().get_title().get_text()
     assert {text.get_text() for text in axes.texts} >= {"8", "4", "↓ 1 more down to 80.0 %", "−0.3 pp"}
-    assert axes.get_ylim()[0] == pytest.approx(88.0)
+    assert axes.get_ylim()[0] == pytest.approx(89.0)
 
 
 def test_configurations_are_drawn_over_their_seeds_and_a_line_joins_one_budget(tmp_path):
@@ -154,7 +154,7 @@ def test_macs_and_parameters_are_the_other_axes():
 def test_frontier_holds_every_network_and_joins_the_best():
     axes = figures.frontier(LATENCY).axes[0]
     points = [tuple(point) for dots in axes.collections for point in dots.get_offsets().tolist()]
-    assert sorted(points) == [(1.25, 91.9), (4.0, 91.5), (7.0, 92.0)]
+    assert sorted(points) == [(1.25, 91.9), (4.0, 91.5)]  # each network in its fastest runtime
     [line] = axes.lines
     assert list(line.get_xdata()) == [1.25]  # a tenth of a point more is not worth 7 ms
     assert not figures.frontier(LATENCY.assign(batch=8)).axes[0].get_legend()

@@ -60,7 +60,7 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(rows):
                 'mixed_precision {"budget_bits":3,"reestimate":true}',
                 'uniform {"bits":3,"reestimate":true}',
                 1,
-                "equal",
+                "not below",
             ),
             ('mixed_precision {"budget_levels":5}', 'uniform {"levels":5}', 1, "beats"),
             ('qat {"bits":2}', 'qat {"bits":2,"quantizer":"ste"}', 1, "beats"),
@@ -68,7 +68,7 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(rows):
                 (f'weights {{"reestimate":true,"score":"{score}","sparsity":0.9}}', magnitude, 1, "below")
                 for score in ("taylor", "obd_fisher", "obd_hessian")
             ),
-            ('obs {"reestimate":true,"sparsity":0.9}', magnitude, 1, "equal, in a larger file"),
+            ('obs {"reestimate":true,"sparsity":0.9}', magnitude, 1, "not below, in a larger file"),
             ('hessian_rounding {"lambda_":1e-10}', 'nncodec {"qp":-30}', 1, "below"),
             (
                 'hessian_rounding {"lambda_":1e-10}',
@@ -82,8 +82,8 @@ def test_methods_are_compared_at_the_same_setting_or_in_no_more_bytes(rows):
 
 def test_removed_channels_meet_networks_of_equal_macs(rows):
     rows.add("channels", 50, macs=4, compensate=True, train="finetune")
-    rows.add("channels", 55, macs=4, compensate=True, train="finetune", int8=True)
-    rows.add("channels", 65, macs=4, compensate=True, train="finetune", schedule="iterative")
+    rows.add("channels", 50, macs=4, compensate=True, train="finetune", int8=True)
+    rows.add("channels", 70, macs=4, compensate=True, train="finetune", schedule="iterative")
     rows.add("channels", 0, macs=4, compensate=True, train="distill")
     rows.add("channels", 20, macs=4, images=0)  # not trained: nothing to compare with
     rows.add("channels", 0, macs=4, compensate=True, train="finetune", control="attempt")
@@ -170,7 +170,7 @@ def test_distilled_students_meet_those_alone_over_all_seeds(rows):
     )
     # d is the mean over the seeds: 1 for 10 images, 1/2 for 20 of 1000
     difference = np.repeat([1.0, 0.5, 0.0], [10, 20, 970])
-    half = 100 * 1.96 * difference.std(ddof=1) / np.sqrt(1000)
+    half = 100 * 1.96 * np.append(difference, [1, -1]).std(ddof=1) / np.sqrt(1000)
     table = pairs.comparisons(rows.frame, rows.folder, dataset="digits")
     [line] = table[(table["ours"] == table["ours"][0]) & (table["theirs"] == table["theirs"][0])].to_dict(
         "records"
@@ -250,6 +250,6 @@ def test_a_winner_is_held_against_the_network_by_hand(rows):
     add("narrow_resnet18", 2, "narrow_resnet18", distill=True)
     add("torch_pruning_nncf", 1, run="06_pipeline")
     assert told(rows) == [
-        ('gradient {"distill":true,"macs":16}', 'narrow_resnet18 {"distill":true,"macs":16}', 1, "equal"),
-        ('gradient {"macs":16}', 'narrow_resnet18 {"macs":16}', 2, "equal"),
+        ('gradient {"distill":true,"macs":16}', 'narrow_resnet18 {"distill":true,"macs":16}', 1, "not below"),
+        ('gradient {"macs":16}', 'narrow_resnet18 {"macs":16}', 2, "not below"),
     ]

@@ -43,6 +43,7 @@ def bench(tmp_path):
     about = {"dense": dense, "images": digits, "parameters": parameters, "recipe": recipe, "seed": 1}
     about |= {"others": [], "shards": [], "candidates": [], "extra": {}, "fits": fits}
     about |= {"run": types.SimpleNamespace(upstream=[]), "fit": fit, "path": path, "sample": sample}
+    about |= {"trained_before": lambda spec: None, "baseline": types.SimpleNamespace(folder=tmp_path)}
     return Run(**about)
 
 

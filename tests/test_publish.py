@@ -126,7 +126,7 @@ def test_points_that_fell_short_stay_as_attempts(published):
     assert {tuple(row.values()) for row in made if row not in attempts} == before
     assert audit.problems(published, rescore=False) == []
     (published / report.HISTORY).write_text("What was tried before.\n")
-    assert "What was tried before.\n\n" in report.report_text(published)
+    assert "What was tried before.\n\n" in report.text(published, "details")
     publish.publish(folders, "quick", keep=True)  # and they stay
     assert read(published / "compression.csv") == made
     with pytest.raises(tables.ResultError, match="not committed: quick/nowhere"):
@@ -186,7 +186,7 @@ def test_three_seeds_claim_together_and_the_audit_agrees(three_seeds):
     assert [row["headline"] for row in quantized] == ["1"] * 3
     claimed = {f"{row['artifact_sha256'][:16]}.safetensors" for row in read(published / "compression.csv")}
     assert {file.name for file in (published / "artifacts").iterdir()} < claimed  # the small ones
-    assert "On validation" in report.report(published)
+    assert "On validation" in report.text(published, "details")
     assert audit.problems(published, rescore=False) == []
     table = pd.read_csv(published / "compression.csv", keep_default_na=False)
     table.loc[table["method"] == "uniform", "headline"] = 0

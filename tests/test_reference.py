@@ -131,3 +131,23 @@ def test_a_loss_in_16_bits_and_a_run_without_its_history_are_refused(trained, mo
     (root / "old/result.json").write_text(json.dumps(record))
     with pytest.raises(tables.ResultError, match="kept no history"):
         reference.write(root / "old", root / "results/none")
+
+
+def test_a_narrow_network_has_the_references_training_and_is_a_rival_without_training(trained):
+    root, folder = trained[0], "results/narrow"
+    shutil.copytree(root / "results/reference", root / folder)
+    path = reference.write_narrow(root / folder, "three_stage", 2.0)
+    stored, record = artifact.read(path), json.loads((root / folder / "provenance.json").read_text())
+    assert record["extra"]["narrow"]["three_stage_2"]["sha256"] == stored.sha256
+    torch.manual_seed(3)
+    twin = models.build(stored.spec)
+    options = {"epochs": 2, "batch_size": 64, "learning_rate": 0.05, "augment": False, "seed": 3}
+    training.fit(twin, data.load("digits"), **options)
+    assert torch.equal(artifact.load(path).conv1.weight, twin.conv1.weight.half().float())
+    run = finish(again(pretrained=FILE.replace("reference", "narrow"), run_dir="results/smoke/narrow"))
+    assert any(name.endswith("three_stage_2.safetensors") for name in marks.hashes([], run.parameters))
+    write_notebook(root, "06_pipeline", "pass", parameters=DECLARED + "upstream: list = []  # runs\n")
+    bench = Bench("06_pipeline", {"run_dir": "results/smoke/06", "upstream": ["results/smoke/narrow"]})
+    rival = bench.trained_before(stored.spec)
+    assert torch.equal(rival.fc.weight, artifact.load(path).fc.weight)
+    assert bench.trained_before(models.three_stage(channels=1, size=8, classes=10, width=2)) is None

@@ -29,6 +29,10 @@ class Bench(SimpleNamespace):
 
     __hash__ = object.__hash__
 
+    @property
+    def baseline(self):
+        return SimpleNamespace(folder=self.folder)
+
     def fit(self, network, name, **options):
         images = options.pop("images", self.images)
         return training.fit(network, images, seed=self.seed, **options)

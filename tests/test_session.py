@@ -121,6 +121,9 @@ def test_what_is_trained_gets_the_dense_network_trained_on_as_its_rival(baseline
     assert list(table["division"]) == ["open", "open"] and list(table["train_images"]) == [100, 100]
     # the same network, so validation has no reason to prefer the one that trained on
     assert set(table["reference_sha256"]) == {bench.baseline.baseline.artifact_sha256}
+    bench.candidates.clear()
+    bench.baseline.record.parameters["pretrained"] = "a converged network"
+    assert [c.configuration.method for c in bench.build(namespace["configurations"], rounded)] == ["weights"]
 
 
 def test_one_network_that_fails_costs_no_other(baseline):

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from bench import workflow
+from bench import execute, workflow
 from bench.folder import environment
 from bench.grid import Grid
 from bench.parameters import check
@@ -68,7 +68,7 @@ def complete():
 
 
 def started(output):
-    return [line.split()[0] for line in output.splitlines() if line.endswith(": started")]
+    return [line.split()[0] for line in output.splitlines() if ": started" in line]
 
 
 def kill_when(condition):
@@ -121,6 +121,7 @@ def test_killed_and_started_again(two_stages, capsys, monkeypatch):
 
     status, output = complete()
     assert status == 0 and started(output) == ["second"] and "complete" in output, output
+    assert "second (seed=1): started, 2 of 2\n" in output
     assert (first / "result.json").read_bytes() == result and len(set(writers(first))) == 1
     killed, finished = set(before), writers(second)[len(before) :]
     assert len(killed) == 1 and len(set(finished)) == 1 and not killed & set(finished)
@@ -196,11 +197,22 @@ def test_an_unknown_profile_or_run_is_named(two_stages, capsys):
     assert "'frist/*' is none of the runs of tiny: first/seed=1, second/seed=1" in capsys.readouterr().out
 
 
+def test_the_rest_is_told_by_what_the_last_run_took(two_stages, monkeypatch):
+    assert workflow.plan(two_stages.profile) == {f"results/runs/tiny/{name}/seed=1": 0 for name in STAGES}
+    (two_stages.root / "results/tiny").mkdir(parents=True)
+    known = {f"tiny/{name}/seed=1": {"wall_seconds": 300.0} for name in STAGES}
+    (two_stages.root / "results/tiny/provenance.json").write_text(json.dumps(known))
+    monkeypatch.setenv("NNC_PLAN", json.dumps(workflow.plan(two_stages.profile)))
+    assert execute._progress(two_stages.folder["first"]) == ", 1 of 2, about 10 min to go"
+    assert execute._progress(two_stages.root / "mine/1") == ""
+
+
 def test_tables_that_do_not_hold_are_a_failure(published, monkeypatch, capsys):
     (published.parents[1] / "workflow/profiles").mkdir(parents=True)
     (published.parents[1] / "workflow/profiles/quick.yaml").write_text("seeds: [1]")
     finished = types.SimpleNamespace(run=lambda *_, **__: types.SimpleNamespace(returncode=0))
     monkeypatch.setattr(workflow, "subprocess", finished)
+    monkeypatch.setattr(workflow, "plan", lambda *_: {})
     assert workflow.benchmark("quick") == 0
     table = published / "latency.csv"
     table.write_text(table.read_text().replace("0.5,", "0.4,", 1))

@@ -112,14 +112,11 @@ def teacher(bench: Any, kind: str, compressed: bool = False) -> nn.Module:
 
 @functools.cache
 def memory(bench: Any, teacher: nn.Module) -> teaching.CachedLogits:
-    """A teacher's logits of every training image, cached by this run or an earlier shard."""
+    """A teacher's logits of every training image, computed once and kept in the baseline's run folder."""
     augment = bench.recipe["augment"]
     copies = bench.parameters["copies"] if augment else 1
-    name = f"teacher_logits_{training.network_digest(teacher)}_{copies}_copies_seed_{{}}.safetensors"
-    files = [(run.record.seed, run.folder / name.format(run.record.seed)) for run in bench.shards]
-    files = [(seed, file) for seed, file in files if file.is_file()]
-    seed, file = files[0] if files else (bench.seed, bench.path(name.format(bench.seed)))
-    options = {"copies": copies, "augment": augment, "seed": seed, "file": file}
+    name = f"teacher_logits_{training.network_digest(teacher)}_{copies}_copies_seed_{bench.seed}.safetensors"
+    options = {"copies": copies, "augment": augment, "seed": bench.seed, "file": bench.baseline.folder / name}
     known = teaching.cache_logits(teacher, bench.images, **options)
     if not torch.isfinite(known.logits).all():
         raise training.TrainingError("the teacher's logits are beyond half precision: train it longer first")

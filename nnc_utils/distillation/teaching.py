@@ -172,8 +172,9 @@ def cache_logits(
         logits, seconds = _logits(teacher, images, batches)
         if file:
             kept = {"call": call, "seconds": repr(seconds)}
-            save_file({"logits": logits}, f"{file}.partial", metadata=kept)
-            os.replace(f"{file}.partial", file)
+            draft = f"{file}.{os.getpid()}.partial"  # other runs may compute the same
+            save_file({"logits": logits}, draft, metadata=kept)
+            os.replace(draft, file)
     labels = images.train.labels.repeat(copies)
     train = Split(torch.cat(batches), torch.arange(len(labels)))
     return CachedLogits(replace(images, train=train), logits, labels, seconds)

@@ -906,7 +906,7 @@ print("above magnitude:", "; ".join(above) or "none")
 # %% [markdown]
 # **What it means.** The formulas hold for one weight, while all others stay. One threshold for scores of second order
 # takes too many where single weights are cheapest: in the last stage. The
-# [report](../results/standard/report.md#where-do-the-zeros-lie) lists where the zeros lie. Where the weights that stay are
+# [details](../results/standard/details.md#where-do-the-zeros-lie) lists where the zeros lie. Where the weights that stay are
 # corrected, and each layer has its own share, curvature pays. A row of OBS near chance is the fault of section 4.
 #
 # **Was the large network worth training?** `from_scratch` copies the pruned architecture with new weights; the narrow

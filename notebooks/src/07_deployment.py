@@ -339,12 +339,13 @@ figures.show(
 #
 # ## 10 · Which networks are worth having?
 #
-# A network in a runtime is worth having if none is both faster and better: those are on the **frontier**.
+# A network is worth having if none is both faster and better: those are on the **frontier**. Each stands in its fastest
+# runtime.
 
 # %% tags=["machine-dependent"]
 figures.show(
     figures.frontier(table, threads=min(threads)),
-    "Test accuracy against median milliseconds: a colour a technique, a marker a runtime",
+    "Test accuracy against median milliseconds, each network in its fastest runtime",
 )
 
 # %% [markdown]

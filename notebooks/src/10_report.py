@@ -40,7 +40,7 @@ run_dir: str = ""  # folder of this run; empty: results/smoke/10_report
 import numpy as np
 from IPython.display import Markdown
 
-from bench import audit, committed, publish, report
+from bench import audit, committed, publish, readme, report
 from bench.folder import start
 from nnc_utils import figures, rows
 
@@ -81,7 +81,8 @@ print(f"the table says {row['accuracy']:.2f} %, so the ratio is {100 * right.mea
 #
 # How much worse than the uncompressed network is it? Both saw the same images, so compare image by image. Let
 # $d_i$ be $+100$ where only the compressed network is right, $-100$ where only its reference is, else 0. The difference
-# in percentage points (pp) is the mean of $d$, and its 95 % interval $\bar d \pm 1.96\, s_d / \sqrt n$.
+# in percentage points (pp) is the mean of $d$, and its 95 % interval $\bar d \pm 1.96\, s_d / \sqrt n$. For the
+# deviation $s_d$ one image that is won and one that is lost are added, as in 01.
 #
 # **Predict:** an interval that ignores the pairing uses the spread of both networks instead of the spread of $d$. How
 # many times wider is it?
@@ -89,7 +90,8 @@ print(f"the table says {row['accuracy']:.2f} %, so the ratio is {100 * right.mea
 # %% tags=["nbval-check-output"]
 def interval(d: np.ndarray) -> tuple[float, float, float]:
     """Lower end, mean and upper end of the 95 % interval of a mean, from values (n,)."""
-    mean, half = d.mean(), 1.96 * d.std(ddof=1) / len(d) ** 0.5
+    mean, deviation = d.mean(), np.append(d, [100, -100]).std(ddof=1)
+    half = max(1.96 * deviation / len(d) ** 0.5, 300 / len(d))
     return mean - half, mean, mean + half
 
 
@@ -245,9 +247,9 @@ folder = publish.publish([part.folder for part in run.upstream], profile)
 print("\n".join(audit.problems(folder)) or "the audit has nothing to object to")
 
 # %% tags=["benchmark"]
-figures.write(folder)
-report.report(folder)
-Markdown(report.headline(folder))
+readme.draw(folder)
+report.write(folder)
+Markdown(report.text(folder, "headline"))
 
 # %% tags=["benchmark"]
 figures.show(figures.headline(folder), "Accuracy against times smaller, and accuracy against milliseconds")

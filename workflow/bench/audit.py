@@ -324,7 +324,10 @@ def _name(row: CompressionRow | LatencyRow) -> str:
 
 
 def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+    images = len(values)
+    squares = ((values - values.sum() / (images + 2)) ** 2).sum() + 2 * 100**2
+    squares += 2 * (values.sum() / (images + 2)) ** 2
+    half = max(1.96 * np.sqrt(squares / (images + 1) / images), 300 / images)
     return values.mean(), values.mean() - half, values.mean() + half
 
 

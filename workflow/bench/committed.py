@@ -20,6 +20,7 @@ from nnc_utils.rows import AGAIN, ATTEMPT, evidence, read_predictions, timed_evi
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
 ALL_PROFILES = ("full", "standard", "techniques", "medium", "quick")
+COLLAPSED = 20.0  # percentage points apart
 FASTEST, EAGER = "speedup_best_fp32", "speedup_eager_fp32"
 TIMING = ["artifact_sha256", "runtime", "precision", "batch", "threads"]  # what was timed, and how
 
@@ -142,13 +143,65 @@ class Tables:
         good = good[good["technique"] != "baseline"]
         return good.sort_values("size_ratio").iloc[-1] if len(good) else None
 
-    def headline(self) -> list[pd.Series]:
-        """At most six rows: fp32, int8 without training, of four techniques the smallest claim or nearest."""
-        shown = [self.summary[_is_baseline(self.summary)].iloc[0], self.int8_without_training()]
-        for technique in ("quantization", "pruning", "distillation", "pipeline"):
-            own = self.summary["technique"] == technique
-            shown.append(smallest_claim(self.summary[own & (self.summary["control"] == "")]))
-        return list({tuple(point[KEY]): point for point in shown if point is not None}.values())
+    def headline(self) -> list[tuple[str, pd.Series]]:
+        """What the README shows, named plainly: fp32, int8, and what stands for each of four techniques.
+
+        That is the smallest claim of those that were timed, or else of all; without a claim the nearest.
+        """
+        points = self.summary[self.summary["control"] == ""]
+        shown = [
+            ("ResNet-18, uncompressed", self.summary[_is_baseline(self.summary)].iloc[0]),
+            ("int8, without training", self.int8_without_training()),
+        ]
+        closed = (points["technique"] == "quantization") & (points["division"] == "closed")
+        shown.append(("quantized without training", self._stands_for(points[closed])))
+        names = {"pruning": "pruned", "distillation": "distilled student"}
+        names["pipeline"] = "pipeline: pruned, distilled, quantized"
+        for technique, name in names.items():
+            shown.append((name, self._stands_for(points[points["technique"] == technique])))
+        by_point = {tuple(point[KEY]): (name, point) for name, point in reversed(shown) if point is not None}
+        return list(by_point.values())[::-1]
+
+    def _stands_for(self, points: pd.DataFrame) -> pd.Series | None:
+        timed = [self.fastest(point) is not None for _, point in points.iterrows()]
+        claimed = points[(points["headline"] == 1).to_numpy() & np.array(timed, bool)]
+        return smallest_claim(claimed if len(claimed) else points)
+
+    def best_of(self, technique: str, most: int = 8) -> pd.DataFrame:
+        """A technique's claims and the configurations that no smaller file beats, the largest file first.
+
+        At most so many: of those that are no claim the most accurate.
+        """
+        own = self.summary[(self.summary["technique"] == technique) & (self.summary["control"] == "")]
+        own = own.sort_values("size_ratio", ascending=False, kind="stable")
+        beaten = own["delta_mean"] <= own["delta_mean"].cummax().shift(fill_value=-np.inf)
+        shown = own[~beaten | (own["headline"] == 1)]
+        shown = shown.sort_values(["headline", "delta_mean"], ascending=False, kind="stable").head(most)
+        return shown.sort_values("size_ratio", kind="stable")
+
+    def masked(self) -> pd.Series | None:
+        """What stands for networks with zeros at single places."""
+        points = self.summary[(self.summary["method"] == "weights") & (self.summary["control"] == "")]
+        return self._stands_for(points)
+
+    def taught(self) -> pairs.Pair | None:
+        """A distilled student against the same one alone: the claim's pair, or else that of most seeds."""
+        told = [pair for pair in self.told("distillation") if pair.theirs["method"] == "student_alone"]
+        return told[0] if told else None
+
+    def told(self, technique: str) -> list[pairs.Pair]:
+        """A technique's pairs, two methods once: those of claims first, of most seeds, the decided.
+
+        Who collapsed is no rival.
+        """
+
+        def weight(pair: pairs.Pair) -> tuple:
+            return pair.ours["headline"], pair.seeds, pair.verdict != "not below"
+
+        shown = [p for p in self.pairs if p.ours["technique"] == technique and not p.ours["control"]]
+        shown = [p for p in shown if abs(p.difference["accuracy_delta"]) < COLLAPSED]
+        methods = {(p.ours["method"], p.theirs["method"]): p for p in sorted(shown, key=weight)}
+        return sorted(methods.values(), key=weight, reverse=True)
 
     def fastest(self, point: pd.Series) -> pd.Series | None:
         """The fastest timing of a configuration's first seed; of the uncompressed network that in fp32."""
@@ -160,22 +213,6 @@ class Tables:
         """A division's configurations: first those within 0.3 points, the smallest file first."""
         own = self.summary[self.summary["division"] == division]
         return own.sort_values(["no_loss", "size_ratio"], ascending=False, kind="stable")
-
-    def stops_paying(self) -> list[dict]:
-        """Of each technique the smallest file within 0.3 points, and the next smaller, or the nearest."""
-        ours = self.summary[(self.summary["control"] == "") & (self.summary["technique"] != "baseline")]
-        narrow = self.compression[pairs.narrow_rivals(self.compression)][KEY].drop_duplicates()
-        narrow = self.summary.merge(narrow, on=KEY).assign(technique="the narrow rivals")
-        lines, order = [], ["technique", "division"]
-        for key, own in pd.concat([ours, narrow]).groupby(order, sort=False):
-            own = own.sort_values("size_ratio", kind="stable")
-            good = own[own["no_loss"] == 1].tail(1)
-            beyond = own[own["size_ratio"] > good["size_ratio"].max()]
-            if good.empty:
-                beyond = own.sort_values("delta_ci_low", ascending=False, kind="stable")
-            sides = {"good": good.to_dict("records"), "beyond": beyond.head(1).to_dict("records")}
-            lines.append(dict(zip(order, key, strict=True)) | sides)
-        return lines
 
     def orders(self) -> list[pairs.Pair]:
         """The pipeline against its stages in another order, at the same budgets."""

@@ -45,8 +45,8 @@ def execute(
     same = before and marks.is_of(before, notebook, values, upstream)
     if same and (keep == "any" or not marks.is_stale(before.record.code)):
         return False
-    print(f"{notebook.stem} ({folder.name}): started", flush=True)
     marks.remove(folder)
+    print(f"{notebook.stem} ({folder.name}): started{_progress(folder)}", flush=True)
     (folder / "error.txt").unlink(missing_ok=True)
     passed = declarations.check(declared, given, notebook=str(notebook))
     if "run_dir" in declared and not passed.get("run_dir"):
@@ -64,6 +64,16 @@ def execute(
         processes.end_tree()
     read_run(folder)
     return True
+
+
+def _progress(folder: Path) -> str:
+    """Which run of the benchmark's this is, and how long the rest takes by the last measurement."""
+    plan = json.loads(os.environ.get("NNC_PLAN", "{}"))
+    if provenance.relative(folder) not in plan:
+        return ""
+    left = [s for name, s in plan.items() if not (provenance.root() / name / marks.RESULT).is_file()]
+    about = f", about {max(1, sum(left) / 60):.0f} min to go" if any(left) else ""
+    return f", {len(plan) - len(left) + 1} of {len(plan)}{about}"
 
 
 def _papermill(notebook: Path, folder: Path, given: dict[str, Any], timeout: float) -> None:

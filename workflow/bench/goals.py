@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -51,9 +50,7 @@ def ask(goal: dict[str, Any], tables: Tables) -> Answer:
     """What the tables of one profile say of a goal."""
     return {
         "reach": _reach,
-        "pairs": _pairs,
         "converged": _converged,
-        "searches": _searches,
         "predicted": _predicted,
         "no_rival": _no_rival,
     }[goal["kind"]](goal, tables)
@@ -98,36 +95,6 @@ def seeds_text(count: int) -> str:
     return f"{count} seed{'s' if count > 1 else ''}"
 
 
-def _pairs(goal: dict[str, Any], tables: Tables) -> Answer:
-    allowed = {"beats": ["beats"], "not below": ["beats", "not below", "equal"]}[goal["verdict"]]
-    known = {(p["method"], p["settings"]): p for _, p in tables.points.iterrows()}
-    met: dict[str, list[tuple[int, float, str]]] = {}
-    for pair in tables.pairs:
-        sides = [
-            where(pd.DataFrame([side]), goal[name]).all()
-            for name, side in (("ours", pair.ours), ("theirs", pair.theirs))
-        ]
-        mine = known.get((pair.ours["method"], pair.ours["settings"]))
-        if mine is None or pair.ours["control"] or not all(sides):
-            continue
-        verdict = pair.verdict if goal.get("bytes_count", True) else pair.verdict.removesuffix(LARGER)
-        claim = pair.seeds >= SEEDS_OF_A_CLAIM and (goal.get("fixed") or mine["headline"] == 1)
-        reached = [NO, UNCLAIMED, YES].index(NO if verdict not in allowed else YES if claim else UNCLAIMED)
-        text = (
-            f"{mine['title']} ({mine['accuracy_mean']:.2f} %) {pair.verdict} {pair.theirs['title']}: "
-            f"{interval_text(pair.difference)} ({seeds_text(pair.seeds)})"
-        )
-        met.setdefault(pair.theirs["settings"] + pair.theirs["method"], []).append(
-            (reached, pair.difference["delta_ci_low"], text)
-        )
-    if not met:
-        return None
-    ranks, _, texts = zip(*map(max, met.values()), strict=True)
-    needed = goal.get("at_least") or len(met)
-    reached = [sum(rank >= least for rank in ranks) >= needed for least in (1, 2)]
-    return "; ".join(texts), [NO, UNCLAIMED, YES][sum(reached)]
-
-
 def _converged(goal: dict[str, Any], tables: Tables) -> Answer:
     """The uncompressed network, and what as much training as the pipeline's adds to it."""
     dense = tables.summary[(tables.summary["technique"] == "baseline") & (tables.summary["control"] == "")]
@@ -153,18 +120,6 @@ def recorded(tables: Tables, name: str) -> dict | None:
     )
 
 
-def _searches(goal: dict[str, Any], tables: Tables) -> Answer:
-    """The median of what each method's searches find, against random search and Optuna's."""
-    if (search := recorded(tables, "search")) is None:
-        return None
-    medians = {name: float(np.median(values)) for name, values in search["verified"].items()}
-    text = ", ".join(f"`{name}` {median:.2f} %" for name, median in medians.items())
-    text += f": medians of {min(map(len, search['verified'].values()))} searches or more"
-    own = [medians[name] for name in goal["families"] if name in medians]
-    reached = len(own) == len(goal["families"]) and min(own) > medians["random"]
-    return text, YES if reached and max(own) > medians.get("optuna_nsga2", 100.0) else NO
-
-
 def _predicted(goal: dict[str, Any], tables: Tables) -> Answer:
     """The error of the model of latency on networks that it was not fitted to, as its run computed it."""
     if (timed := recorded(tables, "latency")) is None:
@@ -178,7 +133,7 @@ def _no_rival(goal: dict[str, Any], tables: Tables) -> Answer:
     """The pipeline against each rival and other tool at no more bytes."""
     if not (rivals := tables.rivals):
         return None
-    words = {"beats": "above", "equal": "equal to", "not below": "undecided against", "below": "below"}
+    words = {"beats": "above", "not below": "undecided against", "below": "below"}
     counts = Counter(pair.verdict.removesuffix(LARGER) for pair in rivals)
     point = tables.pipeline
     text = f"{point['title']}: " + ", ".join(f"{words[kind]} {n}" for kind, n in counts.items())

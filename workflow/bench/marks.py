@@ -73,6 +73,7 @@ def is_stale(code: dict[str, str] | None) -> bool:
 def hashes(runs: Iterable[Run], values: dict[str, Any]) -> dict[str, str]:
     """Folder of each run -> SHA-256 of its result; and of the network that 01 takes instead of training."""
     files = {run.folder: run.folder / RESULT for run in runs}
-    if stored := values.get("pretrained"):
-        files[provenance.root() / stored] = provenance.root() / stored
+    if stored := values.get("pretrained"):  # and what lies beside it
+        networks = (provenance.root() / stored).parent.glob("*.safetensors")
+        files |= {file: file for file in [provenance.root() / stored, *sorted(networks)]}
     return {provenance.relative(name): provenance.file_sha256(file) for name, file in files.items()}

@@ -53,8 +53,8 @@ class Pair(NamedTuple):
 def pairs(compression: pd.DataFrame, predictions: Path, *, dataset: str) -> list[Pair]:
     """Paired differences on the test images of one data set, from the stored predictions, over all seeds.
 
-    Verdicts are "beats" (interval above 0), "not below" (upper end at least 0), "equal" (no image tells them
-    apart) or "below", and "in a larger file" where ours takes over 1 % more.
+    Verdicts are "beats" (interval above 0), "not below" (upper end at least 0) or "below", and "in a larger
+    file" where ours takes over 1 % more.
     """
     table = _table(compression)
     places = [place for race in races() for place in _raced(table, **race)] + _of_pipelines(table)
@@ -96,7 +96,7 @@ def versus(ours: pd.DataFrame, theirs: pd.DataFrame, predictions: Path, labels: 
     )
     delta = differences(compressed=own, reference=others, labels=labels)
     low, high = delta["delta_ci_low"], delta["delta_ci_high"]
-    verdict = "equal" if low == high == 0 else "beats" if low > 0 else "not below" if high >= 0 else "below"
+    verdict = "beats" if low > 0 else "not below" if high >= 0 else "below"
     sizes = [round(side["artifact_bytes"].mean()) for side in (ours, theirs)]
     verdict += LARGER if sizes[0] > 1.01 * sizes[1] else ""
     return Pair(ours.iloc[0], theirs.iloc[0], *sizes, delta, len(ours), verdict)

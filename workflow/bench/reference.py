@@ -1,7 +1,8 @@
 """A converged network that lies in the repository: where it is given, 01 trains nothing.
 
 Three files in one folder: the network in 16 bits, `history.csv`, an epoch of its training a line, and
-`provenance.json`, the record of the run that trained it.
+`provenance.json`, the record of the run that trained it. Beside them narrow networks that had the same
+training: where 06 would train a rival from new weights, it takes the one of this architecture.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from bench.tables import ResultError, read_run
 from nnc_utils import artifact, data, evaluation, models, training
-from nnc_utils.baseline import spec_of
+from nnc_utils.baseline import narrow_resnet, spec_of
 from nnc_utils.provenance import root, write_atomically
 
 RECIPE = ("epochs", "batch_size", "learning_rate", "augment")
@@ -73,12 +74,11 @@ def write(folder: Path, out: Path) -> Path:
     if not (history := record["extra"].pop("history", None)):
         raise ResultError(f"{run.run} kept no history of its training: run 01_baseline again")
     images = data.load(run.dataset, size=trained.spec.size)
-    path = out / f"resnet{run.parameters['depth']}_{run.parameters['stem']}.safetensors"
+    path = out / _name(record)
     out.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
     network = artifact.network(trained, trainable=True)
-    about = {"mean": trained.mean, "std": trained.std, "classes": trained.classes}
-    stored = artifact.save(network, draft, dtype=torch.float16, **about)
+    stored = artifact.save(network, draft, dtype=torch.float16, **_about(images))
     accuracies = [_validated(one, images) for one in (trained, stored)]
     said = f"validation {accuracies[0]:.2f} % in 32 bits, {accuracies[1]:.2f} % in 16"
     if accuracies[0] - accuracies[1] > MOST_LOST:
@@ -97,9 +97,57 @@ def _validated(stored: artifact.Artifact, images: data.Data) -> float:
     return evaluation.accuracy(predictions, images.validation.labels)
 
 
+def write_narrow(out: Path, family: str, fewer: float) -> Path:
+    """Train a narrow network as the reference in `out` was trained, and put it beside that, in 16 bits.
+
+    It is the widest of a family (`SmallDense.family`) with so many times fewer MACs.
+    """
+    record = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
+    given, spec = record["parameters"], artifact.read(out / _name(record)).spec
+    images = data.load(record["dataset"], size=spec.size)
+    name = f"{family}_{fewer:g}"
+    checkpoint = root() / "results/runs/reference" / f"{name}.pt"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(record["seed"])
+    network = models.build(narrow_resnet(spec, given, fewer, family))
+    recipe = {key: given[key] for key in RECIPE} | {"seed": record["seed"], "checkpoint": checkpoint}
+    history = training.fit(network, images, validate=True, **recipe)
+    path = out / f"{name}.safetensors"
+    stored = artifact.save(network.eval(), path, dtype=torch.float16, **_about(images))
+    about = {"sha256": stored.sha256, "validation": _validated(stored, images)}
+    about |= {"train_images": history.images, "train_seconds": history.seconds}
+    record["extra"].setdefault("narrow", {})[name] = about
+    write_atomically(out / PROVENANCE, json.dumps(record, indent=1) + "\n")
+    print(f"{path}: {stored.nbytes:,} bytes, validation {about['validation']:.2f} %")
+    return path
+
+
+def beside(pretrained: Path, spec: models.Spec) -> models.ResNet | None:
+    """The network of an architecture that lies beside a pretrained one; None where there is none."""
+    for file in sorted(pretrained.parent.glob("*.safetensors")):
+        if (stored := artifact.read(file)).spec == spec:
+            return artifact.network(stored, trainable=True)
+    return None
+
+
+def _name(record: dict[str, Any]) -> str:
+    return f"resnet{record['parameters']['depth']}_{record['parameters']['stem']}.safetensors"
+
+
+def _about(images: data.Data) -> dict[str, Any]:
+    return {name: getattr(images, name) for name in ("mean", "std", "classes")}
+
+
 def main(arguments: list[str]) -> int:
     """``python -m bench reference``"""
     parser = argparse.ArgumentParser(prog="python -m bench reference", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run of 01_baseline")
-    write(parser.parse_args(arguments).run, root() / "results/reference")
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run of 01_baseline")
+    parser.add_argument("--narrow", nargs=2, metavar=("FAMILY", "MACS"), help="such as three_stage 16")
+    options, out = parser.parse_args(arguments), root() / "results/reference"
+    if not options.run and not options.narrow:
+        parser.error("a run of 01_baseline or --narrow is needed")
+    if options.run:
+        write(options.run, out)
+    if options.narrow:
+        write_narrow(out, options.narrow[0], float(options.narrow[1]))
     return 0

@@ -1,8 +1,9 @@
-"""report.md of a profile and the README's headline: ``report.md.j2`` and ``headline.md.j2`` over `Tables`."""
+"""report.md and details.md of a profile, from its `Tables`; the README's parts are in `bench.readme`."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,47 +13,62 @@ import pandas as pd
 
 from bench import claims, committed, goals, pairs, papers
 from bench.candidates import title
-from bench.committed import ALL_PROFILES, Tables, committed_profile
+from bench.committed import ALL_PROFILES, Tables
 from bench.publish import is_restored, publish, restore
-from bench.tables import ResultError, artifact_name, read_run
-from nnc_utils import rows
+from bench.tables import ResultError, read_run
+from nnc_utils import figures, rows
 from nnc_utils.provenance import root, write_atomically
 
 FIGURES = {  # in figures/ of a profile, and what they show
     "headline": "Size against accuracy, and accuracy against milliseconds",
     "waterfall": "Bytes, milliseconds and accuracy after each stage of the pipeline",
+    "quantization": "Quantized networks: times smaller against test accuracy",
+    "pruning": "Pruned networks: times fewer multiplications against test accuracy",
+    "distillation": "Students: parameters against test accuracy",
+    "search": "Searched networks: parameters against test accuracy",
+    "pipeline": "Pipelines and their rivals: times smaller against test accuracy",
+}
+HEADINGS = {  # technique -> its heading
+    "quantization": "Quantization: fewer bits for each weight",
+    "pruning": "Pruning: fewer weights, fewer channels",
+    "distillation": "Distillation: a small network learns from a large one",
+    "search": "Architecture search: another shape",
+    "pipeline": "The pipeline: pruned, distilled, quantized",
 }
 HISTORY = "history.md"  # what the test set had seen before what is claimed was built, in the authors' words
-BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
+NAMES = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
+TEXTS = ("report", "details")  # .md of a profile
 
 
-def report_text(profile_dir: Path) -> str:
-    """What ``report.md`` of a profile says, from its tables."""
-    return _render("report.md.j2", Tables(profile_dir), place="")
+def text(profile_dir: Path, name: str = "report") -> str:
+    """What ``report.md`` or ``details.md`` of a profile says, from its tables."""
+    tables = Tables(profile_dir)
+    return tidy(template(f"{name}.md.j2", tables).render(t=tables, place=""))
 
 
-def report(profile_dir: Path) -> str:
-    """Write ``report.md`` of a profile, and return its text."""
-    text = report_text(profile_dir)
-    write_atomically(Path(profile_dir) / "report.md", text + "\n")
-    return text
+def write(profile_dir: Path) -> None:
+    """Write the texts of a profile."""
+    for name in TEXTS:
+        write_atomically(Path(profile_dir) / f"{name}.md", text(profile_dir, name) + "\n")
 
 
-def headline(profile_dir: Path, place: str = "") -> str:
-    """Three sentences and a table of at most six rows; `place`: where links to the profile's files lead."""
-    return _render("headline.md.j2", Tables(profile_dir), place=place)
+def tidy(rendered: str) -> str:
+    """Without spaces at the ends of lines, and with one empty line at most."""
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in rendered.strip().splitlines()))
 
 
-def _render(template: str, tables: Tables, **values: Any) -> str:
+def template(name: str, tables: Tables) -> jinja2.Template:
+    """A template with the words that it may use."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     words = jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     history = tables.folder / HISTORY
     words.filters |= {
-        "factor": _factor,
+        "factor": factor,
         "delta": _delta,
         "within": rows.within,
+        "megabytes": lambda count: f"{count / 1e6:.{1 if count >= 1e6 else 2}f} MB",
         "number": lambda value, form="", missing="–": missing if pd.isna(value) else format(value, form),
         "seeds": goals.seeds_text,
         "records": lambda frame: [row for _, row in frame.iterrows()],
@@ -65,16 +81,18 @@ def _render(template: str, tables: Tables, **values: Any) -> str:
         "another_teacher": pairs.another_teacher,
         "committed": committed,
         "counted": lambda told: Counter(pair.verdict.removesuffix(pairs.LARGER) for pair in told),
+        "verdicts": lambda technique: tables.told(technique)[:3],
+        "headings": HEADINGS,
+        "runtime": figures.name,
+        "name_of": lambda dataset: NAMES.get(dataset, dataset),
         "figures": {n: alt for n, alt in FIGURES.items() if (tables.folder / f"figures/{n}.png").is_file()},
         "history": history.read_text(encoding="utf-8").strip() if history.is_file() else "",
         "key": lambda row: tuple(row[committed.KEY]),
         "least": rows.NO_LOSS,
         "apart": rows.APART,
         "needed": claims.SEEDS_OF_A_CLAIM,
-        "files": _kept_files(tables),
     }
-    text = words.get_template(template).render(t=tables, **values).strip()
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    return words.get_template(name)
 
 
 def _delta(row: Any) -> str:
@@ -84,7 +102,7 @@ def _delta(row: Any) -> str:
     )
 
 
-def _factor(value: float | None) -> str:
+def factor(value: float | None) -> str:
     """How many times smaller or faster."""
     return "–" if value is None or pd.isna(value) else f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
 
@@ -93,41 +111,6 @@ def _others(folder: Path) -> list[Path]:
     """The committed tables of the other profiles beside these, the best first."""
     folders = [folder.parent / name for name in ALL_PROFILES]
     return [other for other in folders if other != folder and (other / "compression.csv").is_file()]
-
-
-def _kept_files(tables: Tables) -> list[tuple[str, str]]:
-    """The committed networks: what each is called, and its file in the profile's folder."""
-    networks = tables.compression.drop_duplicates("artifact_sha256")
-    named = [
-        (f"{title(row)}, seed {row['seed']}", f"artifacts/{artifact_name(row['artifact_sha256'])}")
-        for _, row in networks.iterrows()
-    ]
-    return [(name, file) for name, file in named if (tables.folder / file).is_file()]
-
-
-def readme_block(folder: Path) -> str:
-    """What the README of a clone shall say between its markers: the best profile that is timed."""
-    profile_dir = committed_profile(folder, timed=True) or committed_profile(folder)
-    return headline(profile_dir, f"results/{profile_dir.name}/") if profile_dir else ""
-
-
-def readme_says(folder: Path) -> str:
-    """What the README says between its markers now."""
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ResultError(f"README.md needs the lines {BEGIN} and {END} once each, in this order")
-    return text.split(BEGIN)[1].split(END)[0].strip()
-
-
-def update_readme(folder: Path) -> bool:
-    """Write the headline into the README; True where that changed it."""
-    readme_says(folder)
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = f"{text.split(BEGIN)[0]}{BEGIN}\n{readme_block(folder)}\n{END}{text.split(END)[1]}"
-    if new != text:
-        write_atomically(path, new)
-    return new != text
 
 
 def main(arguments: list[str]) -> int:
@@ -157,16 +140,13 @@ def main(arguments: list[str]) -> int:
     ]
     if not folders:
         raise SystemExit(f"no tables of {', '.join(names)} in {root() / 'results'}: run the benchmark first")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from nnc_utils import figures
+    from bench import readme  # draws and writes, which no other command needs
 
     for folder in folders:
-        figures.write(folder)
-        report(folder)
-        print(f"{headline(folder)}\n\n{folder / 'report.md'} written")
-    if (root() / "README.md").is_file() and update_readme(root()):
+        readme.draw(folder)
+        write(folder)
+        print(f"{text(folder)}\n\n{folder / 'report.md'} written")
+    if (root() / "README.md").is_file() and readme.update(root()):
         print("README.md updated")
     return 0
 

@@ -31,6 +31,7 @@ from nnc_utils import artifact, configurations, data, evaluation, models, peers,
 from nnc_utils.baseline import DenseFinetuned
 from nnc_utils.configurations import Built, Configuration, ConfigurationError
 from nnc_utils.devices import exact_device
+from nnc_utils.provenance import root
 
 FAILURES = (ValueError, training.TrainingError, ImportError)  # one network that cannot be made costs no other
 
@@ -108,6 +109,11 @@ class Bench:
         """In 01 the network that it takes instead of training one; None where it trains."""
         given = self.parameters
         return reference.read(given, self.images) if given.get("pretrained") else None
+
+    def trained_before(self, spec: models.Spec) -> models.ResNet | None:
+        """The network of an architecture that lies beside a pretrained baseline and was trained like it."""
+        given = self.baseline.record.parameters.get("pretrained")
+        return reference.beside(root() / given, spec) if given else None
 
     @functools.cached_property
     def dense(self) -> models.ResNet:
@@ -204,8 +210,12 @@ class Bench:
         return self.candidates
 
     def _with_dense(self, wanted: list[Configuration]) -> list[Configuration]:
-        """Before what is trained: the dense network with as much training, unless an earlier shard has it."""
-        trained = self.notebook in CONTROLLED and any(c.trains for c in wanted)
+        """Before what is trained: the dense network with as much training, unless an earlier shard has it.
+
+        A pretrained one has converged (its history is beside it), and gets no such control.
+        """
+        controlled = self.notebook in CONTROLLED and not self.baseline.record.parameters.get("pretrained")
+        trained = controlled and any(c.trains for c in wanted)
         has = self._dense_runs() or any(c.method == "dense_finetuned" for c in wanted)
         return wanted if has or not trained else [DenseFinetuned(), *wanted]
 

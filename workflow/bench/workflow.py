@@ -11,10 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from bench import marks
 from bench.folder import environment
+from bench.grid import Grid, GridError
 from nnc_utils import processes, provenance
 from nnc_utils.provenance import root
+from nnc_utils.rows import run_name
 
 
 def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequence[str] = ()) -> int:
@@ -28,14 +32,20 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequen
     if profile not in profiles:
         print(f"unknown profile {profile!r}: one of {', '.join(profiles)}")
         return 2
+    try:
+        planned = plan(profiles[profile], only)
+    except GridError as error:
+        print(error)
+        return 1
     folder, tables = root() / "results/runs" / profile, root() / "results" / profile
     _wait_for_others(folder)
     begin, log = time.time(), folder / "workflow.log"
     options = snakemake_options(profiles[profile], cores=cores, rerun=rerun, only=only)
-    threads = {} if cores == "all" else {"OMP_NUM_THREADS": str(cores)}  # what PyTorch goes by
+    more = {} if cores == "all" else {"OMP_NUM_THREADS": str(cores)}  # what PyTorch goes by
+    more["NNC_PLAN"] = json.dumps(planned)
     with open(log, "w", encoding="utf-8") as stream:
         command = [sys.executable, "-m", "bench.workflow", *options]
-        status = subprocess.run(command, cwd=root(), env=environment() | threads, stderr=stream).returncode
+        status = subprocess.run(command, cwd=root(), env=environment() | more, stderr=stream).returncode
     if status != 0:
         _tell_failure(folder, log, begin)
         return 1
@@ -47,16 +57,26 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequen
             return 1
     if not (tables / "compression.csv").is_file():
         return 0
-    from bench import audit, report  # not before: the child that is Snakemake needs none of it
+    from bench import audit, readme, report  # not before: the child that is Snakemake needs none of it
 
     if not only:
-        print(report.headline(tables))
+        print(report.text(tables, "headline"))
     if (root() / "README.md").is_file():
-        report.update_readme(root())
+        readme.update(root())
     print(f"\nThe report: {tables / 'report.md'}")
     if problems := audit.problems(tables, rescore=False):
         print("\n".join(["\nThese tables do not hold what they say:", *problems]))
     return 1 if problems else 0
+
+
+def plan(profile: Path, only: Sequence[str] = ()) -> dict[str, float]:
+    """The run folders of a profile, and the seconds that each took when its tables were made (or 0)."""
+    config = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    grid = Grid(config | {"profile": profile.stem, "only": only})
+    file = root() / "results" / profile.stem / "provenance.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    runs = {grid.folder(c): run_name(grid.profile, c.notebook, c.seed, c.shard) for c in grid.wanted}
+    return {folder: known.get(run, {}).get("wall_seconds", 0) for folder, run in runs.items()}
 
 
 def snakemake_options(profile: Path, *, cores: str, rerun: str, only: Sequence[str]) -> list[str]:
