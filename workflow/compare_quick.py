@@ -42,8 +42,6 @@ def measured(commit: str, folder: Path) -> dict[str, str]:
             told[f"{technique}: accuracy"] = f"{float(best['accuracy_mean']):.2f} %"
             low, high = float(best["delta_ci_low"]), float(best["delta_ci_high"])
             told[f"{technique}: difference"] = f"{float(best['delta_mean']):+.2f} [{low:+.2f}, {high:+.2f}]"
-                f"{float(best['delta_mean']):+.2f} [{low:+.2f}, {high:+.2f}] pp"
-            )
             told[f"{technique}: smaller"] = f"{float(best['size_ratio']):.1f}×"
     return told
 
@@ -54,9 +52,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("old", help="a commit")
-    parser.add_argument(
-        "new", nargs="?", default="HEAD", help="default: what is checked out"
-    )
+    parser.add_argument("new", nargs="?", default="HEAD", help="default: what is checked out")
     options = parser.parse_args()
     commits = []
     for name in (options.old, options.new):
