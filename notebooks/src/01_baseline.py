@@ -53,6 +53,7 @@ import torch
 from bench.session import Bench
 from nnc_utils import artifact, data, evaluation, figures, models, training
 from nnc_utils.baseline import Train
+from nnc_utils.exercises import check
 
 figures.style()
 bench = Bench("01_baseline", globals())
@@ -124,17 +125,36 @@ else:
 # A convolution from $c$ to $d$ channels with a $k \times k$ kernel has $c \cdot d \cdot k^2$ weights, and the batch-norm
 # behind it has $2d$ parameters. From stage to stage the width doubles.
 #
+# ### Exercise 1.1 · Parameters of a layer
+#
+# A layer knows its `kind` ("conv" or "linear"), `in_channels`, `out_channels`, `kernel` and whether a `batch_norm` follows.
+# A convolution here has no bias; the classifier has one. Return the number of parameters.
+#
+# <details><summary>Hint 1</summary>Weights first: each output channel has one kernel for each input channel.</details>
+# <details><summary>Hint 2</summary>Batch-norm multiplies each channel by a factor and adds a shift.</details>
+
+
+# %% tags=["exercise"]
+def parameters_of(layer: models.Layer) -> int:
+    """The parameters of a layer, its batch-norm's included."""
+    ### BEGIN SOLUTION
+    kernel = layer.kernel**2 if layer.kind == "conv" else 1
+    weights = layer.in_channels * layer.out_channels * kernel
+    return weights + (2 if layer.batch_norm else 1) * layer.out_channels
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("1.1", parameters_of)
+
+# %% [markdown]
 # *Predict*: what share of all parameters is in the last of the four stages? A naive guess stands there; put yours.
 
 # %%
 my_share = 25  # percent of all parameters that you expect in layer4
 
 # %% tags=["nbval-check-output"]
-predicted_parameters = 0
-for layer in layers:
-    kernel = layer.kernel**2 if layer.kind == "conv" else 1
-    weight = layer.in_channels * layer.out_channels * kernel
-    predicted_parameters += weight + (2 * layer.out_channels if layer.batch_norm else layer.out_channels)
+predicted_parameters = sum(parameters_of(layer) for layer in layers)
 counted = sum(p.numel() for p in model.parameters())
 print(
     f"predicted {predicted_parameters:,}   counted {counted:,}   ratio {counted / predicted_parameters:.3f}"
@@ -161,12 +181,33 @@ print(f"in the last stage: predicted {my_share:g} %, counted {last:.1f} %, ratio
 # output of $h \times w$ pixels takes $c \cdot d \cdot k^2 \cdot h \cdot w$ of them. PyTorch's own counter reports
 # floating-point operations, two for each MAC.
 #
+# ### Exercise 1.2 · MACs of a layer
+#
+# Beside the fields of exercise 1.1 a layer knows `size_in` and `size_out`, the height and width of its input and its output
+# in pixels (1 for the classifier). Return its MACs for one image.
+#
+# <details><summary>Hint 1</summary>At one pixel of the output, each weight is used once.</details>
+# <details><summary>Hint 2</summary>With stride 2 the output has a quarter of the input's pixels.</details>
+
+
+# %% tags=["exercise"]
+def macs_of(layer: models.Layer) -> int:
+    """Multiply-accumulate operations of a layer for one image."""
+    ### BEGIN SOLUTION
+    return layer.in_channels * layer.out_channels * layer.kernel**2 * layer.size_out**2
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("1.2", macs_of)
+
+# %% [markdown]
 # *Predict*: is the last stage's share of the MACs larger or smaller than its share of the parameters?
 
 # %% tags=["nbval-check-output"]
 from torch.utils.flop_counter import FlopCounterMode
 
-predicted_macs = sum(x.in_channels * x.out_channels * x.kernel**2 * x.size_out**2 for x in layers)
+predicted_macs = sum(macs_of(layer) for layer in layers)
 with FlopCounterMode(display=False) as counter, torch.inference_mode():
     model.eval()(torch.zeros(1, images.channels, images.size, images.size))
 counted_macs = counter.get_total_flops() // 2
@@ -270,18 +311,38 @@ print(f"over the last quarter of the epochs accuracy changed by {rise:+.2f} pp: 
 # ## 6 · How many bytes?
 #
 # A float32 takes four bytes. The network is saved as an **artifact**: one safetensors file with Spec, weights,
-# batch-norm statistics, preprocessing and class names. *Predict* its length from the parameters alone; then ask the
-# file system. Is the *file* the network? Only if loading it gives the same logits, bit for bit.
+# batch-norm statistics, preprocessing and class names.
+#
+# ### Exercise 1.3 · The length of a file
+#
+# Return the bytes that parameters and running statistics of these layers take in float32. Use `parameters_of`.
+#
+# <details><summary>Hint 1</summary>In inference batch-norm needs a running mean and a running variance for each channel. They
+# are no parameters, but without them the file is not the network.</details>
+
+
+# %% tags=["exercise"]
+def file_bytes(layers: list[models.Layer]) -> int:
+    """Bytes of the parameters and running statistics of layers, in float32."""
+    ### BEGIN SOLUTION
+    running = sum(2 * layer.out_channels for layer in layers if layer.batch_norm)
+    return 4 * (sum(parameters_of(layer) for layer in layers) + running)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("1.3", file_bytes)
+
+# %% [markdown]
+# Now ask the file system. And is the *file* the network? Only if loading it gives the same logits, bit for bit.
 
 # %% tags=["machine-dependent"]
 path = bench.path("scratch/by_hand.safetensors")
 artifact.save(model, path, mean=images.mean, std=images.std, classes=images.classes)
-predicted_bytes, measured_bytes = 4 * counted, path.stat().st_size
+predicted_bytes, measured_bytes = file_bytes(layers), path.stat().st_size
 print(f"predicted {predicted_bytes:,} bytes   measured {measured_bytes:,}   ", end="")
 print(f"ratio {measured_bytes / predicted_bytes:.4f}")
-statistics = 4 * 2 * sum(layer.out_channels for layer in layers if layer.batch_norm)
-rest = measured_bytes - predicted_bytes - statistics
-print(f"the rest: {statistics:,} bytes of batch-norm's running means and variances, {rest:,} of description")
+print(f"the rest: {measured_bytes - predicted_bytes:,} bytes of description")
 
 some = images.normalize(images.validation.images[:64])
 with torch.inference_mode():
@@ -327,14 +388,56 @@ print(f"ratio {measured_ms / predicted_ms:.1f}")
 #
 # ## 8 · How accurate is it, and how sure are we?
 #
-# Accuracy is correct ÷ number of images. With $n$ test images an accuracy $p$ has the standard error $\sqrt{p(1-p)/n}$,
-# and a 95 % interval of ±1.96 of them. *Predict* the half-width of the interval from the validation accuracy, before the test
-# images are looked at.
+# Accuracy is correct ÷ number of images.
+#
+# ### Exercise 1.4 · Find the bug: accuracy over batches
+#
+# A network predicts in batches; the last is often smaller. Many scripts average the accuracies of the batches. Return the
+# percent of *all* images that are right.
+#
+# <details><summary>Hint 1</summary>An image of a small batch must not count more than one of a large batch.</details>
+
+
+# %% tags=["exercise"]
+def accuracy(batches: list) -> float:
+    """Percent of right predictions; each batch is a pair of arrays: predictions (n,) and labels (n,)."""
+    ### BEGIN SOLUTION
+    right = sum((predictions == labels).sum() for predictions, labels in batches)
+    return 100 * float(right) / sum(len(labels) for _, labels in batches)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("1.4", accuracy)
+
+# %% [markdown]
+# ### Exercise 1.5 · How sure is an accuracy?
+#
+# With $n$ test images an accuracy $p$, as a share, has the standard error $\sqrt{p(1-p)/n}$. A 95 % interval reaches 1.96 of
+# them to either side. Return half its width in percentage points, for an accuracy in percent.
+#
+# <details><summary>Hint 1</summary>Divide the accuracy by 100 first, and multiply the result by 100.</details>
+
+
+# %% tags=["exercise"]
+def half_width(accuracy: float, images: int) -> float:
+    """Half of the 95 % interval of an accuracy in percent, in percentage points."""
+    ### BEGIN SOLUTION
+    p = accuracy / 100
+    return 100 * 1.96 * (p * (1 - p) / images) ** 0.5
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("1.5", half_width)
+
+# %% [markdown]
+# *Predict* the half-width from the validation accuracy, before the test images are looked at.
 
 # %% tags=["machine-dependent"]
-p, n = history[-1].validation / 100, len(images.test)
-predicted_half = 196 * (p * (1 - p) / n) ** 0.5
-print(f"validation {100 * p:.2f} %: on {n:,} test images the interval will be ±{predicted_half:.2f} pp")
+seen, n = history[-1].validation, len(images.test)
+predicted_half = half_width(seen, n)
+print(f"validation {seen:.2f} %: on {n:,} test images the interval will be ±{predicted_half:.2f} pp")
 
 # %% [markdown]
 # The network is now built once more from its parameters (nothing is trained twice), saved, and scored by a *fresh
@@ -345,8 +448,7 @@ rows = bench.measure(bench.build([Train()]))
 
 # %% tags=["machine-dependent"]
 row = rows.iloc[0]
-p = row["accuracy"] / 100
-half = 196 * (p * (1 - p) / row["total"]) ** 0.5
+half = half_width(row["accuracy"], row["total"])
 right, total = int(row["correct"]), int(row["total"])
 print(f"test {row['accuracy']:.2f} % ({right:,} of {total:,} right), 95 % interval ±{half:.2f} pp")
 print(f"predicted ±{predicted_half:.2f} pp, ratio {half / max(predicted_half, 1e-9):.2f}")
@@ -361,28 +463,52 @@ print(f"predicted ±{predicted_half:.2f} pp, ratio {half / max(predicted_half, 1
 # For the deviation one image that is won and one that is lost are added
 # ([Bonett and Price, 2012](https://doi.org/10.3102/1076998611411915)). That matters where few images differ.
 #
+# ### Exercise 1.6 · The paired interval
+#
+# `right` and `before` say of each image whether the compressed network and its reference are right. Return lower end, mean and
+# upper end in percentage points.
+#
+# <details><summary>Hint 1</summary>A bool becomes a number by `.astype(float)`; d is 100, 0 or −100.</details>
+# <details><summary>Hint 2</summary>`np.append(d, [100, -100])` adds the two images; `.std(ddof=1)` is their deviation. The mean
+# and n stay those of d.</details>
+
+
+# %% tags=["exercise"]
+import numpy as np
+
+
+def interval(right: np.ndarray, before: np.ndarray) -> tuple[float, float, float]:
+    """The paired 95 % interval of compressed minus reference accuracy; both are bool (n,)."""
+    ### BEGIN SOLUTION
+    d = 100 * (right.astype(float) - before.astype(float))
+    half = 1.96 * np.append(d, [100, -100]).std(ddof=1) / len(d) ** 0.5
+    return d.mean() - half, d.mean(), d.mean() + half
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("1.6", interval)
+
+# %% [markdown]
 # *Predict*: a reference is right on 93 % of 10,000 images; another network wins 20 of them and loses 30. Is the
 # difference of −0.10 pp real?
 
 # %% tags=["nbval-check-output"]
-reference = torch.ones(10_000)
-reference[:700] = 0
-other = reference.clone()
-other[:20], other[-30:] = 1, 0
+before = np.arange(10_000) >= 700
+right = before.copy()
+right[:20], right[-30:] = True, False
 
-d = 100 * (other - reference)
-deviation = torch.cat([d, torch.tensor([100.0, -100.0])]).std().item()
-mean, half = d.mean().item(), 1.96 * deviation / len(d) ** 0.5
-single = 196 * (0.93 * 0.07 / 10_000) ** 0.5
-print(f"paired: {mean:+.2f} pp, 95 % interval [{mean - half:+.2f}, {mean + half:+.2f}]")
-verdict = "worse" if mean + half < 0 else "not distinguishable"
+low, mean, high = interval(right, before)
+print(f"paired: {mean:+.2f} pp, 95 % interval [{low:+.2f}, {high:+.2f}]")
+verdict = "worse" if high < 0 else "not distinguishable"
+unpaired = 2**0.5 * half_width(93, 10_000)
 print(
-    f"the other network is {verdict}; an unpaired interval would be ±{single * 2**0.5:.2f}, not ±{half:.2f}"
+    f"the other network is {verdict}; an unpaired interval would be ±{unpaired:.2f}, not ±{high - mean:.2f}"
 )
 
 # %% tags=["checks", "nbval-check-output"]
-package = evaluation.paired_interval(compressed_correct=other.numpy(), reference_correct=reference.numpy())
-print("the package says the same:", [round(v, 4) for v in (mean - half, mean, mean + half)], end=" ")
+package = evaluation.paired_interval(compressed_correct=right, reference_correct=before)
+print("the package says the same:", [round(float(v), 4) for v in (low, mean, high)], end=" ")
 print([round(v, 4) for v in (package.low, package.mean, package.high)])
 
 # %% [markdown]

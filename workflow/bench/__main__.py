@@ -12,9 +12,11 @@ python -m bench report [--profile quick]     tables, figures, report and README 
 python -m bench publish --profile quick      finished runs into the profile's tables
 python -m bench restore --profile quick      committed runs back into run folders
 python -m bench reference RUN_FOLDER         a finished run of 01 becomes results/reference/
+python -m bench course [--nbgrader]          the student edition in build/course, or nbgrader's sources
 python -m bench notebooks [NAME ...]         every notebook executed where it stands, outputs stored
 """
 MODULES = {"run": "execute", "benchmark": "workflow", "notebooks": "notebooks", "reference": "reference"}
+MODULES |= {"course": "course"}
 MODULES |= dict.fromkeys(("report", "publish", "restore"), "report")
 
 

@@ -1,0 +1,72 @@
+"""The exercises of the course: `check` says whether an answer is right, or in words what is wrong with it.
+
+Each notebook has a module of checkers here. Wrong answers that each has to notice are in ``tests/exercises``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+MODULES = {  # first number of an exercise -> the module of its notebook's checkers
+    **{"1": "baseline", "2": "quantization", "3": "pruning", "4": "distillation"},
+    **{"5": "search", "6": "pipeline", "7": "deployment"},
+}
+CHECKERS: dict[str, Callable[..., None]] = {}
+
+
+class Wrong(AssertionError):
+    """What is wrong with an answer, in the learner's words; a notebook shows that line alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Not yet. {self}"]
+
+
+def exercise(number: str) -> Callable:
+    """Make a function the checker of an exercise: it gets the answers, and raises `Wrong`."""
+
+    def keep(checker: Callable[..., None]) -> Callable[..., None]:
+        CHECKERS[number] = checker
+        return checker
+
+    return keep
+
+
+def check(number: str, *answers: Any) -> None:
+    """Check the answers to an exercise, such as "2.1": print that they are right, or raise `Wrong`.
+
+    What a learner's own function raises comes through as it is.
+    """
+    importlib.import_module(f"{__name__}.{MODULES[number.partition('.')[0]]}")
+    try:
+        CHECKERS[number](*answers)
+    except NotImplementedError:
+        raise Wrong(f"Exercise {number} is still empty: write its lines, then run both cells.") from None
+    print(f"Exercise {number}: right.")
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    """Raise `Wrong` with a sentence for the learner unless something holds."""
+    if not holds:
+        raise Wrong(otherwise)
+
+
+def same(given: Any, wanted: Any, otherwise: str, *, tolerance: float = 1e-4) -> None:
+    """Raise `Wrong` unless numbers are equal: `otherwise`, or what is wrong with their type or shape.
+
+    `tolerance` is relative to the largest wanted number.
+    """
+    expect(given is not None, "Your function returns nothing: does it end in `return`?")
+    try:
+        given = torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong(f"Your answer is a {type(given).__name__}: a number or a tensor is asked for.") from None
+    wanted = torch.as_tensor(wanted, dtype=torch.float64)
+    shapes = [tuple(tensor.shape) for tensor in (given, wanted)]
+    expect(shapes[0] == shapes[1], f"{otherwise} Its shape is {shapes[0]}: {shapes[1]} is asked for.")
+    expect(bool(torch.isfinite(given).all()), f"{otherwise} It holds numbers that are not finite.")
+    largest = max(float(wanted.abs().max()), 1e-12)
+    expect(float((given - wanted).abs().max()) <= tolerance * largest, otherwise)

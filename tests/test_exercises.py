@@ -1,0 +1,135 @@
+"""Every checker passes two right answers, and says of each wrong one in words what is wrong."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from bench import course
+from nnc_utils import exercises
+from nnc_utils.exercises import Wrong, check
+
+SOURCES = sorted((Path(__file__).parent.parent / "notebooks/src").glob("0[1-7]_*.py"))
+
+
+class Exercise:
+    """An exercise as it stands in a notebook: the text before it, its cell, and the call that checks it."""
+
+    def __init__(self, text, cell, call, before):
+        self.text, self.cell, self.before = text, cell, before
+        self.number = ast.literal_eval(call.args[0])
+        self.answers = [ast.unparse(argument) for argument in call.args[1:]]
+
+    def namespace(self, source=None):
+        """What the imports, the earlier exercises and this cell define."""
+        names = {}
+        for code in (*self.before, source or self.cell.source):
+            exec(compile(code, self.number, "exec"), names)
+        return names
+
+    def given(self, source=None):
+        names = self.namespace(source)
+        return [eval(answer, names) for answer in self.answers]
+
+
+def imports(source):
+    lines = [n for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    return "\n".join(map(ast.unparse, lines))
+
+
+def found(path):
+    """The exercises of a notebook, in their order."""
+    cells, before = jupytext.read(path).cells, []
+    for text, cell, checker in zip(cells, cells[1:], cells[2:]):
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            before.append(imports(re.sub(r"(?m)^%.*$", "", cell.source)))
+        if "exercise" in cell.metadata.get("tags", []):
+            [call] = [s.value for s in ast.parse(checker.source).body if isinstance(s, ast.Expr)]
+            assert call.func.id == "check" and "checks" in checker.metadata["tags"], checker.source
+            yield Exercise(text.source, cell, call, [*before])
+            before.append(cell.source)
+
+
+ALL = [one for path in SOURCES for one in found(path)]
+
+
+def answers(number):
+    module = importlib.import_module(f"exercises.{exercises.MODULES[number.partition('.')[0]]}")
+    return module.RIGHT.get(number, []), module.WRONG.get(number, [])
+
+
+@pytest.mark.parametrize("one", ALL, ids=lambda one: one.number)
+class TestExercise:
+    def test_right_answers_pass(self, one, capsys):
+        right, _ = answers(one.number)
+        assert right, "a second right answer, written differently, is needed"
+        for given in (one.given(), *([answer] for answer in right)):
+            check(one.number, *(given if isinstance(given, list | tuple) else [given]))
+        said = capsys.readouterr()
+        assert said.out == f"Exercise {one.number}: right.\n" * (1 + len(right))
+        assert not said.err  # a grader takes anything there for a failure
+
+    def test_wrong_answers_are_told_what_is_wrong(self, one):
+        _, wrong = answers(one.number)
+        assert len(wrong) >= 3
+        for answer, words in wrong:
+            with pytest.raises(Wrong, match=re.escape(words)):
+                check(one.number, answer)
+        assert len({words for _, words in wrong}) == len(wrong)
+
+    def test_the_stub_is_the_solution_without_its_lines(self, one):
+        stub = course.cleared(one.cell.source)
+        assert course.BEGIN in one.cell.source and course.BEGIN not in stub
+        hidden = one.cell.source.count("\n") - stub.count("\n") - 1
+        assert 1 <= hidden <= 8, f"{hidden} lines to write"
+        given, stubs = one.namespace(), one.namespace(stub)
+        for name, value in given.items():
+            if inspect.isfunction(value) and value.__module__ is None:
+                assert inspect.signature(stubs[name]) == inspect.signature(value)
+        with pytest.raises(Wrong, match=f"Exercise {one.number} is still empty"):
+            check(one.number, *one.given(stub))
+
+    def test_the_text_asks_and_has_hints(self, one):
+        assert f"Exercise {one.number} ·" in one.text and "<summary>Hint 1</summary>" in one.text
+        assert one.text.count("<details>") == one.text.count("</details>")
+
+
+def test_numbers_are_of_their_notebook_and_unique():
+    numbers = [one.number for one in ALL]
+    assert len(set(numbers)) == len(numbers)
+    for path in SOURCES:
+        own = [one.number for one in found(path)]
+        assert own == [f"{int(path.stem[:2])}.{k}" for k in range(1, len(own) + 1)]
+    for name in exercises.MODULES.values():
+        if (Path(exercises.__file__).parent / f"{name}.py").is_file():
+            importlib.import_module(f"nnc_utils.exercises.{name}")
+    assert sorted(exercises.CHECKERS) == sorted(numbers)
+
+
+def test_an_answer_of_another_kind_is_told_so():
+    for answer, words in ((None, "returns nothing"), ("9", "is a str"), ([1.0, 2.0], "shape is (2,)")):
+        with pytest.raises(Wrong, match=re.escape(words)):
+            exercises.same(answer, 1.0, "It differs.")
+    with pytest.raises(Wrong, match="not finite"):
+        exercises.same(float("nan"), 1.0, "It differs.")
+    assert Wrong("Look again.")._render_traceback_() == ["Not yet. Look again."]
+
+
+def test_the_student_edition_has_the_holes_and_no_answer():
+    for path in SOURCES:
+        notebook = nbformat.read(path.parents[1] / f"{path.stem}.ipynb", as_version=4)
+        edition = course.student(notebook)
+        own = [cell for cell in edition.cells if "exercise" in cell.metadata.get("tags", [])]
+        assert all(course.STUB in cell.source and course.BEGIN not in cell.source for cell in own)
+        assert not any(cell.outputs for cell in own) and len(own) == len(list(found(path)))
+        graded = [
+            cell.metadata["nbgrader"]
+            for cell in course.assignment(notebook).cells
+            if "nbgrader" in cell.metadata
+        ]
+        assert sum(cell.get("points", 0) for cell in graded) == len(own)
