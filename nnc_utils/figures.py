@@ -269,7 +269,8 @@ def frontier(latency: pd.DataFrame, axes: Axes | None = None, *, threads: int = 
     """Which networks are worth having? Each once, in its fastest runtime; what none beats is joined."""
     axes = axes or plt.subplots(figsize=(8, 4.5))[1]
     rows = _single(latency, threads).dropna(subset=["accuracy"]).sort_values("p50_ms", kind="stable")
-    rows = rows[~rows["control"].str.startswith(AFTER)].drop_duplicates("artifact_sha256")
+    rows = rows[~rows["control"].str.startswith(AFTER) & rows["precision"].isin(["fp32", "int8"])]
+    rows = rows.drop_duplicates("artifact_sha256")
     for kind, own in rows.groupby(_kinds(rows), sort=False):
         label, colour, marker = _kind(kind)
         axes.scatter(own["p50_ms"], own["accuracy"], color=colour, marker=marker, s=60, label=label)

@@ -205,8 +205,10 @@ def run_name(profile: str, notebook: str, seed: int, shard: str = "") -> str:
 
 
 def interval_text(row: Any) -> str:
-    """A difference and its interval in percentage points, as text."""
-    return f"{row['accuracy_delta']:+.2f} [{row['delta_ci_low']:+.2f}, {row['delta_ci_high']:+.2f}]"
+    """A difference and its interval in percentage points; an end near the limit has a third digit."""
+    ends = [row["delta_ci_low"], row["delta_ci_high"]]
+    low, high = (f"{end:+.{3 if round(end, 2) == NO_LOSS else 2}f}" for end in ends)
+    return f"{row['accuracy_delta']:+.2f} [{low}, {high}]"
 
 
 def within(row: Any) -> str:

@@ -173,7 +173,7 @@ class Tables:
         At most so many: of those that are no claim the most accurate.
         """
         own = self.summary[(self.summary["technique"] == technique) & (self.summary["control"] == "")]
-        own = own.sort_values("size_ratio", ascending=False, kind="stable")
+        own = own.sort_values(["size_ratio", "delta_mean"], ascending=False, kind="stable")
         beaten = own["delta_mean"] <= own["delta_mean"].cummax().shift(fill_value=-np.inf)
         shown = own[~beaten | (own["headline"] == 1)]
         shown = shown.sort_values(["headline", "delta_mean"], ascending=False, kind="stable").head(most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def recipes(tables: Tables) -> list[dict[str, Any]]:
         good = points[points["no_loss"] == 1].sort_values(["headline", line["by"]], na_position="first")
         best = good if len(good) else points.sort_values("delta_ci_low")
         for _, point in best.tail(1).iterrows():
-            mapping = {"method": point["method"]} | yaml.safe_load(point["settings"] or "{}")
+            mapping = {"method": point["method"]} | json.loads(point["settings"] or "{}")
             written = yaml.safe_dump(mapping, default_flow_style=True, sort_keys=False, width=999).strip()
             told = {"configuration": written, "point": point, "time": tables.fastest(point)}
             lines.append({k: line[k] for k in ("want", "notebook")} | told)
