@@ -179,9 +179,14 @@ def test_settings_become_columns_with_their_defaults():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"), [(-0.3, 1, "yes"), (-0.31, -0.29, "cannot tell"), (-0.5, -0.31, "no")]
+    ("low", "high", "said", "text"),
+    [
+        (-0.2991, 1, "yes", "[-0.299, +1.00]"),  # a third digit says on which side of the limit an end is
+        (-0.31, -0.29, "cannot tell", "[-0.31, -0.29]"),
+        (-0.5, -0.3012, "no", "[-0.50, -0.301]"),
+    ],
 )
-def test_within_is_a_matter_of_the_whole_interval(low, high, said):
+def test_within_is_a_matter_of_the_whole_interval(low, high, said, text):
     row = {"accuracy_delta": (low + high) / 2, "delta_ci_low": low, "delta_ci_high": high}
     assert rows.within(row) == said
-    assert rows.interval_text(row).endswith(f"[{low:+.2f}, {high:+.2f}]")
+    assert rows.interval_text(row).endswith(text)
