@@ -21,12 +21,13 @@
 #
 # **You will be able to** fold batch-norm, run a layer in integers by hand, see whether a runtime really uses integers, time a
 # network so that the number holds, and say which speed-up is yours. **You need** [02](02_quantization.ipynb) and
-# [03](03_pruning.ipynb). **Time:** 45 minutes to read, a minute to run.
+# [03](03_pruning.ipynb). **Time:** 45 minutes to read, an hour with the seven exercises, a minute to run.
 #
 # **Contents.** 1 · Folding batch-norm. 2 · A layer in integers. 3 · Are the file's codes the runtime's? 4 · Does it run
 # in integers? 5 · What does one timing say? 6 · The benchmark: which speed-up do you quote? 7 · What does signed int8
 # cost? 8 · What does a mask gain? 9 · Multiplications, bytes, milliseconds. 10 · Which networks are worth having? 11 ·
-# What fits a device? 12 · Are the answers the same? 13 · Would you measure the same again? Then the committed results.
+# What fits a device? 12 · Are the answers the same? 13 · Would you measure the same again? Then the committed results
+# and a questionnaire.
 #
 # Write down your prediction before you run a cell.
 
@@ -56,6 +57,7 @@ import torch
 from bench.latency import Timing, once, show
 from bench.session import Bench
 from nnc_utils import artifact, figures, models, runtimes
+from nnc_utils.exercises import check
 
 figures.style()
 bench = Bench("07_deployment", globals())
@@ -69,6 +71,30 @@ timing = Timing(bench, networks, in_runtimes)
 #
 # $$w'_c = w_c \cdot \frac{\gamma_c}{\sqrt{\sigma_c^2 + \varepsilon}}, \qquad b'_c = \beta_c - \mu_c \cdot \frac{\gamma_c}{\sqrt{\sigma_c^2 + \varepsilon}}$$
 #
+# ### Exercise 7.1 · Fold batch-norm into a convolution
+#
+# `weight` is (out, in, k, k). `norm` is the batch-norm behind it, in evaluation: $\gamma$ is `norm.weight`, $\beta$ is
+# `norm.bias`, $\mu$ and $\sigma^2$ are `norm.running_mean` and `norm.running_var`, each (out,). Return the weight and the
+# bias of the one convolution that does the work of both.
+#
+# <details><summary>Hint 1</summary>Both formulas hold the same factor: compute it first. ε is `norm.eps`.</details>
+# <details><summary>Hint 2</summary>`factor.view(-1, 1, 1, 1)` stretches one number for each output channel over its
+# kernels.</details>
+
+
+# %% tags=["exercise"]
+def fold(weight: torch.Tensor, norm: torch.nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a convolution with the batch-norm behind it folded in."""
+    ### BEGIN SOLUTION
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return weight * factor.view(-1, 1, 1, 1), norm.bias - norm.running_mean * factor
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("7.1", fold)
+
+# %% [markdown]
 # *Predict*: how far apart are the two on an image? Not at all on paper; in float32 by rounding.
 
 # %% tags=["machine-dependent"]
@@ -76,12 +102,10 @@ fp32 = artifact.read(bench.baseline.artifact("fp32"))
 network, images = artifact.network(fp32), bench.images
 batch = images.normalize(images.validation.images[:32])
 stem, norm = network.conv1, network.bn1
-factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-weight = (stem.weight * factor.view(-1, 1, 1, 1)).detach()
-bias = (norm.bias - norm.running_mean * factor).detach()
 with torch.inference_mode():
+    weight, bias = fold(stem.weight, norm)
     apart = norm(stem(batch))
-    folded = torch.nn.functional.conv2d(batch, weight, bias, stem.stride, stem.padding)
+    folded = torch.conv2d(batch, weight, bias, stem.stride, stem.padding)
 print(f"largest difference {(apart - folded).abs().max():.1e} where values reach {apart.abs().max():.1f}")
 
 # %% [markdown]
@@ -102,7 +126,72 @@ for ours, theirs in zip((weight, bias), qdq.float_layers(fp32)["conv1"]):
 #
 # $$y = s_x s_w \Big( \sum (q_x - z_x)\, q_w + q_b \Big), \qquad q_b = \mathrm{round}\!\Big(\frac{b'}{s_x s_w}\Big)$$
 #
-# The sum is whole numbers only. *Predict*: do 16 bits hold it, or does it need 32?
+# where $b'$ is the folded bias. The sum is whole numbers only.
+#
+# ### Exercise 7.2 · The integers of a layer
+#
+# The file gives `codes` (out, in, k, k) and `scale` (out,), batch-norm gives `factor` (out,), which may be negative, and the
+# folded `bias` (out,). Return three tensors: the codes that run; the scale of the sums, which is $s_x$ times the *folded*
+# scale $s_w$, positive, (out,); and the bias in codes of that scale.
+#
+# <details><summary>Hint 1</summary>factor = sign · |factor|. One of the two goes into the codes, the other into the
+# scale.</details>
+# <details><summary>Hint 2</summary>The bias is added to the sums before they are multiplied by their scale: divide by
+# it.</details>
+
+
+# %% tags=["exercise"]
+def integers(codes, scale, factor, bias, input_scale: float) -> tuple[torch.Tensor, ...]:
+    """Codes, scale of the sums and bias in codes of a layer with its batch-norm folded in."""
+    ### BEGIN SOLUTION
+    sum_scale = input_scale * scale * factor.abs()
+    return codes * factor.sign().view(-1, 1, 1, 1), sum_scale, (bias / sum_scale).round()
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("7.2", integers)
+
+# %% [markdown]
+# A kernel does not subtract $z_x$ from each input. It multiplies the codes as they are and corrects the result by a number that
+# is known beforehand: $\sum (q_x - z_x)\, q_w = \sum q_x q_w - z_x \sum q_w$.
+#
+# ### Exercise 7.3 · Find the bug: the border
+#
+# These lines are right inside the image and wrong along its border:
+#
+# ```python
+# padded = functional.pad(inputs, [padding] * 4)
+# sums = functional.conv2d(padded, codes, bias, stride)
+# return sums - zero_point * codes.sum((1, 2, 3)).view(-1, 1, 1)
+# ```
+#
+# `inputs` are unsigned codes (n, in, h, w), `codes` those of the weights (out, in, k, k), `bias` codes (out,). Return the right
+# sums.
+#
+# <details><summary>Hint 1</summary>The float network pads with the number 0. Which code stands for it?</details>
+# <details><summary>Hint 2</summary>`functional.pad` takes a `value`.</details>
+
+
+# %% tags=["exercise"]
+from torch.nn import functional
+
+
+def multiply(inputs, codes, bias, zero_point: int, stride: int, padding: int) -> torch.Tensor:
+    """Sums of an integer convolution, (n, out, h', w')."""
+    ### BEGIN SOLUTION
+    padded = functional.pad(inputs, [padding] * 4, value=zero_point)
+    sums = functional.conv2d(padded, codes, bias, stride)
+    return sums - zero_point * codes.sum((1, 2, 3)).view(-1, 1, 1)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("7.3", multiply)
+
+# %% [markdown]
+# Now the whole layer. The package's `fold_batch_norm` gives factor and bias of exercise 7.1. *Predict*: do 16 bits hold the
+# sum, or does it need 32?
 
 
 # %% tags=["machine-dependent"]
@@ -113,13 +202,13 @@ def rounded(values: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor
 
 int8 = timing.networks[0].stored
 (scale_in, zero_in), (scale_out, zero_out) = int8.ranges["quant_input"], int8.ranges["quant_stem"]
-tensors, stored = {name: tensor.double() for name, tensor in int8.tensors.items()}, int8.weights["conv1"]
-factor = tensors["bn1.weight"] / (tensors["bn1.running_var"] + norm.eps).sqrt()
-codes = stored.codes.double() * factor.sign().view(-1, 1, 1, 1)
-scales = scale_in * stored.scale.double() * factor.abs()
-bias = ((tensors["bn1.bias"] - tensors["bn1.running_mean"] * factor) / scales).round()
+factor, bias = models.fold_batch_norm(int8.tensors, "bn1")
+stored = int8.weights["conv1"]
+codes, scales, bias_codes = integers(
+    stored.codes.double(), stored.scale.double(), factor, bias, input_scale=scale_in
+)
 inputs = rounded(batch.double(), scale_in, zero_in)
-sums = torch.nn.functional.conv2d(inputs - zero_in, codes, bias, stem.stride, stem.padding)
+sums = multiply(inputs, codes, bias_codes, zero_in, stem.stride[0], stem.padding[0])
 outputs = rounded(sums * scales.view(1, -1, 1, 1), scale_out, zero_out)
 largest = int(sums.abs().max())
 print(f"largest sum {largest:,}: {largest.bit_length() + 1} bits with its sign")
@@ -168,28 +257,58 @@ print("predicted:", {kind: kinds.count(kind) for kind in ("conv", "add", "linear
 print("measured: ", {kind: session.integer_operators[kind] for kind in ("conv", "add", "linear")})
 
 # %% [markdown]
-# Now break it on purpose: the tensor between two convolutions is no longer rounded. *Predict*: how many operators fall back to
-# floats?
+# Now break it on purpose: one tensor between two steps is no longer rounded.
+#
+# ### Exercise 7.4 · Which operators fall back to floats?
+#
+# `qdq.steps(spec)` lists what the network computes. Each step has a `name`, one tensor that it writes, `output`, and one or two
+# that it reads, `inputs`. An operator runs in integers only if *all* of its tensors are integers (the logits excepted). Return the names of the steps
+# that fall back when the tensor `lost` stays in floats.
+#
+# <details><summary>Hint 1</summary>An addition has two inputs, and a block's output has more than one reader.</details>
+
+
+# %% tags=["exercise"]
+def fall_back(spec: models.Spec, lost: str) -> list[str]:
+    """Names of the steps that write or read a tensor."""
+    ### BEGIN SOLUTION
+    return [step.name for step in qdq.steps(spec) if lost in (step.output, *step.inputs)]
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("7.4", fall_back)
+
+# %% [markdown]
+# Ask the runtime. The second tensor is the output of a block.
+
 
 # %% tags=["nbval-check-output"]
-lost = "layer2.0.quant1"
-for node in [n for n in model.graph.node if f"{lost}.codes" in (*n.input, *n.output)]:
-    model.graph.node.remove(node)
-for node in model.graph.node:
-    for place, tensor in enumerate(node.input):
-        if tensor == lost:
-            node.input[place] = f"{lost}.float"
-onnxruntime = runtimes.adapter("onnxruntime")
-broken = onnxruntime.OnnxRuntimeSession(model.SerializeToString(), "int8", 1).integer_operators
-print("without one pair:", {kind: broken[kind] for kind in ("conv", "add", "linear")})
+def without(lost: str) -> dict[str, int]:
+    """Integer operators of ONNX Runtime when one tensor is no longer rounded."""
+    graph = qdq.onnx_model(int8, "int8")
+    for node in [n for n in graph.graph.node if f"{lost}.codes" in (*n.input, *n.output)]:
+        graph.graph.node.remove(node)
+    for node in graph.graph.node:
+        for place, tensor in enumerate(node.input):
+            if tensor == lost:
+                node.input[place] = f"{lost}.float"
+    onnxruntime = runtimes.adapter("onnxruntime")
+    return onnxruntime.OnnxRuntimeSession(graph.SerializeToString(), "int8", 1).integer_operators
+
+
+for lost in ("layer2.0.quant1", "layer3.0.quant_out"):
+    counts = without(lost)
+    fallen = {kind: kinds.count(kind) - counts[kind] for kind in ("conv", "add")}
+    print(f"without {lost}: predicted {', '.join(fall_back(int8.spec, lost))}; measured {fallen}")
 try:
-    qdq.check_integer(int8.spec, broken)
+    qdq.check_integer(int8.spec, counts)
 except RuntimeError as error:
     print("refused:", str(error).partition(" (")[0])
 
 # %% [markdown]
-# **What it means.** The convolution that wrote the tensor and the one that reads it both lost their integer kernels. The
-# network still gives the same classes. Only the count tells.
+# **What it means.** Whatever writes the tensor and whatever reads it lost its integer kernel. The network still gives the same
+# classes. Only the count tells.
 #
 # ## 5 · What does one timing say?
 #
@@ -226,6 +345,37 @@ print(f"90 % take less than {samples.quantile(0.9):.3f} ms, the slowest {samples
 # Each runtime lives in a process of its own, blocked while another is timed. A round visits every pair of runtime and network;
 # a speed-up is the median of the ratios *within* a round. It is given twice: against fp32 in eager PyTorch, which is what most
 # reports do, and against the fastest fp32 runtime, which is what you would otherwise use.
+#
+# ### Exercise 7.5 · Find the bug: a speed-up
+#
+# This line flatters the network, and a minute in which the machine was slow may spoil it:
+#
+# ```python
+# return statistics.median(fp32["eager"]) / statistics.median(own)
+# ```
+#
+# `own` holds the milliseconds of the compressed network, one number for each round. `fp32` holds those of the uncompressed one
+# in each runtime, in the same rounds. Return how many times as fast the compressed network is as the fastest fp32 runtime, which
+# is the one with the lowest median.
+#
+# <details><summary>Hint 1</summary>Choose the runtime first: `min` takes a `key`.</details>
+# <details><summary>Hint 2</summary>`zip` gives the two times of each round: divide, then take the median.</details>
+
+
+# %% tags=["exercise"]
+import statistics
+
+
+def speedup(own: list[float], fp32: dict[str, list[float]]) -> float:
+    """Times as fast as the fastest fp32 runtime; the milliseconds are one for each round."""
+    ### BEGIN SOLUTION
+    fastest = min(fp32.values(), key=statistics.median)
+    return statistics.median(reference / mine for reference, mine in zip(fastest, own))
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("7.5", speedup)
 
 # %% tags=["benchmark", "machine-dependent"]
 protocol = {"batches": batches, "threads": threads, "rounds": rounds, "seconds": seconds, "again": again}
@@ -236,13 +386,32 @@ show(table, speedups, threads=min(threads)).round(2)
 # %% tags=["benchmark", "machine-dependent"]
 done = timing.finish()
 
+# %% [markdown]
+# Your speed-ups from the rounds, beside the table's column:
+
+
+# %% tags=["machine-dependent"]
+def medians(row: pd.Series) -> list[float]:
+    """Of each round, in milliseconds."""
+    return [float(median) for median in row["rounds_p50_ms"].split()]
+
+
+single = once(table, threads=min(threads))
+dense = single[single["artifact_sha256"] == timing.reference.row.artifact_sha256]
+uncompressed = {row["runtime"]: medians(row) for _, row in dense.iterrows() if row["precision"] == "fp32"}
+for _, row in single[single["precision"] == "int8"].iterrows():
+    ours, theirs = speedup(medians(row), uncompressed), row["speedup_best_fp32"]
+    print(f"{row['title']}, {row['runtime']}: {ours:.2f}, in the table {theirs:.2f}")
+
+# %% [markdown]
+# And what did arithmetic predict?
+
 # %% tags=["machine-dependent"]
 from nnc_utils import provenance
 
 vnni = {"avx512_vnni", "avx_vnni", "i8mm"} & set(provenance.hardware()["flags"])
 instructions = {"fp32": 1, "s8s8": 1, "bf16": 2, "int8": 4 if vnni else 4 / 3}
 known = {network.row.artifact_sha256: network.row for network in (timing.reference, *timing.networks)}
-single = once(table, threads=min(threads))
 single = single[single["artifact_sha256"].isin(known)]
 fewer = [timing.reference.row.macs / known[sha256].macs for sha256 in single["artifact_sha256"]]
 predicted = pd.Series(fewer, single.index) * single["precision"].map(instructions)
@@ -287,19 +456,13 @@ shares.round(3)
 # [03](03_pruning.ipynb) sets most single weights to zero by a mask. *Predict*: the time of the masked network in ONNX Runtime
 # over that of the dense one.
 
-
 # %% tags=["machine-dependent"]
-def medians(row: pd.Series) -> pd.Series:
-    """Of each round, in milliseconds."""
-    return pd.Series(row["rounds_p50_ms"].split(), dtype=float)
-
-
 ort = single[(single["runtime"] == "onnxruntime") & (single["precision"] == "fp32")].set_index(
     "artifact_sha256"
 )
 dense = ort.loc[timing.reference.row.artifact_sha256]
 for sha256, row in ort.drop(index=dense.name).iterrows():
-    ratio = (medians(row) / medians(dense)).median()
+    ratio = statistics.median(mine / whole for mine, whole in zip(medians(row), medians(dense)))
     zeros = 1 - known[sha256].nonzeros / known[sha256].params
     print(f"{row['title']}: {zeros:.0%} zeros, {ratio:.2f} times the time of the dense network")
 
@@ -355,27 +518,52 @@ figures.show(
 # flows follows from the Spec: all tensors that a later step still needs, one byte a number in int8
 # ([Lin et al., 2020](https://arxiv.org/abs/2007.10319) search for networks under these two limits). *Predict*: which limit
 # binds?
+#
+# ### Exercise 7.6 · Memory for what flows
+#
+# `order` lists the steps as in exercise 7.4; the first one reads the image. `sizes` gives the numbers in each tensor. While a step
+# runs, memory holds its output, its inputs, and every tensor that a later step still reads. Return the most numbers that it
+# holds at once.
+#
+# <details><summary>Hint 1</summary>First note for each tensor the number of the last step that reads it.</details>
+# <details><summary>Hint 2</summary>Then go through the steps with a set of held tensors: add the output, count, drop what nobody
+# reads any more.</details>
+
+
+# %% tags=["exercise"]
+def peak(order: list[qdq.Step], sizes: dict[str, int]) -> int:
+    """Numbers of the tensors that are held at once, at most."""
+    ### BEGIN SOLUTION
+    last = {name: number for number, step in enumerate(order) for name in step.inputs}
+    most, held = 0, set(order[0].inputs)
+    for number, step in enumerate(order):
+        held.add(step.output)
+        most = max(most, sum(sizes[name] for name in held))
+        held = {name for name in held if last.get(name, number) > number}
+    return most
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("7.6", peak)
 
 
 # %% tags=["machine-dependent"]
-def flowing(spec: models.Spec) -> int:
-    """Numbers of the tensors that are needed at once, at most."""
-    order, sizes = qdq.steps(spec), {"quant_input": spec.channels * spec.size**2}
-    last = {name: number for number, step in enumerate(order) for name in step.inputs}
-    most = 0
-    for number, step in enumerate(order):
-        shrunk = {"max_pool": sizes[step.inputs[0]] // 4, "average_pool": models.layers(spec)[-1].in_channels}
-        layer = step.layer
-        pooled = shrunk.get(step.kind, sizes[step.inputs[0]])
-        sizes[step.output] = layer.out_channels * layer.size_out**2 if layer else pooled
-        needed = [size for name, size in sizes.items() if last.get(name, number) >= number]
-        most = max(most, sum(needed))
-    return most
+def tensor_sizes(spec: models.Spec) -> dict[str, int]:
+    """Numbers in each tensor of a network, for one image."""
+    sizes = {"quant_input": spec.channels * spec.size**2}
+    for step in qdq.steps(spec):
+        before, layer = sizes[step.inputs[0]], step.layer
+        pooled = {"max_pool": before // 4, "average_pool": models.layers(spec)[-1].in_channels}
+        shape = layer.out_channels * layer.size_out**2 if layer else pooled.get(step.kind, before)
+        sizes[step.output] = shape
+    return sizes
 
 
 for timed in timing.networks[:1] + [n for n in timing.networks if n.stored.spec != fp32.spec][:1]:
-    weights = sum(layer.parameters for layer in models.layers(timed.stored.spec))
-    flow = flowing(timed.stored.spec)
+    own = timed.stored.spec
+    weights = sum(layer.parameters for layer in models.layers(own))
+    flow = peak(qdq.steps(own), tensor_sizes(own))
     fits = "fits" if weights < 1e6 and flow < 256_000 else "does not fit"
     print(f"{timed.row.macs:,} MACs in int8: {weights:,} bytes of weights, {flow:,} flow: {fits}")
 
@@ -396,14 +584,44 @@ show(table[table["runtime"] != "eager"], answers, threads=min(threads)).round(2)
 # %% [markdown]
 # A few tenths of a percent below 100 is rounding. Much less can be *saturation*: without VNNI fast kernels add two products in
 # 16 bits, and 255·127 + 255·127 does not fit. ONNX Runtime has a slower, exact kernel for such codes, which this suite asks for.
-# Codes of 7 bits cannot overflow, whatever the image. *Predict* the largest sum for each width.
+#
+# ### Exercise 7.7 · Choose the width
+#
+# A kernel adds so many `products` of an unsigned 8-bit input with a signed code of a weight, in a signed `accumulator` of so many
+# bits. Codes of $b$ bits reach $\pm(2^{b-1} - 1)$. Choose the largest $b$ from 2 to 8 for which *no* image can overflow the sum; 0
+# if none fits.
+#
+# <details><summary>Hint 1</summary>The worst image has 255 everywhere. The accumulator reaches $2^{\text{bits} - 1} - 1$.</details>
+# <details><summary>Hint 2</summary>`max(..., default=0)` is 0 for an empty list.</details>
+
+
+# %% tags=["exercise"]
+def most_bits(accumulator: int, products: int) -> int:
+    """The most bits of a weight's code with which a sum of products cannot overflow."""
+    ### BEGIN SOLUTION
+    limit = 2 ** (accumulator - 1) - 1
+    fitting = [bits for bits in range(2, 9) if products * 255 * (2 ** (bits - 1) - 1) <= limit]
+    return max(fitting, default=0)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("7.7", most_bits)
+
+# %% [markdown]
+# *Predict* the largest sum of two products for 8 and for 7 bits.
 
 # %% tags=["nbval-check-output"]
 for bits in (8, 7):
     largest = 2 * 255 * (2 ** (bits - 1) - 1)
     print(f"{bits} bits: {largest:,} of {2**15 - 1:,}: {'saturates' if largest > 2**15 - 1 else 'fits'}")
+print(
+    f"chosen: {most_bits(16, 2)} bits for two products in 16 bits, {most_bits(32, 9 * 512)} for a layer in 32"
+)
 
 # %% [markdown]
+# That is why the first network here has codes of 7 bits.
+#
 # ## 13 · Would you measure the same again?
 #
 # All was timed a second time, in new processes. *Predict*: which ratio holds better, against eager or against the fastest fp32?
@@ -452,18 +670,52 @@ print(f"{file.parent.name}: {best['title']} is {times}")
 fastest[columns].set_axis(headings, axis=1).set_index("network").round(2)
 
 # %% [markdown]
+# ## Questionnaire
+#
+# Answer first, then unfold.
+#
+# <details><summary>1. Why does folding batch-norm leave the codes of the weights alone?</summary>Folding multiplies all
+# weights of an output channel by one factor. The scale of the channel takes its size; only the sign of a negative factor
+# goes into the codes.</details>
+# <details><summary>2. Which number does a kernel on unsigned codes pad with, and why?</summary>With the zero-point of the
+# input: that is the code of the number 0, with which the float network pads.</details>
+# <details><summary>3. Why is the ReLU no operation in the integer network?</summary>The zero-point behind a ReLU is 0, so
+# the clamp of the output's codes at 0 is the ReLU.</details>
+# <details><summary>4. A tensor between two convolutions is not rounded. Why does that cost two integer
+# kernels?</summary>The first convolution has to write floats and the second has to read them. An operator runs in
+# integers only if all of its tensors are.</details>
+# <details><summary>5. How do you notice that an int8 file runs in floats?</summary>Count the integer operators of the
+# graph that the runtime optimized, and compare with the Spec. The classes stay the same, so accuracy does not show
+# it.</details>
+# <details><summary>6. Why the median of many calls, and not the mean or the first?</summary>The first call allocates and
+# packs weights. What else the machine does only adds time: a few slow calls move the mean, hardly the median.</details>
+# <details><summary>7. Why are ratios taken within a round?</summary>A slow minute weighs on both of its terms, so the
+# ratio holds better than a time. Medians of two different minutes do not have that.</details>
+# <details><summary>8. What is in a speed-up against eager PyTorch besides the compression?</summary>What fusing and the
+# runtime gave: it would have come without compressing anything. Against the fastest fp32 runtime it is taken
+# out.</details>
+# <details><summary>9. Why does a mask save no time in these runtimes?</summary>A dense kernel multiplies zeros like any
+# other number, and the shapes are unchanged. Removed channels change the shapes.</details>
+# <details><summary>10. Why can codes of 7 bits not saturate the 16-bit sum of two products?</summary>The worst image
+# gives 2 · 255 · 63, which is below 2<sup>15</sup>. With 127 in place of 63 it is above.</details>
+# <details><summary>11. A network's file fits the flash memory. Does the network fit the device?</summary>Not necessarily:
+# the tensors that flow have to fit the working memory at once, a block's input included, which waits for the addition.
+# And an entropy-coded file is decoded first.</details>
+# <details><summary>12. A speed-up changes by several percent when it is timed again. What can you claim?</summary>No
+# difference that is smaller than that change. Idle the machine and measure again.</details>
+#
 # ## Summary
 #
 # - A runtime folds, fuses and picks kernels. Count its integer operators; the name of a file proves nothing.
 # - Time in turn, warm up, quote medians of ratios. Say against what.
 # - Channels that are removed save time everywhere. Masks save none, int8 as much as the instructions give.
 #
-# **Questions.** (1) Why does folding leave the codes alone? (2) Why does one missing pair cost two convolutions? (3) Why can
-# codes of 7 bits not saturate 16-bit sums? (4) Which ratio would a reader of your report want?
-#
-# **Exercises.** (1) Set `batches = [1, 8, 64]`: at which batch does int8 pay most? (2) Set `threads = [1]` and then all your
+# **Try it.** (1) Set `batches = [1, 8, 64]`: at which batch does int8 pay most? (2) Set `threads = [1]` and then all your
 # cores: what happens to batch 1? (3) Add `{"method": "channels", "macs": 4, "compensate": True}` to `networks`: predict its
-# time. (4) In section 4 remove another pair, `layer3.0.quant_out`: which operators fall back? (5) Export a network and classify
-# an image with it.
+# time. (4) In section 4 take `quant_stem`: predict what falls back, then count. (5) Export a network and classify an image
+# with it.
 #
-# Next: [08_federated_learning](08_federated_learning.ipynb), or the whole in [10_report](10_report.ipynb).
+# **Further reading.** [Jacob et al., 2018](https://arxiv.org/abs/1712.05877), how a network runs in integers;
+# [Lin et al., 2020](https://arxiv.org/abs/2007.10319), networks for microcontrollers.
+#
+# Next: [10_report](10_report.ipynb), the whole in one table.
