@@ -21,11 +21,12 @@
 #
 # **You will be able to** write the distillation loss, find the bugs that raise no error, compare features of different
 # widths, count the teacher's cost, and tell with controls whether a teacher helped. **You need**
-# [01](01_baseline.ipynb). **Time:** about a minute with the defaults.
+# [01](01_baseline.ipynb), and to know softmax and cross-entropy. **Time:** the cells run for about a minute with the
+# defaults; with the seven exercises plan an hour and a half.
 #
 # **Contents.** 1 · What does a teacher know? 2 · Soft labels. 3 · Silent bugs. 4 · Decoupled soft labels. 5 ·
 # Standardized logits and correlations. 6 · Features. 7 · Attention. 8 · Is it the teacher that helps? 9 · What does a
-# teacher cost? Then the benchmark, and the committed results.
+# teacher cost? Then the benchmark, the committed results and a questionnaire.
 
 # %% tags=["parameters"]
 width: float = 0.25  # (0, 1] of the student, as a share of ResNet-18's channels
@@ -53,6 +54,7 @@ from torch.nn import functional
 
 from bench.session import Bench
 from nnc_utils import evaluation, figures, models, training
+from nnc_utils.exercises import check
 
 bench = Bench("04_distillation", globals())
 teacher, images = bench.dense, bench.images
@@ -100,20 +102,35 @@ print("It tends to 1/10: all classes become alike.")
 #
 # Why $T^2$? The gradient of the divergence by the student's logits is $(q-p)/T$, and $q-p$ itself shrinks with $1/T$.
 # *Predict*: from $T = 2$ to $T = 8$, by which factor does the gradient fall without the $T^2$?
+#
+# ### Exercise 4.1 · Soft labels
+#
+# Student and teacher give logits of shape (images, classes). Return the soft term of the loss without its $\alpha$: $T^2$
+# times the divergence, as one number. The divergence is a sum over the classes and a mean over the images. It must hold
+# for sure networks, too, whose logits differ by 200.
+#
+# <details><summary>Hint 1</summary>Divide both networks' logits by T, then take the softmax over dimension 1.</details>
+# <details><summary>Hint 2</summary><code>functional.kl_div(log_q, p, reduction="batchmean")</code> takes the logarithm of the
+# student's probabilities first, then the teacher's probabilities.</details>
+# <details><summary>Hint 3</summary>The probability of a class may round to 0. Then
+# <code>log_softmax</code> is finite and the logarithm of <code>softmax</code> is not.</details>
 
-# %%
-def kl(student_logits, teacher_logits, T, reduction="batchmean"):
-    """How far the student's softened probabilities are from the teacher's."""
+
+# %% tags=["exercise"]
+def soft_labels(student_logits: torch.Tensor, teacher_logits: torch.Tensor, T: float) -> torch.Tensor:
+    """T² times how far the student's softened probabilities are from the teacher's."""
+    ### BEGIN SOLUTION
     log_q = (student_logits / T).log_softmax(1)
     p = (teacher_logits / T).softmax(1)
-    return functional.kl_div(log_q, p, reduction=reduction)
+    return T**2 * functional.kl_div(log_q, p, reduction="batchmean")
+    ### END SOLUTION
 
 
-def soft_labels(student_logits, teacher_logits, T):
-    """The soft term of the loss."""
-    return T**2 * kl(student_logits, teacher_logits, T)
+# %% tags=["checks", "nbval-check-output"]
+check("4.1", soft_labels)
 
 
+# %%
 def gradient(loss, student_logits):
     """The gradient of a loss by the student's logits."""
     leaf = student_logits.clone().requires_grad_()
@@ -123,7 +140,7 @@ def gradient(loss, student_logits):
 # %% tags=["nbval-check-output"]
 draw = torch.Generator().manual_seed(0)
 ours, theirs = (torch.randn(64, 10, generator=draw) for _ in range(2))
-plain = [gradient(lambda s, T=T: kl(s, theirs, T), ours).norm() for T in (2.0, 8.0)]
+plain = [gradient(lambda s, T=T: soft_labels(s, theirs, T) / T**2, ours).norm() for T in (2.0, 8.0)]
 scaled = [gradient(lambda s, T=T: soft_labels(s, theirs, T), ours).norm() for T in (2.0, 8.0)]
 print(f"without T²: predicted 16, measured {plain[0] / plain[1]:.1f}")
 print(f"with T²:    predicted  1, measured {scaled[0] / scaled[1]:.2f}")
@@ -141,12 +158,11 @@ print(f"the package computes the same: {same}")
 # ## 3 · Which bugs raise no error?
 #
 # Distillation that is wrong still trains: the label term carries it. Here are five usual mistakes. What do they do to
-# the gradient, compared with the label term's? (`mean` divides by the classes, too. A teacher left in train mode
-# normalizes with the batch.)
+# the gradient, compared with the label term's? (`reduction="mean"` divides by the classes, too. A teacher left in train
+# mode normalizes with the batch.)
 
 # %%
 import copy
-import warnings
 
 torch.manual_seed(seed)
 same_input = {key: getattr(teacher.spec, key) for key in ("channels", "size", "classes", "stem")}
@@ -156,16 +172,15 @@ with torch.no_grad():
     in_train_mode = copy.deepcopy(teacher).train()(inputs)
 T = temperature
 variants = {
-    "right": lambda s: T**2 * kl(s, teacher_logits, T),
-    "mean instead of batchmean": lambda s: T**2 * kl(s, teacher_logits, T, "mean"),
-    "T² omitted": lambda s: kl(s, teacher_logits, T),
-    "student and teacher swapped": lambda s: T**2 * kl(teacher_logits, s, T),
-    "teacher in train mode": lambda s: T**2 * kl(s, in_train_mode, T),
-    "logits of other images": lambda s: T**2 * kl(s, teacher_logits.roll(1, 0), T),
+    "right": lambda s: soft_labels(s, teacher_logits, T),
+    "mean instead of batchmean": lambda s: soft_labels(s, teacher_logits, T) / s.shape[1],
+    "T² omitted": lambda s: soft_labels(s, teacher_logits, T) / T**2,
+    "student and teacher swapped": lambda s: soft_labels(teacher_logits, s, T),
+    "teacher in train mode": lambda s: soft_labels(s, in_train_mode, T),
+    "logits of other images": lambda s: soft_labels(s, teacher_logits.roll(1, 0), T),
 }
 
 # %% tags=["machine-dependent"]
-warnings.simplefilter("ignore")  # torch warns of `mean`: it is one of the bugs
 hard = gradient(lambda s: functional.cross_entropy(s, labels), student_logits)
 gradients = {name: gradient(loss, student_logits) for name, loss in variants.items()}
 right = gradients["right"].flatten()
@@ -181,26 +196,96 @@ table.round(3)
 
 # %% [markdown]
 # **What it means.** The first column shows which bug weakens the teacher's signal, the second which one changes its
-# direction. A teacher in train mode hardly shows on one batch. So the package takes its logits by name only, puts teachers into eval
-# mode at every step, and binds cached logits to their images.
+# direction. A teacher in train mode hardly shows on one batch. So the package takes its logits by name only, puts
+# teachers into eval mode at every step, and binds cached logits to their images.
 #
+# ### Exercise 4.2 · Find the bugs: a loss that trains
+#
+# This loss runs without an error, and its student learns. It has four bugs:
+#
+# ```python
+# student_logits, teacher_logits = student(inputs).float(), teacher(inputs).float()
+# hard = functional.cross_entropy(student_logits / T, labels)
+# soft = soft_labels(teacher_logits, student_logits, T)
+# return alpha * hard + (1 - alpha) * soft
+# ```
+#
+# Return the loss of section 2. Both networks may come in train mode: the student stays in it. `inputs` are (images,
+# channels, height, width), `labels` are (images,).
+#
+# <details><summary>Hint 1</summary>Compare each line with the formula of section 2: where does T stand, and which term has
+# α?</details>
+# <details><summary>Hint 2</summary>Who comes first in your <code>soft_labels</code>?</details>
+# <details><summary>Hint 3</summary>The teacher needs two things: <code>teacher.eval()</code>, and a forward pass under
+# <code>torch.no_grad()</code>. The student needs neither.</details>
+
+
+# %% tags=["exercise"]
+def distillation_loss(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    T: float,
+    alpha: float,
+) -> torch.Tensor:
+    """(1 - alpha) times the label term, and alpha times the soft term."""
+    ### BEGIN SOLUTION
+    teacher.eval()
+    with torch.no_grad():
+        teacher_logits = teacher(inputs).float()
+    student_logits = student(inputs).float()
+    hard = functional.cross_entropy(student_logits, labels)
+    return (1 - alpha) * hard + alpha * soft_labels(student_logits, teacher_logits, T)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("4.2", distillation_loss)
+
+# %% [markdown]
 # ## 4 · Can the other classes get a weight of their own?
 #
 # The divergence is a sum of two parts: "right class or not", and $(1 - p_y)$ times the divergence among the *other*
 # classes ([Zhao et al., 2022](https://arxiv.org/abs/2203.08679)). A sure teacher has a small $1 - p_y$: it hardly
 # teaches what the others are like. **Decoupled** distillation gives that part a weight of its own.
 #
+# ### Exercise 4.3 · The other classes
+#
+# Logits are (images, classes), labels (images,). Return the probabilities *among the other classes* at temperature $T$,
+# (images, classes): 0 for the label's class; the rest of each row sums to 1. It must work for a network that is so sure
+# that its $p_y$ rounds to 1.
+#
+# <details><summary>Hint 1</summary>Remove the class before the softmax, not after it: which logit gives the probability
+# 0?</details>
+# <details><summary>Hint 2</summary><code>functional.one_hot(labels, classes).bool()</code> is True at the labels;
+# <code>logits.masked_fill(mask, value)</code> puts a value where the mask is True.</details>
+
+
+# %% tags=["exercise"]
+def other_classes(logits: torch.Tensor, labels: torch.Tensor, T: float) -> torch.Tensor:
+    """Each image's softened probabilities among the classes that are not its label."""
+    ### BEGIN SOLUTION
+    right = functional.one_hot(labels, logits.shape[1]).bool()
+    return (logits / T).masked_fill(right, -torch.inf).softmax(1)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("4.3", other_classes)
+
+# %% [markdown]
 # *Predict*: do the two parts add up to the plain loss?
+
 
 # %%
 def decoupled(student_logits, teacher_logits, labels, T):
     """The two parts: right class or not, and among the others."""
     parts = []
     for logits in (student_logits, teacher_logits):
-        probabilities = (logits / T).softmax(1)
-        of_right = probabilities.gather(1, labels[:, None])
-        others = logits.masked_fill(functional.one_hot(labels, logits.shape[1]).bool(), -1e9)
-        parts.append((torch.cat([of_right, 1 - of_right], 1), (others / T).softmax(1).clamp(min=1e-12)))
+        of_right = (logits / T).softmax(1).gather(1, labels[:, None])
+        others = other_classes(logits, labels, T).clamp(min=1e-12)  # no logarithm of 0
+        parts.append((torch.cat([of_right, 1 - of_right], 1), others))
     (q, q_others), (p, p_others) = parts
     right_or_not = (p * (p / q).log()).sum(1)
     among_others = (p_others * (p_others / q_others).log()).sum(1)
@@ -232,18 +317,40 @@ print(f"the package with weights 1 and 8: {of_package:.3f}; by hand {by_hand:.3f
 #
 # $$L = T^2 \Bigl(\beta\,\bigl(1 - \overline{r(q_{i\cdot}, p_{i\cdot})}\bigr) + \gamma\,\bigl(1 - \overline{r(q_{\cdot c}, p_{\cdot c})}\bigr)\Bigr)$$
 #
+# ### Exercise 4.4 · Correlations
+#
+# `a` and `b` are (rows, columns). Return Pearson's $r$ of each row of `a` with the same row of `b`, (rows,): both rows
+# minus their means, then the cosine of the angle between them. A row whose values are all alike has no correlation:
+# return 0 for it.
+#
+# <details><summary>Hint 1</summary><code>x.mean(1, keepdim=True)</code> is the mean of each row, and can be subtracted from
+# x.</details>
+# <details><summary>Hint 2</summary><code>functional.normalize(x, dim=1)</code> gives each row the length 1, and leaves a row
+# of zeros as it is. The cosine is then a sum of products.</details>
+
+
+# %% tags=["exercise"]
+def pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The correlation of each row of one with that of the other."""
+    ### BEGIN SOLUTION
+    a, b = (functional.normalize(x - x.mean(1, keepdim=True), dim=1) for x in (a, b))
+    return (a * b).sum(1)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("4.4", pearson)
+
+# %% [markdown]
+# Over the classes of an image the rows are images; over the images of a class they are classes: `q.T`.
+#
 # *Predict*: a student's logits are half of its teacher's. Which of the three losses is exactly 0?
+
 
 # %%
 def standardized(logits):
     """Each image's logits with mean 0 and deviation 1."""
     return (logits - logits.mean(1, keepdim=True)) / logits.std(1, correction=0, keepdim=True)
-
-
-def pearson(a, b):
-    """The correlation of each row of one with that of the other."""
-    a, b = (functional.normalize(x - x.mean(1, keepdim=True), dim=1) for x in (a, b))
-    return (a * b).sum(1)
 
 
 def correlations(student_logits, teacher_logits, T, inter=2.0, intra=2.0):
@@ -281,14 +388,32 @@ print("the package computes the same:", all(map(torch.allclose, by_hand, of_pack
 # compared: which images of a batch are alike? With $Q$ the features of a stage, one row an image, the matrix
 # $G = QQ^\top$ with rows of length 1 is comparable for any two widths
 # ([Tung and Mori, 2019](https://arxiv.org/abs/1907.09682)).
+#
+# ### Exercise 4.5 · Which images are alike?
+#
+# Features come as (images, channels, height, width). Return $G$, (images, images), each of its rows with length 1. An image
+# whose features are all 0 has a row of zeros.
+#
+# <details><summary>Hint 1</summary>A row of Q is everything that the stage puts out for one image:
+# <code>features.flatten(1)</code>.</details>
+# <details><summary>Hint 2</summary>First the product, then the lengths: <code>functional.normalize</code> of G, not of
+# Q.</details>
 
-# %%
-def relations(features):
+
+# %% tags=["exercise"]
+def relations(features: torch.Tensor) -> torch.Tensor:
     """Which images of the batch are alike: rows of unit length."""
+    ### BEGIN SOLUTION
     rows = features.flatten(1)
     return functional.normalize(rows @ rows.T, dim=1)
+    ### END SOLUTION
 
 
+# %% tags=["checks", "nbval-check-output"]
+check("4.5", relations)
+
+
+# %%
 def similarity(student_features, teacher_features):
     """The mean squared difference of the two matrices."""
     return (relations(student_features) - relations(teacher_features)).square().mean()
@@ -329,13 +454,30 @@ print(f"similarity needs no regressor; the package computes the same: {same}")
 # Where is a stage active on an image? The mean square over its $C$ channels, $A = \frac1C\sum_c F_c^2$, each map at unit
 # length. The student's maps should match the teacher's
 # ([Zagoruyko and Komodakis, 2017](https://arxiv.org/abs/1612.03928)). No regressor is needed: the channels are gone.
+#
+# ### Exercise 4.6 · Attention maps
+#
+# Features come as (images, channels, height, width). Return each image's map $A$ as a row of its pixels, with length 1:
+# (images, height × width). A map of zeros stays one.
+#
+# <details><summary>Hint 1</summary>Square first, then average over dimension 1: what is active may be negative.</details>
+# <details><summary>Hint 2</summary>The length of a row is the root of the sum of its squares;
+# <code>functional.normalize(rows, dim=1)</code> divides by it.</details>
+
+
+# %% tags=["exercise"]
+def attention(features: torch.Tensor) -> torch.Tensor:
+    """Where a stage is active: (images, pixels), rows of length 1."""
+    ### BEGIN SOLUTION
+    maps = features.square().mean(1)
+    return functional.normalize(maps.flatten(1), dim=1)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("4.6", attention)
 
 # %%
-def attention(features):
-    """Where a stage is active: (images, pixels), rows of length 1."""
-    return functional.normalize(features.square().mean(1).flatten(1), dim=1)
-
-
 maps = {
     name: stage(network, inputs[:6], "layer1")
     for name, network in (("teacher", teacher), ("student", student))
@@ -374,24 +516,27 @@ from dataclasses import replace
 from nnc_utils.data import Split
 
 
-def taught(shuffled: bool):
-    """A loss without labels: the teacher alone speaks, of these images or of others."""
+class Shuffled(torch.nn.Module):
+    """A teacher that speaks of another image of the batch."""
 
-    def loss(model, inputs, labels):
-        with torch.no_grad():
-            said = teacher(inputs).float()
-        said = said.roll(1, 0) if shuffled else said
-        return soft_labels(model(inputs).float(), said, temperature)
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
 
-    return loss
+    def forward(self, inputs):
+        return self.teacher(inputs).roll(1, 0)
 
 
 few = replace(images, train=Split(images.train.images[:2000], images.train.labels[:2000]))  # all of digits
 right = {}
-for name, loss in (("true teacher", taught(False)), ("shuffled teacher", taught(True))):
+for name, source in (("true teacher", teacher), ("shuffled teacher", Shuffled(teacher))):
+
+    def no_labels(model, inputs, labels, source=source):
+        return distillation_loss(model, source, inputs, labels, temperature, alpha=1.0)
+
     network = copy.deepcopy(student)
     common = {"batch_size": bench.recipe["batch_size"], "augment": False, "seed": seed}
-    training.fit(network, few, epochs=max(2, epochs), learning_rate=learning_rate, loss=loss, **common)
+    training.fit(network, few, epochs=max(2, epochs), learning_rate=learning_rate, loss=no_labels, **common)
     predictions = evaluation.predict(network.eval(), images.validation, normalize=images.normalize)
     right[name] = predictions == images.validation.labels.numpy()
 
@@ -408,8 +553,47 @@ print("It is the teacher that helps." if helped else "This control does not tell
 # ## 9 · What does a teacher cost?
 #
 # A student's step is a forward and a backward pass, about three times its MACs. An **online** teacher adds one forward
-# pass of its own. **Cached** logits need only a look-up, but the student then sees fixed augmentations. *Predict* from
-# the MACs how much longer a step takes with the teacher online; then measure.
+# pass of its own at each step. **Cached** logits are computed once, for some copies of each image in fixed augmentations;
+# each step then needs only a look-up.
+#
+# ### Exercise 4.7 · Choose under a budget
+#
+# You have a budget in MACs for each training image, and know the MACs of a forward pass of both networks. Which leaves the
+# student more epochs: the teacher online, or its logits of `copies` augmentations of each image cached? Return "online" or
+# "cached", and the number of epochs, which need not be whole.
+#
+# <details><summary>Hint 1</summary>An epoch shows each image once: 3 × the student's MACs, and online the teacher's once,
+# because it learns nothing.</details>
+# <details><summary>Hint 2</summary>Pay for the cache first: the teacher sees each copy once. Divide what is left by the cost
+# of the student's epoch.</details>
+
+
+# %% tags=["exercise"]
+def choose(budget: float, student_macs: int, teacher_macs: int, copies: int) -> tuple[str, float]:
+    """The better way, "online" or "cached", and the epochs that a budget for each training image buys."""
+    ### BEGIN SOLUTION
+    step = 3 * student_macs
+    epochs = {"online": budget / (step + teacher_macs)}
+    epochs["cached"] = (budget - copies * teacher_macs) / step
+    way = max(epochs, key=epochs.get)
+    return way, epochs[way]
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("4.7", choose)
+
+# %% tags=["nbval-check-output"]
+macs = {"student_macs": models.macs(student.spec), "teacher_macs": models.macs(teacher.spec)}
+for alone in (2, 10, 20, 50):
+    way, length = choose(3 * alone * macs["student_macs"], **macs, copies=copies)
+    print(f"{alone:2} epochs of the student alone buy {length:4.1f} with the teacher {way}")
+
+# %% [markdown]
+# **What it means.** A short training pays for no cache. The cache pays as soon as the training with an online teacher has
+# more epochs than there are copies: then each copy is used more than once.
+#
+# *Predict* from the MACs how much longer a step takes with the teacher online; then measure.
 
 # %%
 import statistics
@@ -441,7 +625,7 @@ seconds = {
     "teacher online": step_seconds(teaching.online(teacher, recipe, student.spec), plain),
     "teacher cached": step_seconds(teaching.cached(memory, recipe, student.spec), cached),
 }
-predicted = 1 + models.macs(teacher.spec) / (3 * models.macs(student.spec))
+predicted = 1 + macs["teacher_macs"] / (3 * macs["student_macs"])
 measured = seconds["teacher online"] / seconds["alone"]
 print(f"online: predicted {predicted:.1f}× the time of a step, measured {measured:.1f}×")
 print(f"ratio {measured / predicted:.2f}")
@@ -492,18 +676,58 @@ figures.show(
 results.verdicts()
 
 # %% [markdown]
+# ## Questionnaire
+#
+# Answer before you unfold.
+#
+# <details><summary>1. What does a teacher's soft label say that the label does not?</summary>How much the image is like
+# each of the other classes. Most of it is in tiny probabilities, which a temperature above 1 brings out.</details>
+# <details><summary>2. What do the probabilities tend to as T grows, and as T falls to 0?</summary>As T grows all classes
+# become alike: 1 divided by the number of classes. As T falls to 0 the largest logit takes everything: a hard
+# label.</details>
+# <details><summary>3. Why does the soft term have the factor T²?</summary>Its gradient is (q − p)/T, and q − p shrinks with
+# 1/T, too. Without the factor, another T would also mean another weight of the teacher.</details>
+# <details><summary>4. A colleague uses <code>kl_div</code> with <code>reduction="mean"</code>. What happens?</summary>The
+# soft term is divided by the number of classes, too. Its direction is right, its weight is too small: the student trains,
+# but hardly from its teacher.</details>
+# <details><summary>5. Why must the teacher be in eval mode, and why does one batch hardly show it?</summary>In train mode
+# its batch-norm normalizes with the batch: what it says about an image depends on the images beside it, and its running
+# statistics drift. Those of one batch are close to the running ones, so the gradient looks right.</details>
+# <details><summary>6. Why does a sure teacher hardly teach what the other classes are like?</summary>In the plain
+# divergence that part is weighed by 1 minus the probability of the label. Decoupled distillation gives it a weight of its
+# own.</details>
+# <details><summary>7. A student's logits are half of its teacher's. Which losses forgive that, and why?</summary>That of
+# standardized logits, exactly: each image's logits get deviation 1 first. Correlations almost: they forgive a factor on
+# the probabilities, and a softmax at a high temperature is nearly linear.</details>
+# <details><summary>8. Which ways to compare features need a regressor, and why?</summary>Hints: they compare channel by
+# channel, and the widths differ. Similarity compares images with images, attention pixels with pixels; neither has channels
+# left.</details>
+# <details><summary>9. Why must the shuffled teacher be tried without labels?</summary>With labels in the loss even its
+# student learns. Without them it must fail. If it does not, the images or the evaluation leak.</details>
+# <details><summary>10. Where α is large, why is the student alone a harder rival than the one with a shuffled
+# teacher?</summary>A shuffled teacher does harm: most of the loss pulls towards other images' classes. To beat it says
+# little. The student alone has all of its loss from right labels.</details>
+# <details><summary>11. When do cached logits pay, and what do they cost the student?</summary>As soon as the training with
+# an online teacher has more epochs than there are copies. The student sees the same augmentations again and
+# again.</details>
+# <details><summary>12. Which comparison would fool you?</summary>One that counts the student's epochs but neither the
+# teacher's passes nor its images, or that trusts one seed. The rival of a distilled student is the student alone, from the
+# same weights, with as many images, and with the time that the teacher took.</details>
+#
 # ## Summary
 #
 # - Soft labels carry what the teacher knows of the other classes. $T^2$ keeps their gradient's size.
 # - A small student need not be as sure as its teacher: standardized logits and correlations ask for the ranking.
+# - Features of different widths can be compared by a regressor, or by what has no channels: similarities and attention.
 # - Wrong distillation trains without an error: compare gradients, and keep a control that must fail.
 # - A teacher costs time. Cached logits make it cheap, with fixed augmentations.
 #
-# **Questions.** (1) What happens to the soft term as $T \to \infty$? (2) Why must the teacher be in eval mode? (3) Why is
-# the student alone a harder rival than the shuffled teacher where $\alpha$ is large?
+# **Try it.** (1) Add `{"method": "kd", "width": 0.25, "alpha": 0.5}` to `configurations`: does the student gain? (2) Add `{"method": "dist", "width": 0.25}` and
+# `{"method": "kd", "width": 0.25, "standardize": True, "temperature": 2, "gain": 10}` to `configurations`. (3) Add
+# `{"method": "student_longer", "width": 0.25, "times": 2}` to `controls`: is the teacher worth more than twice the
+# training?
 #
-# **Exercises.** (1) Set `alpha = 0.5`: does the student gain? (2) Add `{"method": "dist", "width": 0.25}` and
-# `{"method": "kd", "width": 0.25, "standardize": True, "temperature": 2, "gain": 10}` to `configurations`. (3) Add `{"method": "student_longer", "width": 0.25, "times": 2}` to `controls`: is the teacher worth
-# more than twice the training?
+# **Further reading.** [Cho and Hariharan, 2019](https://arxiv.org/abs/1910.01348), when a better teacher does not help;
+# [Beyer et al., 2022](https://arxiv.org/abs/2106.05237), long trainings in which teacher and student see the same crops.
 #
 # Next: [05_architecture_search](05_architecture_search.ipynb): who chooses the student's architecture?
