@@ -15,7 +15,7 @@ MADE        := results/runs results/smoke .snakemake .pytest_cache .ruff_cache b
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: benchmark test lab notebooks report clean constraints help python profile
+.PHONY: benchmark test lab notebooks course book report clean constraints help python profile
 
 benchmark: python profile ## measure everything and print the table; a stopped run goes on where it was
 	@$(SETUP) --peers
@@ -42,6 +42,15 @@ lab: python ## JupyterLab with the notebooks
 notebooks: python ## every notebook executed where it stands, in one pass
 	@$(SETUP)
 	@$(VENV_PYTHON) -m bench notebooks
+
+course: python ## the student edition of the notebooks, without solutions, in build/course
+	@$(SETUP)
+	@$(VENV_PYTHON) -m bench course
+
+book: python ## the HTML book in build/book, from the stored outputs; needs no network
+	@$(SETUP)
+	@$(VENV_PYTHON) -m sphinx -q -W --keep-going -c docs -b html . build/book
+	@echo "build/book/docs/index.html"
 
 report: python ## tables, figures, report and README from the committed results
 	@$(SETUP)

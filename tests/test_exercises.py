@@ -14,6 +14,7 @@ from bench import course
 from nnc_utils import exercises
 from nnc_utils.exercises import Wrong, check
 
+BOOK = Path(__file__).parent.parent / "docs/exercises.md"
 SOURCES = sorted((Path(__file__).parent.parent / "notebooks/src").glob("0[1-7]_*.py"))
 
 
@@ -133,3 +134,26 @@ def test_the_student_edition_has_the_holes_and_no_answer():
             if "nbgrader" in cell.metadata
         ]
         assert sum(cell.get("points", 0) for cell in graded) == len(own)
+
+
+def table():
+    """What the book says of the exercises."""
+    lines = ["# Exercises", "", "Each checker passes the solution and another right answer. It has to notice wrong ones, too:"]
+    lines += ["the mistakes that learners make. A test holds both.", ""]
+    lines += ["| exercise | | right answers | wrong answers noticed |", "| --- | --- | --- | --- |"]
+    total = 0
+    for one in ALL:
+        right, wrong = answers(one.number)
+        name = re.search(rf"### Exercise {one.number} · (.*)", one.text)[1]
+        lines.append(f"| {one.number} | {name} | {1 + len(right)} | {len(wrong)} |")
+        total += len(wrong)
+    return "\n".join([*lines, "", f"{len(ALL)} exercises; {total} wrong answers are noticed.", ""])
+
+
+def test_the_book_has_the_table_of_the_exercises():
+    there = BOOK.read_text(encoding="utf-8")
+    assert there == table(), "write it: python tests/test_exercises.py"
+
+
+if __name__ == "__main__":
+    BOOK.write_text(table(), encoding="utf-8")

@@ -1,0 +1,38 @@
+"""The book is built of what is committed, without a network, and no link in it leads nowhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    out = tmp_path_factory.mktemp("book")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", "-b", "html", ".", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # a link that leads nowhere is a warning, and so an error
+    return out
+
+
+def test_every_notebook_and_page_is_in_the_book(book):
+    pages = [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("README*.md")]
+    for page in pages:
+        assert (book / page.relative_to(ROOT)).with_suffix(".html").is_file(), page
+
+
+def test_it_needs_no_network(book):
+    for page in book.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?://[^"]+)"', page.read_text())
+        assert [url for url in loaded if "img.shields.io" not in url] == [], page
+    assert (book / "_static/mathjax/tex-chtml.js").is_file() and (book / "search.html").is_file()
+
+
+def test_solutions_are_folded_and_figures_have_a_text(book):
+    page = (book / "notebooks/01_baseline.html").read_text(encoding="utf-8")
+    assert page.count("tag_hide-input") == 6
+    assert re.findall(r'<img alt="([^"]*)"', page) or "alt=" in page
