@@ -262,8 +262,8 @@ print("measured: ", {kind: session.integer_operators[kind] for kind in ("conv", 
 # ### Exercise 7.4 · Which operators fall back to floats?
 #
 # `qdq.steps(spec)` lists what the network computes. Each step has a `name`, one tensor that it writes, `output`, and one or two
-# that it reads, `inputs`. An operator runs in integers only if *all* of its tensors are integers (the logits excepted). Return the names of the steps
-# that fall back when the tensor `lost` stays in floats.
+# that it reads, `inputs`. An operator runs in integers only if *all* of its tensors are integers (the logits excepted).
+# Return the names of the steps that fall back when the tensor `lost` stays in floats.
 #
 # <details><summary>Hint 1</summary>An addition has two inputs, and a block's output has more than one reader.</details>
 
