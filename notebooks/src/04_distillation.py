@@ -201,7 +201,7 @@ table.round(3)
 #
 # ### Exercise 4.2 · Find the bugs: a loss that trains
 #
-# This loss runs without an error, and its student learns. It has four bugs:
+# This loss runs without an error, and its student learns. It has five bugs:
 #
 # ```python
 # student_logits, teacher_logits = student(inputs).float(), teacher(inputs).float()

@@ -52,6 +52,13 @@ def change(**changed):
     return lambda *given: loss(*given, **changed)
 
 
+def as_quoted(student, teacher, inputs, labels, T, alpha):
+    """The loss with all five bugs, from the text of the exercise."""
+    student_logits, teacher_logits = student(inputs).float(), teacher(inputs).float()
+    hard = functional.cross_entropy(student_logits / T, labels)
+    return alpha * hard + (1 - alpha) * soft(teacher_logits, student_logits, T)
+
+
 def swapped_weights(student, teacher, inputs, labels, T, alpha):
     return loss(student, teacher, inputs, labels, T, alpha, label=alpha, share=1 - alpha)
 
@@ -152,6 +159,7 @@ WRONG = {
         (lambda s, t, T: (s - t).square().mean(), "p · log(p / q)"),
     ],
     "4.2": [
+        (as_quoted, "its batch-norm normalizes with the batch"),
         (change(teacher_trains=True), "Your teacher is in train mode"),
         (change(student_trains=False), "the student into eval mode"),
         (change(student_learns=False), "No gradient reaches the student"),
