@@ -138,7 +138,11 @@ def test_the_student_edition_has_the_holes_and_no_answer():
 
 def table():
     """What the book says of the exercises."""
-    lines = ["# Exercises", "", "Each checker passes the solution and another right answer. It has to notice wrong ones, too:"]
+    lines = [
+        "# Exercises",
+        "",
+        "Each checker passes the solution and another right answer. It has to notice wrong ones, too:",
+    ]
     lines += ["the mistakes that learners make. A test holds both.", ""]
     lines += ["| exercise | | right answers | wrong answers noticed |", "| --- | --- | --- | --- |"]
     total = 0
@@ -153,6 +157,17 @@ def table():
 def test_the_book_has_the_table_of_the_exercises():
     there = BOOK.read_text(encoding="utf-8")
     assert there == table(), "write it: python tests/test_exercises.py"
+
+
+def test_a_prediction_is_kept_beside_what_was_measured(capsys):
+    from nnc_utils.exercises import predictions
+
+    predictions.predict("parameters of the last stage (%)", 25)
+    assert predictions.measured("parameters of the last stage (%)", 75) == 3
+    assert "you predicted 25, measured 75: ratio 3.00" in capsys.readouterr().out
+    assert predictions.measured("never asked", 2) is None
+    [axes] = predictions.show().axes
+    assert [bar.get_width() for bar in axes.patches] == [pytest.approx(3)]
 
 
 if __name__ == "__main__":

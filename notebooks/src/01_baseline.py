@@ -54,6 +54,7 @@ from bench.session import Bench
 from nnc_utils import artifact, data, evaluation, figures, models, training
 from nnc_utils.baseline import Train
 from nnc_utils.exercises import check
+from nnc_utils.exercises.predictions import measured, predict, show
 
 figures.style()
 bench = Bench("01_baseline", globals())
@@ -151,7 +152,7 @@ check("1.1", parameters_of)
 # *Predict*: what share of all parameters is in the last of the four stages? A naive guess stands there; put yours.
 
 # %%
-my_share = 25  # percent of all parameters that you expect in layer4
+predict("parameters in the last stage (%)", 25)
 
 # %% tags=["nbval-check-output"]
 predicted_parameters = sum(parameters_of(layer) for layer in layers)
@@ -169,7 +170,7 @@ shares = pd.DataFrame(
 shares = shares.groupby(level=0, sort=False).sum()
 shares = 100 * shares / shares.sum()
 last = shares.loc["layer4", "parameters"]
-print(f"in the last stage: predicted {my_share:g} %, counted {last:.1f} %, ratio {last / my_share:.2f}")
+ratio = measured("parameters in the last stage (%)", last)
 
 # %% [markdown]
 # **What it means.** Nearly all parameters are in the last stage, where the images have become tiny. A method that
@@ -204,6 +205,9 @@ check("1.2", macs_of)
 # %% [markdown]
 # *Predict*: is the last stage's share of the MACs larger or smaller than its share of the parameters?
 
+# %%
+predict("MACs in the last stage (%)", 75)
+
 # %% tags=["nbval-check-output"]
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -212,7 +216,7 @@ with FlopCounterMode(display=False) as counter, torch.inference_mode():
     model.eval()(torch.zeros(1, images.channels, images.size, images.size))
 counted_macs = counter.get_total_flops() // 2
 print(f"predicted {predicted_macs:,}   counted {counted_macs:,}   ratio {counted_macs / predicted_macs:.3f}")
-print(f"the last stage: {last:.1f} % of the parameters, {shares.loc['layer4', 'MACs']:.1f} % of the MACs")
+ratio = measured("MACs in the last stage (%)", shares.loc["layer4", "MACs"])
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 2.8))
@@ -551,6 +555,14 @@ print(f"{seeds['artifact_bytes'].iloc[0]:,} bytes, {seeds['macs'].iloc[0]:,} MAC
 seeds[["profile", "train_images", "train_seconds", "correct", "accuracy"]].round(2)
 
 # %% [markdown]
+# ## Your predictions
+#
+# How near were they? A bar at 1 means that you understood.
+
+# %%
+figures.show(show(), "For each prediction a bar: what was measured, divided by what was predicted")
+
+# %% [markdown]
 # ## Summary
 #
 # - Parameters are in the last stages, work is spread: bytes and MACs are different goals.
@@ -558,10 +570,30 @@ seeds[["profile", "train_images", "train_seconds", "correct", "accuracy"]].round
 # - The size is the length of a file that a fresh process can load. The accuracy is that of the file.
 # - Paired intervals on the same images tell networks apart that unpaired ones cannot.
 #
-# **Questions.** (1) Why does halving every width not halve the parameters? (2) Which of the three numbers changes with
-# the size of the images? (3) A network loses 0.2 pp on 400 test images: what can you say?
+# ## Questionnaire
 #
-# **Exercises.** (1) Set `stem = "small_stride2"`: predict MACs and parameters before you run. Which one changes? (2) Set
+# <details><summary>1. Why does halving every width not halve the parameters of a convolution?</summary>A convolution has in × out ×
+# kernel² weights. Both numbers of channels are halved, so a quarter is left.</details>
+# <details><summary>2. Which of parameters, MACs and bytes changes with the size of the images?</summary>MACs: the kernels are applied at
+# more pixels. Parameters and bytes stay.</details>
+# <details><summary>3. Why does batch-norm count two parameters a channel, and four numbers in the file?</summary>Its factor and its
+# shift are trained. The running mean and variance are only recorded, but inference needs them.</details>
+# <details><summary>4. PyTorch's counter says twice as many operations as you counted. Who is right?</summary>Both: a MAC is a
+# multiplication and an addition.</details>
+# <details><summary>5. A paper compares a pruned network that trained 10 more epochs with its baseline. What is missing?</summary>The
+# baseline with the same 10 epochs more.</details>
+# <details><summary>6. Why is the mean over the batches' accuracies wrong?</summary>The last batch is smaller, so its images count
+# more.</details>
+# <details><summary>7. Why is the test set looked at once?</summary>The best of many configurations on one test set looks better than any
+# of them is. Choices are made on validation.</details>
+# <details><summary>8. A network loses 0.2 pp on 400 test images. What can you say?</summary>Nothing yet: that is less than one image.
+# Even with no difference the interval is ±0.75 pp.</details>
+# <details><summary>9. Two networks are right on 94.0 % and 93.8 % of the same 10,000 images. Can they be told apart?</summary>That depends
+# on how many images they differ on. The paired interval says it; the two accuracies do not.</details>
+# <details><summary>10. A network takes 5 ms in eager PyTorch and 1 ms in a runtime. How much did compression gain?</summary>Nothing: it
+# is the same network. A compressed network is compared with the fastest fp32 runtime.</details>
+#
+# **Try it.** (1) Set `stem = "small_stride2"`: predict MACs and parameters before you run. Which one changes? (2) Set
 # `width = 0.5`: by which factor does each of the three numbers shrink, and why not by the same? (3) Set `epochs = 2` and
 # read the verdict under the curves: would you accept this baseline?
 #

@@ -1,0 +1,34 @@
+"""A learner's predictions, kept beside what was measured: a ratio of 1 means that it was understood."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+_PREDICTED: dict[str, float] = {}
+_RATIOS: dict[str, float] = {}
+
+
+def predict(what: str, value: float) -> None:
+    """Keep a prediction, until `measured` is told what came out."""
+    _PREDICTED[what] = float(value)
+
+
+def measured(what: str, value: float) -> float | None:
+    """Show a measured value beside its prediction; the ratio of the two, or None where none was made."""
+    if what not in _PREDICTED:
+        print(f"{what}: measured {value:.4g}; you predicted nothing")
+        return None
+    _RATIOS[what] = float(value) / _PREDICTED[what] if _PREDICTED[what] else float("inf")
+    print(f"{what}: you predicted {_PREDICTED[what]:.4g}, measured {value:.4g}: ratio {_RATIOS[what]:.2f}")
+    return _RATIOS[what]
+
+
+def show() -> Figure:
+    """The ratios of all predictions of this notebook, on a log axis: where were you far off?"""
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(_RATIOS) + 1.2))
+    axes.barh(list(_RATIOS), list(_RATIOS.values()))
+    axes.axvline(1, color="grey")
+    axes.set(xscale="log", xlabel="measured ÷ predicted", title="How near were your predictions?")
+    axes.invert_yaxis()
+    return figure
