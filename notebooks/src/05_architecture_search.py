@@ -23,11 +23,11 @@
 #
 # **You will be able to** describe a space of networks, predict what each costs, judge candidates without training them,
 # search in four ways, and say whether the search was worth it. **You need** [01](01_baseline.ipynb) and the soft labels of
-# [04](04_distillation.ipynb). **Time:** about a minute with the defaults.
+# [04](04_distillation.ipynb). **Time:** about a minute with the defaults; an hour or two with the seven exercises.
 #
 # **Contents.** 1 · What may a network be? 2 · What does it cost? 3 · How long will it take? 4 · Can one network hold
 # all others? 5 · Which network next: random, evolution, REINFORCE, gradients. 6 · Do shared weights rank networks? 7 ·
-# The benchmark and the committed results.
+# The benchmark and the committed results. Then a questionnaire.
 
 # %% tags=["parameters"]
 widest: float = 0.25  # [0.0625, 1] largest width of a stage as a share of ResNet-18's, in sixteenths
@@ -68,6 +68,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import batch_norm, data, figures, models, training
+from nnc_utils.exercises import check
 
 bench = Bench("05_architecture_search", globals())
 figures.style()
@@ -134,16 +135,41 @@ def decode(numbers: tuple, widths: tuple, most_blocks: int) -> models.Spec:
 decode((1, 0, 0, 1, 0, 0, 2, 0, 0, 1, 0, 0), widths=((4, 8), (4, 8, 12)), most_blocks=2).stages
 
 # %% [markdown]
+# ### Exercise 5.1 · How many networks?
+#
+# A stage has a choice of `widths` widths. It has 1 to `len(ways)` blocks, and `ways[b]` is the number of ways to fill block
+# b. Return how many different stages that makes: its factor in the product above. A stage that `may_be_missing` can also
+# have no block.
+#
+# <details><summary>Hint 1</summary>With one block there are <code>ways[0]</code> fillings, with two <code>ways[0] * ways[1]</code>. A network has
+# one depth, so the depths add up.</details>
+# <details><summary>Hint 2</summary>A stage that is missing has no width: it is one more network, after the multiplication
+# by <code>widths</code>.</details>
+
+
+# %% tags=["exercise"]
+def stage_choices(widths: int, ways: tuple, may_be_missing: bool = False) -> int:
+    """How many different stages there are, of 1 to len(ways) blocks (or none)."""
+    ### BEGIN SOLUTION
+    total, fillings = 0, 1
+    for of_block in ways:
+        fillings *= of_block  # one block more
+        total += fillings
+    return widths * total + may_be_missing
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("5.1", stage_choices)
+
+# %% [markdown]
 # Now count, in a space so small that every network can be written down.
 
 # %% tags=["nbval-check-output"]
 from itertools import product
 
 tiny = Space(1, 8, 10, "small", ((4, 8), (4, 8, 12)), blocks=2)
-ways = [(2 * 2, 2 * 2), (3 * 2, 3 * 2)]  # inner widths x kernels of each block
-predicted = 1
-for choices, (first, second) in zip(tiny.widths, ways, strict=True):
-    predicted *= len(choices) * (first + first * second)
+predicted = stage_choices(2, (2 * 2, 2 * 2)) * stage_choices(3, (3 * 2, 3 * 2))  # inner widths x kernels
 counted = {decode(numbers, tiny.widths, 2).to_json() for numbers in product(*map(range, tiny.options))}
 print(f"predicted {predicted:,} networks, counted {len(counted):,}: ratio {predicted / len(counted):.3f}")
 
@@ -187,7 +213,7 @@ def table(part: int, places: list, depth: int, least: int) -> np.ndarray:
     return entries
 
 
-from nnc_utils.search.costs import Costs, InfeasibleError, parts
+from nnc_utils.search.costs import Costs, InfeasibleError, Term, parts
 
 place = space.places
 second_block = [place[1, -1, "width"], place[1, 1, "inner"], place[1, 1, "kernel"]]  # of stage 2
@@ -195,13 +221,39 @@ by_hand = table(1 + 1 + 1, second_block, place[1, -1, "depth"], 1)
 inner = [f"{width} inside" for width in space.widths[1]]
 pd.DataFrame(by_hand[:, :, 0], index=space.widths[1], columns=inner).rename_axis("width, 3×3 kernel")
 
+# %% [markdown]
+# ### Exercise 5.2 · Look up a cost
+#
+# The package keeps each table as a `Term`. `term.values` is an array with an axis for each decision at `term.places`, in this
+# order. A network has this part if its number at `term.depth` is in the range `term.when`. Return the sum of the entries of
+# the parts that the architecture, a tuple of numbers, has.
+#
+# <details><summary>Hint 1</summary>An array takes a tuple as its index: <code>values[2, 0, 1]</code> is <code>values[(2, 0, 1)]</code>.</details>
+# <details><summary>Hint 2</summary>Collect <code>architecture[place]</code> for each place of the term, as a tuple.</details>
+
+
+# %% tags=["exercise"]
+def look_up(terms: list[Term], architecture: tuple) -> float:
+    """The cost of an architecture: the entries of the parts that it has, added up."""
+    ### BEGIN SOLUTION
+    total = 0.0
+    for term in terms:
+        if architecture[term.depth] in term.when:
+            total += term.values[tuple(architecture[place] for place in term.places)]
+    return total
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("5.2", look_up)
+
 # %% tags=["machine-dependent"]
 whole = models.resnet(18, channels=1, size=8, classes=10, stem="small")
 costs = Costs(space, {"macs": models.macs(whole) / (macs or 32)})
 term = next(term for term in costs.terms["macs"] if term.places == tuple(second_block))
 print("the package's table is the same:", np.array_equal(term.values, by_hand))
 drawn = [space.sample(np.random.default_rng(number)) for number in range(1000)]
-looked_up = np.array([costs.of(a, "macs") for a in drawn])
+looked_up = np.array([look_up(costs.terms["macs"], a) for a in drawn])
 counted = np.array([models.macs(space.spec(a)) for a in drawn])
 print("1,000 sums of look-ups are the MACs of the networks:", np.array_equal(looked_up, counted))
 entries = sum(term.values.size for term in costs.terms["macs"])
@@ -261,13 +313,45 @@ def features(spec: models.Spec) -> np.ndarray:
     return counts
 
 
+# %% [markdown]
+# ### Exercise 5.3 · Find the bug: the slowest decide
+#
+# `inputs` are features, (blocks, features), and `times` their milliseconds, (blocks,). This fit has one fault: an error of
+# 1 ms weighs the same in a block of 2 ms and in one of 100 ms. Return the coefficients that minimize the sum of squared
+# **relative** errors of the formula above.
+#
+# ```python
+# scale = inputs.max(0)  # MACs are millions, calls are ones: the solver wants numbers of one size
+# coefficients, _ = nnls(inputs / scale, times)
+# return coefficients / scale
+# ```
+#
+# <details><summary>Hint 1</summary><code>nnls(A, b)</code> minimizes the sum of (A c − b)² over c ≥ 0. What are A and b, if the error
+# of a block is t̂/t − 1?</details>
+# <details><summary>Hint 2</summary>Divide each row by its time: <code>times[:, None]</code> is a column. The target then is the
+# same for all blocks.</details>
+
+
+# %% tags=["exercise"]
+def fit_coefficients(inputs: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Non-negative coefficients (features,) with the least squared relative errors."""
+    ### BEGIN SOLUTION
+    scale = inputs.max(0)  # MACs are millions, calls are ones: the solver wants numbers of one size
+    coefficients, _ = nnls(inputs / scale / times[:, None], np.ones(len(times)))
+    return coefficients / scale
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("5.3", fit_coefficients)
+
+
 # %% tags=["machine-dependent"]
 def error(measure, fitted: list, unseen: list) -> float:
     """Mean relative error in percent on unseen networks, after a fit of non-negative coefficients."""
     inputs, times = (np.array(column) for column in zip(*[(measure(spec), ms) for spec, ms in fitted]))
-    scale = inputs.max(0)
-    coefficients, _ = nnls(inputs / scale / times[:, None], np.ones(len(times)))
-    predicted = np.array([measure(spec) @ (coefficients / scale) for spec, _ in unseen])
+    coefficients = fit_coefficients(inputs, times)
+    predicted = np.array([measure(spec) @ coefficients for spec, _ in unseen])
     return 100 * np.mean(abs(predicted / [ms for _, ms in unseen] - 1))
 
 
@@ -355,17 +439,35 @@ print(f"the smallest has {100 * counts[0] / counts[1]:.1f} % of the largest one'
 # one of the narrowest and two random ones between. The largest learns from labels, the others from its soft labels:
 #
 # $$L = \text{CE}(z_\text{largest}, y) + \sum_{\text{others}} \text{CE}(z, \text{softmax}(z_\text{largest}))$$
+#
+# ### Exercise 5.4 · The loss of a sandwich
+#
+# `network(images)` gives the logits of the largest network, (images, classes), and `network(images, architecture)` those of
+# another one. Return the loss $L$ for the architectures in `others`. The largest must not learn to please the others: its
+# soft labels are constants.
+#
+# <details><summary>Hint 1</summary><code>F.cross_entropy(logits, target)</code> takes class numbers or, as target, probabilities of
+# the logits' shape.</details>
+# <details><summary>Hint 2</summary><code>.detach()</code> makes a constant of a tensor; each row of soft labels adds up to 1.</details>
+# <details><summary>Hint 3</summary>The losses add up. A mean would train each network at a fraction of the learning
+# rate.</details>
 
 
-# %%
-def sandwich_by_hand(network, images, labels, others: list) -> torch.Tensor:
+# %% tags=["exercise"]
+def sandwich_by_hand(network, images: torch.Tensor, labels: torch.Tensor, others: list) -> torch.Tensor:
     """The loss of the largest network, from labels, and those of the others, from its soft labels."""
+    ### BEGIN SOLUTION
     z = network(images)
     soft_labels = z.detach().softmax(1)  # without detach the largest would learn to please the others
     loss = F.cross_entropy(z, labels)
     for architecture in others:
         loss = loss + F.cross_entropy(network(images, architecture), soft_labels)
-    return loss  # the sum: a mean would train each network at a fraction of the learning rate
+    return loss
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("5.4", sandwich_by_hand)
 
 
 # %% tags=["nbval-check-output"]
@@ -466,6 +568,49 @@ theirs = searchers.random_search(field_costs, landscape, queries=40, seed=0)
 print("the package asks the same:", random_by_hand(field_costs, landscape, 40, 0) == theirs)
 
 # %% [markdown]
+# ### Exercise 5.5 · Choose a budget
+#
+# You are content with any network among the best share `top` of all (0.05: the best 5 %), but you want to be `sure` (0.95:
+# in 95 of 100 searches) to find one. Each query costs a training, so return the **smallest** number of random networks that
+# suffices.
+#
+# <details><summary>Hint 1</summary>A draw misses the best 5 % with probability 0.95. When do all draws miss?</details>
+# <details><summary>Hint 2</summary>All of n draws miss with probability (1 − top)ⁿ: at most 1 − sure is asked
+# for. Count up, or take logarithms and round up.</details>
+
+
+# %% tags=["exercise"]
+def queries_needed(top: float, sure: float) -> int:
+    """The fewest draws of which at least one is among the best share `top`, with probability `sure`."""
+    ### BEGIN SOLUTION
+    queries = 1
+    while (1 - top) ** queries > 1 - sure:
+        queries += 1
+    return queries
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("5.5", queries_needed)
+
+# %% [markdown]
+# Does the budget keep its promise? Repeat a search of so many queries 5,000 times. *Predict*: how many queries does it take to
+# be 95 % sure of one of the best 5 %, and how many to be as sure of the very best?
+
+# %% tags=["nbval-check-output"]
+ranked, random = np.sort(allowed)[::-1], np.random.default_rng(0)
+for best_networks in (round(0.05 * len(ranked)), 1):
+    top = best_networks / len(ranked)
+    queries = queries_needed(top, sure=0.95)
+    found = random.choice(ranked, (5000, queries)).max(1) >= ranked[best_networks - 1]
+    predicted = 1 - (1 - top) ** queries
+    print(
+        f"one of the best {best_networks} of {len(ranked)}: {queries} queries, predicted {predicted:.3f},",
+        end=" ",
+    )
+    print(f"measured {found.mean():.3f} of the searches: ratio {found.mean() / predicted:.3f}")
+
+# %% [markdown]
 # ### Evolution: change the best
 #
 # Keep the last 12 networks; of five of them the best has a child with one decision changed; the oldest dies
@@ -520,6 +665,35 @@ for name, baseline in (("no baseline", 0.0), ("the mean reward", chances @ rewar
     estimates = (rewards[chosen] - baseline) * ((chosen == 0) - chances[0])
     print(f"{name}: exact {exact:.3f}, mean {estimates.mean():.3f}, standard deviation {estimates.std():.2f}")
 
+# %% [markdown]
+# ### Exercise 5.6 · The gradient of REINFORCE
+#
+# `chances` are the probabilities $p$, (decisions, options). Of each sample `chosen`, (samples, decisions), has the numbers of
+# the options that were drawn. `matters`, a bool of the same shape, says which decisions are about something that exists;
+# others get no gradient. `advantages`, (samples,), are $R_i - b$. Return the estimate of the formula above, of `chances`'
+# shape.
+#
+# <details><summary>Hint 1</summary><code>np.eye(options)[chosen]</code> is the one-hot of all choices, (samples, decisions,
+# options).</details>
+# <details><summary>Hint 2</summary><code>matters[..., None]</code> and <code>advantages[:, None, None]</code> have the axes that are
+# missing; the mean is over the samples.</details>
+
+
+# %% tags=["exercise"]
+def policy_gradient(
+    chances: np.ndarray, chosen: np.ndarray, matters: np.ndarray, advantages: np.ndarray
+) -> np.ndarray:
+    """Mean over samples of advantage times the gradient of log-probability by the logits."""
+    ### BEGIN SOLUTION
+    one_hot = np.eye(chances.shape[1])[chosen]
+    log_gradient = (one_hot - chances) * matters[..., None]
+    return (advantages[:, None, None] * log_gradient).mean(0)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("5.6", policy_gradient)
+
 
 # %%
 def reinforce_by_hand(costs: Costs, evaluate, queries: int, seed: int) -> list:
@@ -541,9 +715,9 @@ def reinforce_by_hand(costs: Costs, evaluate, queries: int, seed: int) -> list:
         mean = np.mean(rewards)
         baseline = mean if baseline is None else 0.8 * baseline + (1 - 0.8) * mean
         advantages = (np.array(rewards) - baseline) / max(np.std(rewards), 1e-6)
-        matters = np.stack([space.active(sample) for sample in samples])[..., None]
-        log_gradient = (np.eye(logits.shape[1])[np.array(samples)] - chances) * matters
-        logits = logits + 4.0 * (advantages.clip(-3, 3)[:, None, None] * log_gradient).mean(0)
+        matters = np.stack([space.active(sample) for sample in samples])
+        step = policy_gradient(chances, np.array(samples), matters, advantages.clip(-3, 3))
+        logits = logits + 4.0 * step
     return trace
 
 
@@ -649,20 +823,43 @@ print(f"above random search in the median: {', '.join(ahead) or 'none'}")
 #
 # $$\tau = \frac{\sum_{i<j} \text{sign}(x_i - x_j)\,\text{sign}(y_i - y_j)}{\sqrt{n_x n_y}}$$
 #
-# 1 is the same order, 0 is no relation; $n_x$ and $n_y$ count the pairs that are not tied. The committed run trained 16
-# random networks alone. *Predict*: which τ? And which interval, if other networks had been drawn?
+# 1 is the same order, 0 is no relation; $n_x$ and $n_y$ count the pairs that are not tied.
+#
+# ### Exercise 5.7 · Find the bug: ties
+#
+# Accuracies on a few hundred images are often equal. Then this function gives less than 1 even for τ of `x` with itself. Both
+# are arrays (networks,). Return τ as the formula has it.
+#
+# ```python
+# sign_x, sign_y = (np.sign(np.subtract.outer(values, values)) for values in (x, y))
+# return (sign_x * sign_y).sum() / (len(x) * (len(x) - 1))
+# ```
+#
+# <details><summary>Hint 1</summary>A tie has the sign 0, so it adds nothing above; it must not count below
+# either.</details>
+# <details><summary>Hint 2</summary>The square of a sign is 1 where there is no tie. The outer difference holds each pair
+# twice, above and below.</details>
+
+
+# %% tags=["exercise"]
+def tau(x: np.ndarray, y: np.ndarray) -> float:
+    """Kendall's tau-b of paired values."""
+    ### BEGIN SOLUTION
+    sign_x, sign_y = (np.sign(np.subtract.outer(values, values)) for values in (x, y))
+    return (sign_x * sign_y).sum() / np.sqrt((sign_x**2).sum() * (sign_y**2).sum())
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("5.7", tau)
+
+# %% [markdown]
+# The committed run trained 16 random networks alone. *Predict*: which τ? And which interval, if other networks had been
+# drawn?
 
 # %% tags=["nbval-check-output"]
 [committed] = [record["extra"]["search"] for record in records.values() if "search" in record["extra"]]
 shared, trained_alone = np.array(committed["pairs"]).T
-
-
-def tau(x: np.ndarray, y: np.ndarray) -> float:
-    """Kendall's tau-b of paired values."""
-    sign_x, sign_y = (np.sign(np.subtract.outer(values, values)) for values in (x, y))
-    return (sign_x * sign_y).sum() / np.sqrt((sign_x**2).sum() * (sign_y**2).sum())
-
-
 random, taus = np.random.default_rng(0), []
 for _ in range(2000):  # networks drawn again, with replacement
     some = random.integers(0, len(shared), len(shared))
@@ -824,6 +1021,46 @@ figures.show(
 # little about the second, and a few random networks trained alone are the better search.
 
 # %% [markdown]
+# ## Questionnaire
+#
+# Answer before you unfold.
+#
+# <details><summary>1. Why does a formula for the size of a space add over depths, but multiply over stages?</summary>A
+# stage has one depth at a time, so its depths are alternatives. The stages are chosen independently, so every choice of
+# one goes with every choice of another.</details>
+# <details><summary>2. Why are the decisions about absent blocks set to 0?</summary>They change nothing in the network.
+# With them as drawn, one network would have many names: it would be asked several times and be drawn more
+# often.</details>
+# <details><summary>3. Why can a table of each part replace the counting of MACs, and for which costs does it
+# fail?</summary>The cost is a sum of parts that depend on few decisions each. It fails where parts interact: peak
+# memory, or milliseconds if the runtime fuses layers across blocks.</details>
+# <details><summary>4. Why are times fitted with relative errors, and on which networks must the fit be
+# tested?</summary>With absolute errors a few slow networks decide the coefficients, and the small ones, which the
+# search wants, are predicted badly. It must be tested on networks that were not fitted.</details>
+# <details><summary>5. Why does the sandwich rule train the largest and one of the narrowest networks in every
+# step?</summary>They bound the space: the networks between share weights with both, so they improve with them. The
+# largest also gives the soft labels.</details>
+# <details><summary>6. What goes wrong without <code>detach</code> in the loss of the sandwich?</summary>The largest network also
+# gets a gradient through the soft labels: it moves towards what the weak networks can imitate, not only towards the
+# labels.</details>
+# <details><summary>7. Why does each candidate need batch-norm statistics of its own, and what do they
+# cost?</summary>Mean and variance of a channel depend on which channels feed it. They cost a forward pass of some
+# training images and no training.</details>
+# <details><summary>8. A search by evolution beats a single random search. Is evolution better?</summary>One pair proves
+# nothing: searches vary with the seed. Repeat both at an equal number of queries and compare the
+# distributions.</details>
+# <details><summary>9. Why does evolution let the oldest die and not the worst?</summary>A network with a lucky score
+# would stay forever as a parent. By age it stays only if its children score well, too.</details>
+# <details><summary>10. What does a baseline change in REINFORCE, and what not?</summary>It lowers the spread of the
+# estimate. Its mean stays the exact gradient, since the gradient of log-probability has the mean 0.</details>
+# <details><summary>11. Why is the mean cost of a relaxed architecture exact, but not its accuracy?</summary>The cost is
+# a sum of tables over independent decisions, so its mean is a sum of products of probabilities. Accuracy is no such
+# sum; it is modelled or sampled.</details>
+# <details><summary>12. The interval of τ contains 0. What may you say of the supernet, and of the winner's score by
+# it?</summary>That it is not shown to rank networks better than chance. The score then says little: train the winner,
+# random networks and the rivals by hand alone, and compare these.</details>
+
+# %% [markdown]
 # ## Summary
 #
 # - A space is data: numbers for decisions, tables for costs, a fitted sum for milliseconds.
@@ -831,13 +1068,9 @@ figures.show(
 # - A search is worth its cost only if it beats random search at equal cost *and* the small networks drawn by hand; it
 #   cannot, where its space does not hold them.
 #
-# **Questions.** (1) Why does the sandwich rule train one of the narrowest networks in every step? (2) Why does evolution let
-# the oldest die and not the worst? (3) What does a baseline change in REINFORCE, and what not? (4) Why is the mean cost of a
-# relaxed architecture exact, but not its accuracy?
-#
-# **Exercises.** (1) Set `macs = 64`: which stage does the winner narrow first? Predict, then read its Spec. (2) Remove `* matters`
-# from REINFORCE: does it still find as much? (3) Fit the model of latency with absolute errors: which networks get worse?
-# (4) Set `alone = 16`: does your own τ have an interval without 0?
+# **Experiments.** (1) Set `macs = 64`: which stage does the winner narrow first? Predict, then read its Spec. (2)
+# Remove `* matters[..., None]` from exercise 5.6: does REINFORCE still find as much? (3) Use the fit with the bug of
+# exercise 5.3: which networks get worse? (4) Set `alone = 16`: does your own τ have an interval without 0?
 #
 # **Further reading.** [Once-for-all](https://arxiv.org/abs/1908.09791) trains a supernet to serve as it is;
 # [MnasNet](https://arxiv.org/abs/1807.11626) puts milliseconds into the reward.
