@@ -1,6 +1,7 @@
 """The committed tables hold, and the audit would say so if they did not."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 from result_files import change, read
 
 from bench import audit, report
-from bench.committed import ALL_PROFILES
+from bench.committed import ALL_PROFILES, Tables
 from nnc_utils import provenance
 
 RESULTS = provenance.PACKAGE.parent / "results"
@@ -204,3 +205,44 @@ def test_a_claim_whose_runtime_disagrees_with_the_file_is_found(published):
         change(published / "latency.csv", INT8 | {"batch": batch}, agreement=agreement, accuracy=accuracy)
     found = audit.problems(published, rescore=False)
     assert len(found) == 2 and all("is below 99.5" in problem for problem in found), found
+
+
+def contradictions(quick, larger):
+    """Pairs that one profile tells apart one way, and another with the same reference the other way."""
+    if not set(quick.baselines["artifact_sha256"]) & set(larger.baselines["artifact_sha256"]):
+        return []
+
+    def decided(tables):
+        ends = {}
+        for pair in tables.pairs:
+            low, high = pair.difference["delta_ci_low"], pair.difference["delta_ci_high"]
+            key = tuple(
+                (side["method"], side["settings"], side["control"]) for side in (pair.ours, pair.theirs)
+            )
+            if low > 0 or high < 0:
+                ends[key] = low > 0
+        return ends
+
+    ours, theirs = decided(quick), decided(larger)
+    return [key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]]
+
+
+@pytest.mark.parametrize("profile", [p for p in COMMITTED if p.name != "quick"], ids=lambda path: path.name)
+def test_quick_says_nothing_that_longer_training_contradicts(profile):
+    assert contradictions(Tables(RESULTS / "quick"), Tables(profile)) == []
+
+
+def test_a_contradiction_is_one_where_both_intervals_exclude_zero_and_the_reference_is_the_same():
+    def tables(sha256, *ends):
+        sides = [{"method": name, "settings": "", "control": ""} for name in ("kd", "student_alone")]
+        pairs = [
+            SimpleNamespace(
+                ours=sides[0], theirs=sides[1], difference={"delta_ci_low": low, "delta_ci_high": high}
+            )
+            for low, high in ends
+        ]
+        return SimpleNamespace(baselines=pd.DataFrame({"artifact_sha256": [sha256]}), pairs=pairs)
+
+    assert len(contradictions(tables("a", (-0.9, -0.1)), tables("a", (0.1, 0.5)))) == 1
+    for other in (tables("b", (0.1, 0.5)), tables("a", (-0.1, 0.5)), tables("a", (-0.5, -0.1)), tables("a")):
+        assert contradictions(tables("a", (-0.9, -0.1)), other) == []

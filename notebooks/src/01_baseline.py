@@ -472,8 +472,8 @@ print(f"predicted ±{predicted_half:.2f} pp, ratio {half / max(predicted_half, 1
 # `right` and `before` say of each image whether the compressed network and its reference are right. Return lower end, mean and
 # upper end in percentage points.
 #
-# <details><summary>Hint 1</summary>A bool becomes a number by `.astype(float)`; d is 100, 0 or −100.</details>
-# <details><summary>Hint 2</summary>`np.append(d, [100, -100])` adds the two images; `.std(ddof=1)` is their deviation. The mean
+# <details><summary>Hint 1</summary>A bool becomes a number by <code>.astype(float)</code>; d is 100, 0 or −100.</details>
+# <details><summary>Hint 2</summary><code>np.append(d, [100, -100])</code> adds the two images; <code>.std(ddof=1)</code> is their deviation. The mean
 # and n stay those of d.</details>
 
 
