@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path)
     try:
-        print(describe(artifact.read(parser.parse_args(arguments).file)))
+        print(describe(artifact.read(parser.parse_args(arguments).file)), flush=True)
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ArtifactError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -1,30 +1,52 @@
-"""ImageNet weights, or others in torchvision's format, for a network of this suite."""
+"""ImageNet weights, or a file of anybody's ResNet in torchvision's names, for a network of this suite.
+
+A file is read by its content, not by its suffix, and no code in it ever runs.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
+import re
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nnc_utils import models
 
+NEEDED = "the weights of a ResNet by name are needed: torch.save(model.state_dict(), FILE), or safetensors"
+EVERY = "layer1.0.conv1.weight"  # each ResNet has it: what stands before it are wrappers and prefixes
+ADDED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by PyTorch's wrappers
+BEGINNINGS = {  # of files that are no weights
+    b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` brings the file itself",
+    b"<": "a web page: the download went wrong",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"\x89HDF": "an HDF5 file, as Keras writes it",
+}
+
 
 def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
-    """Copy weights from "imagenet" (torchvision's own) or a file in its format, as far as shapes allow.
+    """Copy weights from "imagenet" (torchvision's own) or a file, as far as shapes allow.
 
-    A file is .pt or .pth without pickled code, or .safetensors. A one-channel input takes the sum of the
-    first weights over the colours, which is what they do to a grey image. Returns the layers (stem,
-    classifier) that stay fresh for their shape. Weights of another network are a ValueError.
+    A file holds tensors in torchvision's names, which timm's ResNets have, too, in any precision; it is
+    written by `torch.save` or is safetensors. Wrappers such as {"state_dict": ...} and prefixes such as
+    "module." are taken off; of several networks the first is taken, and that is printed. A one-channel
+    input takes the sum of the first weights over the colours, which is what they do to a grey image.
+
+    Returns the layers (stem, classifier) that stay fresh for their shape. ValueError: the file is none of
+    this, or another network's, or a tensor is not finite; nothing has been copied then.
     """
-    ours, theirs = (
-        {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-        for state in (model.state_dict(), _read_weights(weights, model.spec))
-    )
+    ours, theirs = _weights(model.state_dict()), _read_weights(weights, model.spec)
     colours = theirs.get("conv1.weight")
-    if colours is not None and colours.shape[1] == 3 and model.spec.channels == 1:
+    if colours is not None and colours.ndim == 4 and colours.shape[1] == 3 and model.spec.channels == 1:
         theirs["conv1.weight"] = colours.sum(1, keepdim=True)
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (theirs, ours)]
     differ = [name for name in {**theirs, **ours} if shapes[0].get(name) != shapes[1].get(name)]
@@ -32,19 +54,107 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
         if not name.startswith(("conv1.", "fc.")):
             one, other = (shape.get(name, "missing") for shape in shapes)
             raise ValueError(f"{weights}: {name} is {one} there, {other} here: weights of another network")
-    for name in ours.keys() - set(differ):
+    fresh = {name.partition(".")[0] for name in differ}
+    copied = [name for name in ours if name.partition(".")[0] not in fresh]
+    for name in copied:
+        if not theirs[name].isfinite().all():
+            raise ValueError(f"{weights}: {name} holds NaN or infinity: its training had diverged")
+    for name in copied:
         ours[name].copy_(theirs[name])
-    return sorted({name.rpartition(".")[0] for name in differ})
+    return sorted(fresh)
+
+
+def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def _read_weights(weights: str | Path, spec: models.Spec) -> dict[str, Tensor]:
-    if str(weights) == "imagenet":
-        shape = spec.block, tuple(len(stage) for stage in spec.stages)
-        depth = {known: depth for depth, known in models.RESNETS.items()}.get(shape)
-        if depth is None:
-            raise ValueError("ImageNet weights by name exist for ResNet-18, -34 and -50: give a file instead")
-        return torchvision.models.get_model_weights(f"resnet{depth}").DEFAULT.get_state_dict(check_hash=True)
-    path = Path(weights)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if str(weights) != "imagenet":
+        return _network(_read(_place(weights)), weights)
+    shape = spec.block, tuple(len(stage) for stage in spec.stages)
+    depth = {known: depth for depth, known in models.RESNETS.items()}.get(shape)
+    if depth is None:
+        raise ValueError("ImageNet weights by name exist for ResNet-18, -34 and -50: give a file instead")
+    state = torchvision.models.get_model_weights(f"resnet{depth}").DEFAULT.get_state_dict(check_hash=True)
+    return _weights(state)
+
+
+def _place(weights: str | Path) -> Path:
+    """A relative path is one in the repository, or else in the folder in which the command was given."""
+    repository = os.environ.get("NNC_ROOT") or Path(__file__).parents[1]
+    caller = os.environ.get("NNC_CALLER") or "."  # `python -m bench run` changes the folder, and sets it
+    places = [str(Path(folder, Path(weights).expanduser()).resolve()) for folder in (repository, caller)]
+    for place in filter(os.path.exists, places):
+        return Path(place)
+    raise FileNotFoundError(f"no weights {weights}: there is no {' and no '.join(dict.fromkeys(places))}")
+
+
+def _network(content: object, file: str | Path) -> dict[str, Tensor]:
+    """The tensors of the first network in what a file holds, in torchvision's names and 32 bits."""
+    tensors = {ADDED.sub("", name): tensor for name, tensor in _flat(content)}
+    prefixes = [n.removesuffix(EVERY) for n in tensors if n == EVERY or n.endswith(f".{EVERY}")]
+    if not prefixes:
+        names = ", ".join(list(tensors)[:3]) or f"no tensor ({type(content).__name__})"
+        raise ValueError(f"{file} holds {names} ..., the weights of another network: {NEEDED}")
+    first, *others = prefixes
+    if others:
+        print(f"{file} holds several networks: {first}* is taken, not {'*, '.join(others)}*")
+    own = {name.removeprefix(first): tensor for name, tensor in tensors.items() if name.startswith(first)}
+    own = _weights(own)
+    for name, tensor in own.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{file}: {name} is {tensor.dtype}: weights before quantization are needed")
+    return {name: tensor.float() for name, tensor in own.items()}
+
+
+def _flat(content: object, before: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested mappings; its name begins with the keys on the way to it."""
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, Tensor):
+            yield f"{before}{key}", value
+        else:
+            yield from _flat(value, f"{before}{key}.")
+
+
+def _read(path: Path) -> object:
+    """What a file holds; a ValueError says in one line what it is instead."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: the file of weights in it is needed")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if what := _foreign(path, start):
+        raise ValueError(f"{path} is {what}; {NEEDED}")
+    try:
+        if start[8:9] == b"{":  # safetensors: the length of a header in JSON, then the header
+            return load_file(path)
+        allowed = torch.serialization.safe_globals([argparse.Namespace])  # of torchvision's own training
+        with path.open("rb") as file, allowed, warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, since these bytes may be anything
+        raise ValueError(f"{path} is {_broken(error)}; {NEEDED}") from None
+
+
+def _foreign(path: Path, start: bytes) -> str:
+    """What a file is that `torch.load` and safetensors do not read; empty where they may."""
+    if not start:
+        return "empty"
+    for beginning, what in BEGINNINGS.items():
+        if start.lstrip().startswith(beginning):
+            return what
+    if start.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            return "truncated: its end is missing"
+        names = zipfile.ZipFile(path).namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return "a TorchScript program"
+        if not any(name.endswith("data.pkl") for name in names):
+            return f"a zip archive of {', '.join(names[:3])}: unpack it"
+    return "a tar archive: unpack it, or save it anew" if tarfile.is_tarfile(path) else ""
+
+
+def _broken(error: Exception) -> str:
+    if isinstance(error, SafetensorError):
+        return f"a truncated or damaged safetensors file ({error})"
+    if code := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"a pickled object: reading it would run the code of {code[1]}"
+    return f"truncated, damaged, or of another program ({type(error).__name__})"

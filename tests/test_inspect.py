@@ -1,5 +1,6 @@
 """inspect.py: what it prints, against numbers computed from the network and the file."""
 
+import os
 import re
 import subprocess
 import sys
@@ -128,6 +129,16 @@ def test_the_command(saved, text):
     command, root = [sys.executable, "-m", "nnc_utils.inspect", str(saved[0])], Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, text + "\n", "")
+
+
+def test_a_reader_that_stops_early_is_no_error(saved):
+    """As `head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command, root = [sys.executable, "-m", "nnc_utils.inspect", str(saved[0])], Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_bad_files_take_one_line(saved, tmp_path, capsys):

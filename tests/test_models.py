@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from small_networks import with_statistics
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnc_utils import models
 from nnc_utils.models import BlockSpec, Spec, SpecError, build, layers, resnet
-from nnc_utils.pretrained import load_pretrained
 
 TORCHVISION = {depth: getattr(torchvision.models, f"resnet{depth}") for depth in (18, 34, 50)}
 
@@ -54,17 +53,6 @@ def random_spec(seed):
     channels, size, classes = (int(draw.integers(low, high)) for low, high in ((1, 5), (9, 40), (1, 12)))
     stem = str(draw.choice(list(models.STEMS)))
     return Spec(channels, size, classes, stem, stem_width, block, tuple(map(tuple, stages)))
-
-
-def with_statistics(model, seed=0):
-    """Fill batch-norm with values that no mistake of order could hide."""
-    torch.manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
-        elif tensor.is_floating_point() and ("bn" in name or "downsample.1" in name):
-            tensor.normal_(0.5, 0.3)
-    return model.eval()
 
 
 def multiplications(model, images):
@@ -277,62 +265,6 @@ def test_a_spec_of_no_network_is_refused_by_name(make, named):
 def test_text_of_no_spec_is_refused(text):
     with pytest.raises(SpecError):
         Spec.from_json(text)
-
-
-# --- Weights from elsewhere ---------------------------------------------------------------------
-
-
-def saved(tmp_path, model, suffix):
-    path = tmp_path / f"weights{suffix}"
-    (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), path)
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_from_a_file_and_for_grey_images(tmp_path, suffix):
-    theirs = with_statistics(torchvision.models.resnet18(num_classes=7))
-    colour, grey = (build(resnet(18, channels=c, size=64, classes=7)).eval() for c in (3, 1))
-    for ours in (colour, grey):
-        assert load_pretrained(ours, saved(tmp_path, theirs, suffix)) == []
-    images = torch.randn(2, 3, 64, 64)
-    with torch.inference_mode():
-        assert torch.equal(colour(images), theirs(images))
-        same = theirs(images[:, :1].expand(2, 3, 64, 64))
-        torch.testing.assert_close(grey(images[:, :1]), same, rtol=1e-3, atol=1e-3)
-
-
-def test_layers_of_another_shape_stay_fresh_and_are_named(tmp_path):
-    theirs = torchvision.models.resnet18(num_classes=7)
-    ours = build(resnet(18, size=28, classes=10, stem="small"))
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    assert load_pretrained(ours, saved(tmp_path, theirs, ".pth")) == ["conv1", "fc"]
-    for name, tensor in ours.state_dict().items():
-        source = before if name.startswith(("conv1", "fc")) or "tracked" in name else theirs.state_dict()
-        assert torch.equal(tensor, source[name]), name
-
-
-@pytest.mark.parametrize(
-    "theirs, named",
-    [
-        (lambda: torchvision.models.resnet34(num_classes=7), "layer1.2.conv1.weight"),  # all of ResNet-18
-        (lambda: torchvision.models.resnet50(num_classes=7), "layer1.0.conv1.weight"),
-        (lambda: build(resnet(18, classes=7, width=0.5)), r"bn1.weight is \(32,\) there, \(64,\) here"),
-        (lambda: torch.nn.Sequential(), "bn1.weight is missing"),
-    ],
-)
-def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path, theirs, named):
-    ours = build(resnet(18, classes=7))
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    with pytest.raises(ValueError, match=f"(?s){named}.*weights of another network"):
-        load_pretrained(ours, saved(tmp_path, theirs(), ".pth"))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
-
-
-def test_weights_by_a_name_or_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
-        load_pretrained(build(resnet(18, width=1 / 16)), tmp_path / "nowhere.pth")
-    with pytest.raises(ValueError, match="ResNet-18, -34 and -50"):
-        load_pretrained(build(one_block()), "imagenet")
 
 
 def test_folded_batch_norm_is_the_module_in_evaluation():

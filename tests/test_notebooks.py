@@ -1,14 +1,21 @@
 """The notebooks as files: paired, short, checked, and with outputs that belong to the code beside them."""
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import symtable
+import sys
 from pathlib import Path
 
 import jupytext
 import nbformat
+import papermill
 import pytest
 
 from bench.notebooks import STEPS, source_sha256
+from bench.parameters import ParameterError, declared
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -43,6 +50,32 @@ def test_each_notebook_has_its_pair_and_each_pair_its_notebook():
 
 def test_one_pass_executes_every_notebook():
     assert sorted(name for step in STEPS for name in step) == [path.stem for path in NOTEBOOKS]
+
+
+def test_jupyterlab_opens_what_papermill_wrote_after_the_sync_of_make_lab(tmp_path):
+    """Alone it refuses a notebook that is newer than its pair and has another cell."""
+    from jupytext import TextFileContentsManager
+    from tornado.web import HTTPError
+
+    name = "10_report"
+    for place, folder in ((NOTEBOOKS[0].parent, "notebooks"), (NOTEBOOKS[0].parent / "src", "notebooks/src")):
+        (tmp_path / folder).mkdir()
+        [file] = place.glob(f"{name}.*")
+        shutil.copy(file, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    notebook, source = tmp_path / f"notebooks/{name}.ipynb", tmp_path / f"notebooks/src/{name}.py"
+    papermill.execute_notebook(notebook, notebook, {"trials": 100}, prepare_only=True, progress_bar=False)
+    os.utime(source, (1e9, 1e9))
+    manager = TextFileContentsManager(root_dir=str(tmp_path))
+    with pytest.raises(HTTPError, match="more recent than"):
+        manager.get(f"notebooks/{name}.ipynb")
+    [sync] = [line for line in (ROOT / "Makefile").read_text().splitlines() if "--sync" in line]
+    options = sync.split("-m jupytext ")[1].split(" notebooks/")[0].split()
+    subprocess.run([sys.executable, "-m", "jupytext", *options, str(notebook)], cwd=tmp_path, check=True)
+    opened = manager.get(f"notebooks/{name}.ipynb")["content"]
+    assert [c.source for c in opened.cells if "injected-parameters" in tags(c)] == [
+        "# Parameters\ntrials = 100"
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -95,6 +128,30 @@ class TestNotebook:
             ast.literal_eval(statement.value)
         first, comment, _ = cell.source.partition("\n# ")
         assert comment and 1 <= len(ast.parse(first).body) <= 6
+
+    def test_papermill_reads_every_parameter_with_its_type(self, path):
+        """`papermill --help-notebook` shows them; it cannot read a default that holds an equals sign."""
+        [cell] = [c for c in code(path) if "parameters" in tags(c)]
+        wanted = [(s.target.id, ast.unparse(s.annotation)) for s in ast.parse(cell.source).body]
+        read = papermill.inspect_notebook(str(path))
+        assert [(one["name"], one["inferred_type_name"]) for one in read.values()] == wanted
+
+    def test_a_batch_has_two_images_or_more(self, path):
+        """Batch-norm in training refuses one image of one pixel."""
+        for name, parameter in declared(path).items():
+            if name in ("batch_size", "supernet_batch"):
+                parameter.check(2)
+                with pytest.raises(ParameterError):
+                    parameter.check(1)
+
+    def test_no_cell_gives_a_parameter_another_value(self, path):
+        """So what differs from the setup cell's is a reader's change, which is told."""
+        for cell in code(path):
+            if "parameters" not in tags(cell):
+                text = "\n".join(line for line in cell.source.splitlines() if line[:1] not in "%!")
+                symbols = symtable.symtable(text, "cell", "exec").get_symbols()
+                set_here = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
+                assert not set_here & set(declared(path)), cell.source
 
     def test_no_printed_log_is_long(self, path):
         for cell in code(path):

@@ -1,6 +1,7 @@
 """Declarations of parameters are read as written, and hold."""
 
 import pytest
+import yaml
 
 from bench.parameters import ParameterError, check, declared, parse
 
@@ -20,24 +21,30 @@ configurations: list = [
 # --- below: the runner's
 depth: int = 18  # {18, 50} layers
 offset: float = -1  # no range
+batch: int = 0  # 0 or [2, 64] images a step
 """
 DECLARED = parse(CELL)
 
 
 def test_what_is_declared():
-    names = "epochs learning_rate dataset model augment bits points upstream configurations depth offset"
+    names = (
+        "epochs learning_rate dataset model augment bits points upstream configurations depth offset batch"
+    )
     assert list(DECLARED) == names.split()
     assert DECLARED["epochs"].help == "passes over the training images"
     assert DECLARED["learning_rate"].help == "peak = highest"
     assert {
-        name: DECLARED[name].allowed for name in ("epochs", "learning_rate", "depth", "model", "bits")
+        name: DECLARED[name].allowed
+        for name in ("epochs", "learning_rate", "depth", "model", "bits", "batch")
     } == {
         "epochs": "a whole number in [1, 500]",
         "learning_rate": "a number in (0, 10]",
         "depth": "a whole number, one of 18, 50",
         "model": "a text",
         "bits": "a list (a whole number each) in [2, 16]",
+        "batch": "0 or a whole number in [2, 64]",
     }
+    assert DECLARED["batch"].help == "images a step"
     assert DECLARED["augment"].help == "flips # and crops"
     assert DECLARED["bits"].default == [8, 4] and DECLARED["offset"].default == -1
 
@@ -58,6 +65,8 @@ def test_what_is_declared():
         {"upstream": ["results/runs/quick/01_baseline/seed=1"]},
         {"configurations": [{"method": "uniform"}, {"method": "qat", "of": {"bits": 2}}]},
         {"depth": 50},
+        {"batch": 0},
+        {"batch": 2},
     ],
 )
 def test_values_that_agree(given):
@@ -77,7 +86,14 @@ def test_values_that_agree(given):
         ({"epochs": 8.0}, "epochs is 8.0"),
         ({"epochs": True}, "epochs is True"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3'"),
+        ({"learning_rate": "1e-3"}, r"learning_rate is '1e-3'.*\(YAML reads that as text: write 0.001\)"),
+        ({"learning_rate": "1e-7"}, r"write 1.0e-07\)"),
+        ({"learning_rate": "fast"}, "a number in .* is needed$"),
+        ({"dataset": 1}, r"dataset is 1: .*\(with papermill: -r dataset 1\)"),
+        ({"upstream": "mine/1"}, r"\(with papermill: -y 'upstream: \[mine/1\]'\)"),
+        ({"batch": 1}, r"batch is 1: 0 or a whole number in \[2, 64\] is needed"),
+        ({"batch": 65}, "batch is 65"),
+        ({"batch": False}, "batch is False"),
         ({"offset": float("nan")}, "offset is nan"),
         ({"dataset": "cifar11"}, "one of digits, fashion_mnist, imagefolder:PATH"),
         ({"dataset": "imagefolder:"}, "dataset is"),
@@ -94,6 +110,14 @@ def test_values_that_agree(given):
 def test_values_that_do_not(given, message):
     with pytest.raises(ParameterError, match=message):
         check(DECLARED, given, notebook="n")
+
+
+def test_the_spelling_that_is_told_is_a_number_to_yaml():
+    for text in ("1e-7", "3e-10", "2E5", "1e20"):
+        with pytest.raises(ParameterError) as told:
+            DECLARED["offset"].check(text)
+        written = str(told.value).rpartition("write ")[2].rstrip(")")
+        assert isinstance(yaml.safe_load(text), str) and yaml.safe_load(written) == float(text)
 
 
 def test_all_that_is_wrong_is_told_at_once():

@@ -36,7 +36,7 @@ def runner(path, out, given="{}", *options, **environment):
 @pytest.fixture
 def here(monkeypatch):
     """`execute` in this process, which a runner would have for itself."""
-    for name in ("NNC_HEADLESS", "NNC_NOTEBOOK", "TQDM_DISABLE", "PYTHONPATH", "NNC_ROOT"):
+    for name in ("NNC_HEADLESS", "NNC_NOTEBOOK", "TQDM_DISABLE", "PYTHONPATH", "NNC_ROOT", "NNC_CALLER"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(processes, "die_with_parent", lambda **_: None)
     return execute.execute
@@ -95,7 +95,7 @@ def test_a_run_uses_this_interpreter_and_leaves_a_result(place, tmp_path, here, 
     spec = {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}
     (impostor / "kernel.json").write_text(json.dumps(spec))
     look = "import os, sys\nprint('epoch 1: loss 0.5')\nfrom nnc_utils.pruning import schedules\n"
-    look += "found = [sys.executable, os.getcwd(), os.environ['TQDM_DISABLE']]"
+    look += "found = [sys.executable, os.getcwd(), os.environ['TQDM_DISABLE'], os.environ['NNC_CALLER']]"
     path = small(place, "n", look, "run.finish(extra={'found': found, 'seconds': seconds})")
     out = place.root / "results/runs/smoke/n/seed=3"
     process = runner(path, out, '{"seconds": 1, "seed": 3}', JUPYTER_PATH=str(tmp_path / "jupyter"))
@@ -108,7 +108,7 @@ def test_a_run_uses_this_interpreter_and_leaves_a_result(place, tmp_path, here, 
     assert "encryption" not in output + errors
     finished = read_run(out)
     assert finished.record.extra.model_extra == {
-        "found": [sys.executable, str(path.parent), "1"],
+        "found": [sys.executable, str(path.parent), "1", os.getcwd()],
         "seconds": 1.0,
     }
     assert finished.record.parameters == {"seconds": 1.0, "profile": "smoke", "seed": 3}
@@ -129,6 +129,17 @@ def test_a_run_uses_this_interpreter_and_leaves_a_result(place, tmp_path, here, 
         with pytest.raises(pytest.fail.Exception, match="ran"):
             here(path if keep != "any" else changed, out, given, keep=keep)
         (out / "result.json").write_text(finished.record.model_dump_json())
+
+
+def test_braces_in_a_path_are_no_parameters(place, here, monkeypatch):
+    """papermill takes them for such."""
+    root = place.root / "a{b} {seed}"
+    monkeypatch.setenv("NNC_ROOT", str(root))
+    from conftest import write_notebook
+
+    path = write_notebook(root, "n", START.format(name="n", needs=()), "run.finish()")
+    assert here(path, root / "out", {"seed": 2}) is True
+    assert read_run(root / "out").record.seed == 2 and (root / "out/executed.ipynb").is_file()
 
 
 @pytest.mark.parametrize(

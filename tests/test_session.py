@@ -8,6 +8,7 @@ import torch
 from small_networks import PLAIN
 
 from bench.folder import read_run
+from bench.parameters import ParameterError
 from bench.session import Bench
 from nnc_utils import artifact, data, models, provenance, rows, scoring
 from nnc_utils.configurations import Built, ConfigurationError
@@ -109,6 +110,26 @@ def test_parameters_are_recorded_as_they_were_given_and_the_setup_cell_can_run_a
     assert bench.parameters["configurations"] == [{"method": "weights", "sparsity": 0.5, "score": "taylor"}]
     again = Bench("03_pruning", namespace)
     assert again.parameters["configurations"] == bench.parameters["configurations"]
+
+
+def test_cells_that_run_twice_measure_each_network_once(baseline):
+    bench, namespace = start(baseline, configurations=SPARSE)
+    for _ in range(2):
+        table = bench.measure(bench.build(namespace["configurations"], rounded))
+        assert list(table["settings"]) == ['{"sparsity":0.5}', '{"sparsity":0.9}']
+    for _ in range(2):
+        assert len(bench.finish().compression) == 2
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused_by_its_name(baseline):
+    from conftest import write_notebook
+
+    more = "supernet_batch: int = 64  # [2, 4096] images\nbatch_size: int = 0  # 0 or [2, 4096] images\n"
+    write_notebook(baseline, "05_architecture_search", "pass", parameters=PARAMETERS + more)
+    given = {"upstream": ["results/runs/smoke/01_baseline/seed=1"], "run_dir": "results/runs/smoke/batch"}
+    Bench("05_architecture_search", given | {"supernet_batch": 1197})
+    with pytest.raises(ParameterError, match="supernet_batch is 1198: from 2 to the 1197 training images"):
+        Bench("05_architecture_search", given | {"supernet_batch": 1198})
 
 
 def test_what_is_trained_gets_the_dense_network_trained_on_as_its_rival(baseline):

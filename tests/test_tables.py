@@ -69,6 +69,11 @@ def test_read_run_trusts_nothing(published):
     edit(folder, artifacts=[entry | {"path": "../seed=2/artifacts/network.safetensors"}])
     with pytest.raises(tables.ResultError, match="outside"):
         tables.read_run(folder)
+    old = {name: value for name, value in json.loads(good).items() if name not in ("seed", "profile")}
+    (folder / "result.json").write_text(json.dumps(old | {"width": 1}))
+    with pytest.raises(tables.ResultError, match="of another version .*Field required, and 2 more") as told:
+        tables.read_run(folder)
+    assert "\n" not in str(told.value)
     (folder / "result.json").write_text(good[:-20])
     with pytest.raises(tables.ResultError, match="not valid"):
         tables.read_run(folder)

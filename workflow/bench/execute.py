@@ -82,11 +82,12 @@ def _papermill(notebook: Path, folder: Path, given: dict[str, Any], timeout: flo
     connection = Path(tempfile.mkdtemp(prefix="nnc-"))
     processes.remove_at_end(connection)
     settings = {"NNC_HEADLESS": "1", "NNC_NOTEBOOK": str(notebook), "TQDM_DISABLE": "1"}
+    settings["NNC_CALLER"] = os.environ.get("NNC_CALLER") or os.getcwd()
     os.environ.update(folders.environment() | settings)
     try:
         papermill.execute_notebook(
-            notebook,
-            folder / "executed.ipynb",
+            _plain(notebook),
+            _plain(folder / "executed.ipynb"),
             parameters=given,
             kernel_name="python3",
             language="python",
@@ -98,6 +99,11 @@ def _papermill(notebook: Path, folder: Path, given: dict[str, Any], timeout: flo
         )
     finally:
         shutil.rmtree(connection, ignore_errors=True)
+
+
+def _plain(path: Path) -> str:
+    """A path for papermill, to which braces mean a parameter."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _kernel_manager(folder: Path) -> type:

@@ -19,7 +19,7 @@ from typing import Any
 import safetensors
 from pydantic import ValidationError
 
-from bench import marks
+from bench import interactive, marks
 from bench import parameters as declarations
 from bench.parameters import Parameter
 from bench.tables import ResultError, Run, RunRecord, read_run
@@ -120,7 +120,7 @@ class Current:
         text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False)
         marks.finish(self.folder, text)
         os.environ.pop("NNC_MODULES", None)  # what is loaded from now on belongs to no row
-        if not _headless():  # an open notebook in JupyterLab keeps nobody waiting
+        if not interactive.headless():  # an open notebook in JupyterLab keeps nobody waiting
             processes.unlock(self.folder / ".writer.lock")
         return Run(self.folder, record)
 
@@ -132,13 +132,13 @@ def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -
     under results/smoke/ that belongs to these parameters. It builds on the runs of the notebooks `needs`:
     where `upstream` is empty on their smoke runs, which are made first where they are missing or outdated.
     """
-    if _headless():
+    if interactive.headless():
         processes.die_with_parent(gently=True)
     path = Path(os.environ.get("NNC_NOTEBOOK", ""))
     path = path if path.stem == notebook else root() / "notebooks" / f"{notebook}.ipynb"
     declared = declarations.declared(path)
     given = {name: namespace[name] for name in declared if name in namespace}
-    values = recorded(declared, given, notebook=notebook)
+    values = recorded(declared, interactive.injected(namespace) | given, notebook=notebook)
     if values.get("upstream"):
         upstream = [read_run(root() / folder) for folder in values["upstream"]]
     else:
@@ -160,10 +160,6 @@ def recorded(declared: dict[str, Parameter], given: dict[str, Any], *, notebook:
     if values.get("upstream"):
         values["upstream"] = [provenance.relative(root() / folder) for folder in values["upstream"]]
     return values
-
-
-def _headless() -> bool:
-    return bool(os.environ.get("NNC_HEADLESS"))
 
 
 def _own_folder(notebook: str, declared: dict[str, Parameter], values: dict[str, Any]) -> Path:

@@ -1,9 +1,9 @@
 """What a notebook's cell tagged `parameters` declares, and whether given values agree with it.
 
 A declaration is one statement: ``epochs: int = 8  # [1, 500] passes over the training images``. The
-comment may begin with a range ``[low, high]`` (round brackets leave the end out) or with the
-choices ``{digits, fashion_mnist, imagefolder:PATH}``; for a list they hold for its elements. A list without
-the type of its elements takes what its default has, or anything: mappings, too.
+comment may begin with a range ``[low, high]`` (round brackets leave the end out; ``0 or [2, 8]`` allows one
+number beside it) or with the choices ``{digits, fashion_mnist, imagefolder:PATH}``; for a list they hold for
+its elements. A list without the type of its elements takes what its default has, or anything: mappings, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import io
+import math
 import re
 import tokenize
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from nnc_utils.provenance import code_cells
 
 SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 WORDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "True or False"}
-RANGE = re.compile(r"^([\[(])\s*([^,\s]+)\s*,\s*([^,\s]+)\s*([\])])\s*(.*)$")
+RANGE = re.compile(r"^(?:(\d+) or )?([\[(])\s*([^,\s]+)\s*,\s*([^,\s]+)\s*([\])])\s*(.*)$")
 CHOICES = re.compile(r"^\{([^}]*)\}\s*(.*)$")
 
 
@@ -46,7 +47,24 @@ class Parameter:
         try:
             return TypeAdapter(self.type).validate_python(value)
         except ValidationError:
-            raise ParameterError(f"{self.name} is {value!r}: {self.allowed} is needed") from None
+            needed = f"{self.allowed} is needed{self._spelling(value)}"
+            raise ParameterError(f"{self.name} is {value!r}: {needed}") from None
+
+    def _spelling(self, value: Any) -> str:
+        """How to write what YAML or papermill's -p read as another type; empty where that is not why."""
+        if self.allowed.startswith("a list") and not isinstance(value, list):
+            return f" (with papermill: -y '{self.name}: [{value}]')"
+        if self.allowed.startswith("a text") and isinstance(value, int | float):
+            return f" (with papermill: -r {self.name} {value})"
+        try:
+            number = float(value) if "a number" in self.allowed and isinstance(value, str) else math.nan
+        except ValueError:
+            return ""
+        if not math.isfinite(number):
+            return ""
+        digits, _, exponent = repr(number).partition("e")  # YAML wants a point before the exponent
+        written = f"{digits}{'' if '.' in digits else '.0'}e{exponent}" if exponent else digits
+        return f" (YAML reads that as text: write {written})"
 
 
 def declared(notebook: Path) -> dict[str, Parameter]:
@@ -95,10 +113,12 @@ def _parameter(name: str, annotation: str, default: Any, text: str) -> Parameter
     words = WORDS.get(kind, "a value")
     words = f"a list ({words} each)" if outer == "list" else words
     if match := RANGE.match(text):
-        opening, low, high, closing, text = match.groups()
+        beside, opening, low, high, closing, text = match.groups()
         low, high = float(low), float(high)
         ends = {"ge" if opening == "[" else "gt": low, "le" if closing == "]" else "lt": high}
-        scalar, words = Annotated[scalar, Field(**ends)], words + f" in {opening}{low:g}, {high:g}{closing}"
+        words = (f"{beside} or " if beside else "") + words + f" in {opening}{low:g}, {high:g}{closing}"
+        within = Annotated[scalar, Field(**ends)]
+        scalar = Annotated[scalar, Field(ge=int(beside), le=int(beside))] | within if beside else within
     elif match := CHOICES.match(text):
         listed, text = match.groups()
         choices = [word.strip().strip("'\"") for word in listed.split(",")]

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from bench import claims, folder, reference
+from bench import claims, folder, interactive, reference
 from bench.candidates import (
     BASELINE,
     BUILDERS,
@@ -26,6 +26,7 @@ from bench.candidates import (
     label,
     title,
 )
+from bench.parameters import ParameterError
 from bench.tables import Run
 from nnc_utils import artifact, configurations, data, evaluation, models, peers, rows, scoring, training
 from nnc_utils.baseline import DenseFinetuned
@@ -65,8 +66,9 @@ class Bench:
         self.looked: dict[str, list[float]] = {}  # file -> its difference on validation images, with interval
         self.candidates: list[Candidate] = []
         self._rows: list[rows.CompressionRow] = []
-
+        self._namespace, self._told = namespace, ""
         self._check_shards()
+        self._check_batches()
 
     def _check_shards(self) -> None:
         """Earlier shards had the same training, and one network that the open division is compared with."""
@@ -81,6 +83,13 @@ class Bench:
         if self.notebook in TRAINING and len(references) > 1:
             listed = ", ".join(sorted(references))
             raise ValueError(f"upstream has shards of several references: {listed}; give those of one")
+
+    def _check_batches(self) -> None:
+        """A batch has at most all training images."""
+        for name in {"batch_size", "supernet_batch"} & set(self.parameters):
+            if self.parameters[name] > (most := len(self.images.train)):
+                value = self.parameters[name]
+                raise ParameterError(f"{name} is {value}: from 2 to the {most} training images is needed")
 
     # --- What it builds on ----------------------------------------------------------------------
 
@@ -180,9 +189,10 @@ class Bench:
 
     def fit(self, network: torch.nn.Module, name: str, **options: Any) -> training.History:
         """Train in place; a stopped run goes on from its checkpoint. Options as for `training.fit`."""
+        self._told = interactive.tell_changes(self.parameters, self._namespace, self._told)
         images = options.pop("images", self.images)
         checkpoint = self.path(f"checkpoint_{name}.pt")
-        return training.fit(network, images, **{"seed": self.seed, "checkpoint": checkpoint} | options)
+        return interactive.fit(network, images, **{"seed": self.seed, "checkpoint": checkpoint} | options)
 
     def build(self, wanted: Iterable[Configuration], builder: Callable | None = None) -> list[Candidate]:
         """Make each configuration's network and save it; one that fails is named and costs no other.
@@ -199,7 +209,10 @@ class Bench:
                 faults.append(f"{configuration.mapping()}: {error}")
         if faults:
             raise ConfigurationError("\n  ".join(["these configurations cannot be built:", *faults]))
+        self._told = interactive.tell_changes(self.parameters, self._namespace, self._told)
+        self.candidates = [c for c in self.candidates if c.configuration not in wanted]  # the cell ran before
         for configuration in wanted:
+            self.missing.pop(label(configuration), None)
             try:
                 built = (builder or module.build)(configuration, self)
                 for one in built if isinstance(built, Iterable) else [built]:
@@ -257,7 +270,7 @@ class Bench:
         against = self._reference(decided, scores)
         for c in candidates:
             is_reference = c.configuration.method == "dense_finetuned"
-            self._rows.append(
+            self._keep(
                 rows.compression_row(
                     scores[c.path],
                     run=self.run,
@@ -276,6 +289,11 @@ class Bench:
             )
         return pd.DataFrame([row.model_dump() for row in self._rows], columns=rows.CompressionRow.columns())
 
+    def _keep(self, row: rows.CompressionRow) -> None:
+        """Add a row; one of the same network, of a cell that ran before, goes."""
+        key = row.method, row.settings, row.control
+        self._rows = [r for r in self._rows if (r.method, r.settings, r.control) != key] + [row]
+
     def _measure_baseline(self, candidate: Candidate) -> pd.DataFrame:
         """The row of the uncompressed network, which is its own reference."""
         dataset, depth = self.run.dataset, self.parameters["depth"]
@@ -291,7 +309,7 @@ class Bench:
             train_images=candidate.built.train_images,
             train_seconds=candidate.built.train_seconds,
         )
-        self._rows.append(row)
+        self._keep(row)
         return pd.DataFrame([row.model_dump()])
 
     def _model(self, c: Candidate) -> str:

@@ -166,7 +166,11 @@ def read_run(folder: Path) -> Run:
     try:
         record = RunRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ResultError(f"{path} is not valid: {error}") from None
+        fault, count = error.errors()[0], error.error_count()
+        where = ".".join(map(str, fault["loc"])) or "it"
+        said = f"{where}: {fault['msg']}" + (f", and {count - 1} more" if count > 1 else "")
+        told = f"{path} is not valid, or of another version of this suite ({said})"
+        raise ResultError(f"{told}: run its notebook again") from None
     if json_sha256(record.parameters) != record.parameters_sha256:
         raise ResultError(f"{path}: the parameters do not have the hash that stands beside them")
     for entry in record.artifacts:

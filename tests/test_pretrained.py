@@ -1,0 +1,277 @@
+"""pretrained.py: files of weights as people have them: wrapped, prefixed, in half precision, broken."""
+
+import argparse
+import gzip
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from small_networks import with_statistics
+from torch import nn
+
+from nnc_utils.models import BlockSpec, Spec, build, resnet
+from nnc_utils.pretrained import load_pretrained
+
+NARROW = {"width": 1 / 16, "classes": 7}
+
+
+def narrow(seed=0):
+    torch.manual_seed(seed)
+    return with_statistics(build(resnet(18, **NARROW)), seed)
+
+
+STATE = narrow().state_dict()  # its names are torchvision's: test_models.py loads one into the other
+
+
+def led(prefix, state=STATE):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def saved(path, content, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+def assert_same(model, state, **tolerances):
+    for name, tensor in model.state_dict().items():
+        if "tracked" not in name:
+            torch.testing.assert_close(tensor, state[name].float(), **tolerances or {"rtol": 0, "atol": 0})
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_torchvisions_networks(tmp_path, depth, suffix):
+    theirs = with_statistics(getattr(torchvision.models, f"resnet{depth}")(num_classes=7))
+    path = tmp_path / f"weights{suffix}"
+    (torch.save if suffix == ".pth" else safetensors.torch.save_file)(theirs.state_dict(), path)
+    ours = build(resnet(depth, size=64, classes=7)).eval()
+    assert load_pretrained(ours, path) == []
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(ours(images), theirs(images))
+
+
+def test_grey_images_get_the_sum_over_the_colours(tmp_path):
+    theirs, grey = narrow(), build(resnet(18, channels=1, size=64, **NARROW)).eval()
+    assert load_pretrained(grey, saved(tmp_path / "w.pth", STATE)) == []
+    images = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        same = theirs(images.expand(2, 3, 64, 64))
+        torch.testing.assert_close(grey(images), same, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_of_another_shape_stay_fresh_and_are_named(tmp_path):
+    ours = build(resnet(18, size=28, classes=10, stem="small", width=1 / 16))
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    assert load_pretrained(ours, saved(tmp_path / "w.pth", STATE)) == ["conv1", "fc"]
+    for name, tensor in ours.state_dict().items():
+        source = before if name.startswith(("conv1", "fc")) or "tracked" in name else STATE
+        assert torch.equal(tensor, source[name]), name
+
+
+@pytest.mark.parametrize(
+    "fc",
+    [{}, {"fc.1.weight": torch.ones(7, 32)}, {"fc.weight": STATE["fc.weight"]}],
+    ids=["none", "a Sequential", "without bias"],
+)
+def test_another_classifier_is_replaced_whole(tmp_path, fc):
+    body = {name: tensor for name, tensor in STATE.items() if not name.startswith("fc.")}
+    ours = build(resnet(18, **NARROW))
+    before = ours.fc.weight.clone()
+    assert load_pretrained(ours, saved(tmp_path / "w.pth", body | fc)) == ["fc"]
+    assert torch.equal(ours.fc.weight, before) and torch.equal(ours.bn1.weight, STATE["bn1.weight"])
+
+
+# --- As people save them ------------------------------------------------------------------------
+
+SGD = torch.optim.SGD(narrow().parameters(), 0.1, momentum=0.9).state_dict()
+SGD["state"] = {0: {"momentum_buffer": torch.zeros(4, 3, 7, 7)}}
+PLACES = {
+    "DataParallel": led("module."),
+    "torch.compile": led("_orig_mod."),
+    "both": led("module._orig_mod."),
+    "a compiled stage": {name.replace("layer1.", "layer1._orig_mod."): x for name, x in STATE.items()},
+    "the ImageNet example": {"epoch": 3, "arch": "resnet18", "state_dict": led("module."), "optimizer": SGD}
+    | {"best_acc1": torch.tensor(0.5)},
+    "torchvision's references": {"model": STATE, "optimizer": SGD, "args": argparse.Namespace(lr=0.1)},
+    "PyTorch's tutorial": {"epoch": 1, "model_state_dict": STATE, "optimizer_state_dict": SGD, "loss": 0.1},
+    "Lightning": {"state_dict": led("model.") | {"criterion.weight": torch.ones(7)}, "callbacks": {}},
+    "a backbone": led("backbone.", {n: x for n, x in STATE.items() if "fc" not in n})
+    | {"head.weight": torch.ones(2, 32)},
+    "net": {"net": led("net."), "acc": 93.1, "epoch": 199},
+    "params": {"params": STATE, "iter": 10},
+    "parameters": OrderedDict(
+        (name, nn.Parameter(x, x.is_floating_point())) for name, x in STATE.items() if x.ndim
+    ),
+    "without counters": {name: x for name, x in STATE.items() if "tracked" not in name},
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_wrappers_and_prefixes_are_taken_off(tmp_path, kind, capsys):
+    ours = build(resnet(18, **NARROW))
+    fresh = load_pretrained(ours, saved(tmp_path / "checkpoint.pth.tar", PLACES[kind]))
+    assert fresh == (["fc"] if kind == "a backbone" else [])
+    ours.fc = narrow().fc
+    assert_same(ours, STATE)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_precision(tmp_path, kind):
+    state = {name: x.to(kind) if x.is_floating_point() else x for name, x in STATE.items()}
+    ours = build(resnet(18, **NARROW))
+    assert load_pretrained(ours, saved(tmp_path / "w.pth", {"state_dict": state})) == []
+    assert_same(ours, state)
+    assert next(ours.parameters()).dtype == torch.float32
+
+
+def test_a_file_is_what_it_holds_and_not_what_it_is_called(tmp_path):
+    safetensors.torch.save_file(led("module."), tmp_path / "a.pth")
+    saved(tmp_path / "b.safetensors", STATE)
+    saved(tmp_path / "c", STATE, _use_new_zipfile_serialization=False)
+    for name in "a.pth", "b.safetensors", "c":
+        ours = build(resnet(18, **NARROW))
+        assert load_pretrained(ours, tmp_path / name) == []
+        assert_same(ours, STATE)
+
+
+def test_of_several_networks_the_first_is_taken_and_told(tmp_path, capsys):
+    averaged = led("module.", narrow(1).state_dict()) | {"n_averaged": torch.tensor(7)}
+    ours = build(resnet(18, **NARROW))
+    assert load_pretrained(ours, saved(tmp_path / "w.pth", {"model": STATE, "model_ema": averaged})) == []
+    assert_same(ours, STATE)
+    assert "several networks: model.* is taken, not model_ema.module.*" in capsys.readouterr().out
+
+
+def test_a_relative_path_is_one_in_the_repository_or_from_where_the_command_was_given(tmp_path, monkeypatch):
+    places = {name: tmp_path / name for name in ("repository", "caller", "notebooks")}
+    for seed, place in enumerate(places.values()):
+        place.mkdir()
+        saved(place / f"{place.name}.pth", narrow(seed).state_dict())
+    monkeypatch.setenv("NNC_ROOT", str(places["repository"]))
+    monkeypatch.setenv("NNC_CALLER", str(places["caller"]))  # by `python -m bench run`
+    monkeypatch.chdir(places["notebooks"])
+    ours = build(resnet(18, **NARROW))
+    load_pretrained(ours, "repository.pth")
+    assert_same(ours, STATE)
+    load_pretrained(ours, "caller.pth")
+    assert_same(ours, narrow(1).state_dict())
+    with pytest.raises(FileNotFoundError, match="repository/notebooks.pth and no .*caller/notebooks.pth"):
+        load_pretrained(ours, "notebooks.pth")
+    monkeypatch.delenv("NNC_CALLER")  # as papermill leaves it
+    load_pretrained(ours, "notebooks.pth")
+    assert_same(ours, narrow(2).state_dict())
+
+
+# --- What is refused ----------------------------------------------------------------------------
+
+
+class Evil:
+    """Runs code where pickle reads it."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def archive(path, content):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("weights.pth", content)
+
+
+def tar(path):
+    (path.parent / "storages").write_bytes(b"x")
+    with tarfile.open(path, "w") as file:
+        file.add(path.parent / "storages", "storages")
+
+
+def cut(path, write):
+    write(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def bent(name, value):
+    return {**STATE, name: STATE[name].index_fill(0, torch.tensor([1]), value)}
+
+
+FOREIGN = {
+    "empty": (Path.touch, "is empty"),
+    "a web page": (lambda p: p.write_text("\n <!DOCTYPE html><html>404</html>"), "is a web page"),
+    "LFS": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"),
+        "a pointer of Git LFS",
+    ),
+    "gzip": (lambda p: p.write_bytes(gzip.compress(b"x" * 99)), "compressed by gzip"),
+    "Keras": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + b"0" * 99), "HDF5"),
+    "a text": (lambda p: p.write_text("weights " * 99), "of another program"),
+    "json": (lambda p: p.write_text(json.dumps({"conv1": [1.0] * 99})), "of another program"),
+    "a folder": (Path.mkdir, "is a folder"),
+    "zip": (lambda p: archive(p, b"x"), "a zip archive of weights.pth: unpack it"),
+    "tar": (tar, "a tar archive"),
+    "half of torch.save": (lambda p: cut(p, lambda q: torch.save(STATE, q)), "truncated"),
+    "half of the old torch.save": (
+        lambda p: cut(p, lambda q: torch.save(STATE, q, _use_new_zipfile_serialization=False)),
+        "truncated",
+    ),
+    "half of safetensors": (
+        lambda p: cut(p, lambda q: safetensors.torch.save_file(STATE, q)),
+        "a truncated or damaged safetensors file",
+    ),
+    "TorchScript": (lambda p: torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)).save(p), "a TorchScript"),
+    "a module": (lambda p: torch.save(narrow(), p), "would run the code of nnc_utils.models.ResNet"),
+    "a module in a wrapper": (lambda p: torch.save({"net": narrow()}, p), "would run the code of nnc_utils"),
+    "code": (lambda p: torch.save({"state_dict": Evil()}, p), r"would run the code of \w+.system"),
+    "pickle": (lambda p: p.write_bytes(pickle.dumps({"conv1.weight": [1.0]})), "of another program"),
+    "a list": (lambda p: torch.save([torch.ones(3)], p), r"holds no tensor \(list\)"),
+    "nothing": (lambda p: torch.save({}, p), r"holds no tensor \(dict\)"),
+    "another network": (
+        lambda p: torch.save(nn.Sequential(nn.Linear(2, 2)).state_dict(), p),
+        "holds 0.weight, 0.bias ..., the weights of another network",
+    ),
+    "ResNet-34": (
+        lambda p: torch.save(build(resnet(34, **NARROW)).state_dict(), p),
+        "layer1.2.conv1.weight is .* there, missing here: weights of another network",
+    ),
+    "ResNet-50": (lambda p: torch.save(build(resnet(50, **NARROW)).state_dict(), p), "of another network"),
+    "wider": (
+        lambda p: torch.save(build(resnet(18, width=1 / 8)).state_dict(), p),
+        r"bn1.weight is \(8,\) there, \(4,\) here",
+    ),
+    "quantized": (
+        lambda p: torch.save({**STATE, "layer2.0.conv1.weight": torch.ones(8, 4, 3, 3, dtype=torch.int8)}, p),
+        "layer2.0.conv1.weight is torch.int8: weights before quantization",
+    ),
+    "NaN": (
+        lambda p: torch.save(bent("layer3.1.bn2.running_var", torch.nan), p),
+        "layer3.1.bn2.running_var holds",
+    ),
+    "infinity": (lambda p: torch.save(bent("fc.bias", -torch.inf), p), "fc.bias holds NaN or infinity"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_everything_else_is_one_line_and_changes_nothing(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    write, message = FOREIGN[kind]
+    path, ours = tmp_path / "weights.pth", narrow(3)
+    write(path)
+    with pytest.raises(ValueError, match=message) as told:
+        load_pretrained(ours, path)
+    assert str(path) in str(told.value) and "\n" not in str(told.value)
+    assert not (tmp_path / "ran").exists()
+    assert_same(ours, narrow(3).state_dict())
+
+
+def test_imagenet_weights_are_of_known_depths():
+    block = BlockSpec((8, 8), (3, 3))
+    with pytest.raises(ValueError, match="ResNet-18, -34 and -50"):
+        load_pretrained(build(Spec(3, 16, 5, "small", 8, "basic", ((block,),))), "imagenet")
