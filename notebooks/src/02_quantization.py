@@ -20,12 +20,13 @@
 #
 # **You will be able to** build a quantizer with its scale and zero-point, choose its range, put its levels where the
 # weights are, let rounding errors cancel, spend bits where they matter, repair batch-norm, train with the rounding, and
-# count the bytes that are left. **You need** [01](01_baseline.ipynb). **Time:** an hour to read, a minute to run.
+# count the bytes that are left. **You need** [01](01_baseline.ipynb). **Time:** an hour to read, an hour for the seven
+# exercises, a minute to run.
 #
 # **Contents.** 1 · What do weights look like? 2 · The uniform quantizer. 3 · Which range? 4 · One scale for each
 # channel. 5 · Levels by k-means. 6 · Which errors matter? 7 · Errors that cancel. 8 · How many bits does a code take? 9
 # · Which layer gets how many bits? 10 · Activations. 11 · Repair batch-norm. 12 · Train with the rounding. Then the
-# benchmark and the committed results.
+# benchmark, the committed results and a questionnaire.
 #
 # Each section builds a method in a few lines, measures it, and checks that the package does the same. Write down your
 # prediction before you run a cell.
@@ -58,6 +59,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import encoding, figures
+from nnc_utils.exercises import check
 from nnc_utils.quantization import uniform
 
 figures.style()
@@ -98,19 +100,43 @@ print(f"{beyond:.2f} % lie beyond 3 deviations, the largest is {float(deviations
 #
 # $$q = \mathrm{round}(w / s) + z, \qquad \hat w = (q - z) \cdot s$$
 #
-# *Symmetric* codes have $z = 0$ and $s = \max|w| / (2^{b-1}-1)$. *Affine* codes put the range from the smallest to the
-# largest weight on $0 \dots 2^b-1$. *Predict*: which symmetric codes can occur with 3 bits?
+# *Symmetric* codes go from $-(2^{b-1}-1)$ to $2^{b-1}-1$, with $z = 0$. *Affine* codes go from $0$ to $2^b-1$.
+#
+# ### Exercise 2.1 · Scale and zero-point
+#
+# Return the scale and the zero-point for a tensor of any shape. Symmetric: the weight that is largest without its sign gets the
+# last code. Affine: the smallest weight gets code 0, the largest gets $2^b-1$; the zero-point is a code, and the range must
+# hold 0 even where all weights have the same sign.
+#
+# <details><summary>Hint 1</summary>A scale is a width divided by a number of steps. Between n codes there are n − 1 steps.</details>
+# <details><summary>Hint 2</summary>Symmetric: <code>weights.abs().max()</code> is as wide as 2<sup>b−1</sup> − 1 steps.</details>
+# <details><summary>Hint 3</summary>Affine: <code>weights.min().clamp(max=0)</code> is the low end. It gets code 0: put it into
+# q = round(w / s) + z and solve for z.</details>
+
+
+# %% tags=["exercise"]
+def scale_and_zero_point(weights: torch.Tensor, bits: int, symmetric: bool) -> tuple:
+    """The width of a code, and the code that stands for 0."""
+    ### BEGIN SOLUTION
+    if symmetric:
+        return weights.abs().max() / (2 ** (bits - 1) - 1), 0
+    low, high = weights.min().clamp(max=0), weights.max().clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    return scale, (-low / scale).round()
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("2.1", scale_and_zero_point)
+
+# %% [markdown]
+# *Predict*: which symmetric codes can occur with 3 bits?
 
 
 # %% tags=["nbval-check-output"]
 def quantize(weights: torch.Tensor, bits: int, symmetric: bool = True):
     """Codes, scale and zero-point."""
-    if symmetric:
-        scale, zero_point = weights.abs().max() / (2 ** (bits - 1) - 1), 0
-    else:
-        low, high = weights.min().clamp(max=0), weights.max().clamp(min=0)
-        scale = (high - low) / (2**bits - 1)
-        zero_point = (-low / scale).round()
+    scale, zero_point = scale_and_zero_point(weights, bits, symmetric)
     return (weights / scale).round() + zero_point, scale, zero_point
 
 
@@ -235,13 +261,39 @@ for clip in uniform.CLIPS:
 #
 # With one scale for all (**per tensor**), a channel of small weights uses few of the codes. A scale **per channel** costs
 # four bytes each. Where the formula $s/\sqrt{12}$ holds, the square error falls to
-# $\frac{1}{C}\sum_c (\max|w_c| / \max|w|)^2$ of the per-tensor error. *Predict*: how much is that?
+# $\frac{1}{C}\sum_c (\max|w_c| / \max|w|)^2$ of the per-tensor error.
+#
+# ### Exercise 2.2 · A scale for each output channel
+#
+# A weight of a convolution has the shape (out, in, height, width), that of the classifier (out, in). Round it by symmetric
+# codes, with one scale for each *output* channel. Return the rounded weights in the shape that they had. Pruned networks have
+# channels of zeros: they stay zeros.
+#
+# <details><summary>Hint 1</summary><code>weights.flatten(1)</code> is a matrix with a row for each output channel.</details>
+# <details><summary>Hint 2</summary><code>amax(1, keepdim=True)</code> gives a column: one number for each row.</details>
+# <details><summary>Hint 3</summary>0 / 0 is not a number. A channel of zeros may have any scale above 0, such as 1.</details>
+
+
+# %% tags=["exercise"]
+def rounded_per_channel(weights: torch.Tensor, bits: int) -> torch.Tensor:
+    """Weights (out, ...) rounded by symmetric codes, with a scale for each output channel."""
+    ### BEGIN SOLUTION
+    rows = weights.flatten(1)
+    scales = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return ((rows / scales).round() * scales).view_as(weights)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("2.2", rounded_per_channel)
+
+# %% [markdown]
+# *Predict*: how large is the square error per channel, as a share of that per tensor?
 
 # %% tags=["machine-dependent"]
-rows = weights.flatten(1)
-peaks = rows.abs().amax(1, keepdim=True)
-scales = peaks / (2**7 - 1)  # one for each output channel, at 8 bits
-by_channel = ((rows / scales).round() * scales).view_as(weights)
+by_channel = rounded_per_channel(weights, 8)
+peaks = weights.flatten(1).abs().amax(1)
 codes, scale, _ = quantize(weights, 8)
 predicted = float((peaks / peaks.max()).square().mean())
 measured = float((by_channel - weights).square().mean() / (codes * scale - weights).square().mean())
@@ -260,7 +312,37 @@ print(
 #
 # A **codebook** of $2^b$ values can put its levels where the weights are. [Deep Compression](https://arxiv.org/abs/1510.00149)
 # finds them by k-means: give each weight its nearest level, move each level to the mean of its weights, repeat.
-# *Predict*: how much smaller is the error than that of even steps?
+#
+# ### Exercise 2.3 · One round of k-means
+#
+# Give each of the `values` (n,) its nearest level of the `codebook` (levels,), which ascends. Then move each level to the mean
+# of its values, each weighted by its `importance` (n,). A level that got no value, or none of an importance above 0, stays
+# where it is. Return the moved codebook.
+#
+# <details><summary>Hint 1</summary>Nearest: the borders lie in the middle between neighbouring levels.
+# <code>torch.bucketize(values, borders)</code> gives each value the number of its interval.</details>
+# <details><summary>Hint 2</summary>A weighted mean is Σ importance · value divided by Σ importance.</details>
+# <details><summary>Hint 3</summary><code>torch.zeros_like(codebook).index_add_(0, codes, importance)</code> sums the importance of
+# each level; <code>torch.where</code> keeps levels whose sum is 0.</details>
+
+
+# %% tags=["exercise"]
+def moved(values: torch.Tensor, importance: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The codebook after one round: each level at the weighted mean of the values nearest to it."""
+    ### BEGIN SOLUTION
+    codes = torch.bucketize(values, (codebook[1:] + codebook[:-1]) / 2)
+    mass = torch.zeros_like(codebook).index_add_(0, codes, importance)
+    moment = torch.zeros_like(codebook).index_add_(0, codes, importance * values)
+    return torch.where(mass > 0, moment / mass, codebook)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("2.3", moved)
+
+# %% [markdown]
+# K-means repeats this round until nothing moves. Here all weights count the same; the next section changes that. *Predict*: how
+# much smaller is the error than that of even steps?
 
 
 # %%
@@ -270,14 +352,9 @@ def kmeans(values: torch.Tensor, levels: int, importance: torch.Tensor | None = 
     counts = torch.ones_like(values) if importance is None else importance.flatten().double()
     used = values[counts > 0]
     codebook = torch.linspace(float(used.min()), float(used.max()), levels, dtype=torch.float64)
-    while True:
-        codes = torch.bucketize(values, (codebook[1:] + codebook[:-1]) / 2)
-        mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, codes, counts)
-        moment = torch.zeros(levels, dtype=torch.float64).index_add_(0, codes, counts * values)
-        moved = torch.where(mass > 0, moment / mass, codebook)
-        if torch.equal(moved, codebook):
-            return codebook.float()
-        codebook = moved
+    while not torch.equal(codebook, after := moved(values, counts, codebook)):
+        codebook = after
+    return codebook.float()
 
 
 def nearest(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -319,23 +396,59 @@ print(f"({errors[0] / errors[1]:.2f} times smaller)")
 #
 # A change $\delta_i$ of a weight changes the loss by about $\tfrac12 h_i \delta_i^2$, with $h_i$ the diagonal of the Hessian.
 # At a minimum that is approximately the **Fisher information**: the mean squared gradient, with labels drawn from the
-# network's own predictions. [Choi et al., 2017](https://arxiv.org/abs/1612.01543) weight k-means by it. *Predict*: what
-# happens to the plain error, and what to the error that counts?
+# network's own predictions. [Choi et al., 2017](https://arxiv.org/abs/1612.01543) weight k-means by it.
+#
+# ### Exercise 2.4 · Find the bug: the mean squared gradient
+#
+# These lines are meant to return, for each entry of `weight`, the mean over the images of the *squared gradient* of one image's
+# cross-entropy. With one image they are right, with more they are not:
+#
+# ```python
+# loss = functional.cross_entropy(model(images), labels)
+# [gradient] = torch.autograd.grad(loss, weight)
+# return gradient.square()
+# ```
+#
+# Write them so that they are right for `images` (n, ...) and `labels` (n,), the classes as whole numbers.
+#
+# <details><summary>Hint 1</summary>What comes out for two images whose gradients are 1 and −1?</details>
+# <details><summary>Hint 2</summary>Take the images one at a time: <code>image[None]</code> is a batch of one, and so is
+# <code>label[None]</code>. Add up the squares.</details>
 
-# %%
+
+# %% tags=["exercise"]
 from torch.nn import functional
 
 
-def fisher(model, images: torch.Tensor, layer: str, seed: int) -> torch.Tensor:
-    """Mean squared gradient of the layer's weight, one image at a time."""
-    weight = model.get_submodule(layer).weight
-    generator, total = torch.Generator().manual_seed(seed), torch.zeros_like(weight)
-    for image in images:
-        logits = model(image[None])
-        label = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[0]
-        [gradient] = torch.autograd.grad(functional.cross_entropy(logits, label), weight)
+def mean_squared_gradient(
+    model: torch.nn.Module, weight: torch.nn.Parameter, images: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Mean over the images of the squared gradient of each one's cross-entropy, in the weight's shape."""
+    ### BEGIN SOLUTION
+    total = torch.zeros_like(weight)
+    for image, label in zip(images, labels):
+        loss = functional.cross_entropy(model(image[None]), label[None])
+        [gradient] = torch.autograd.grad(loss, weight)
         total += gradient.square()
     return total / len(images)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("2.4", mean_squared_gradient)
+
+# %% [markdown]
+# *Predict*: when errors are weighted by the Fisher information, what happens to the plain error, and what to the error that
+# counts?
+
+
+# %%
+@torch.no_grad()
+def drawn_labels(model: torch.nn.Module, images: torch.Tensor, seed: int) -> torch.Tensor:
+    """A label for each image, drawn from the network's own predictions."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.multinomial(model(image[None]).softmax(1), 1, generator=generator) for image in images]
+    return torch.cat(drawn).flatten()
 
 
 # %% tags=["machine-dependent"]
@@ -343,7 +456,8 @@ from nnc_utils import sensitivity
 
 calibration, labels = bench.sample(calibration_images)
 theirs = sensitivity.fisher_diagonal(model, calibration[:8], batch_size=1, seed=seed)[layer]
-ours = fisher(model, calibration[:8], layer, seed)
+drawn_classes = drawn_labels(model, calibration[:8], seed)
+ours = mean_squared_gradient(model, model.get_submodule(layer).weight, calibration[:8], drawn_classes)
 print("the package does the same:", torch.allclose(ours, theirs, rtol=1e-3, atol=1e-12))
 information = sensitivity.fisher_diagonal(model, calibration, seed=seed)
 importance = information[layer][:32]
@@ -442,8 +556,34 @@ for name, rounded in (("nearest", two.round()), ("compensated", torch.stack([fir
 # %% [markdown]
 # For a whole row, factor $H = R R^\top$ with $R$ upper triangular. The error is the squared length of $R^\top \delta$, and its
 # entry $j$ holds only errors up to weight $j$: each weight in turn can bring its own entry near 0. That is the family of
-# [OBQ](https://arxiv.org/abs/2208.11580) and [GPTQ](https://arxiv.org/abs/2210.17323). We add a **price of a bit**, $\lambda$:
-# a code is chosen for the smallest
+# [OBQ](https://arxiv.org/abs/2208.11580) and [GPTQ](https://arxiv.org/abs/2210.17323).
+#
+# ### Exercise 2.5 · The compensated target
+#
+# `weights` are (out, n), `factor` is $R$ (n, n). The columns before $j$ are rounded; `errors` (out, n) holds $w - \hat w$ for
+# them and 0 for the others. Return what the weights of column $j$ should become, (out,), so that entry $j$ of $R^\top \delta$
+# is 0 in each row. For column 0 that is the weights themselves.
+#
+# <details><summary>Hint 1</summary>Entry j of R<sup>T</sup>δ is Σ R<sub>ij</sub> δ<sub>i</sub> over i ≤ j: column j of R, from its
+# top to the diagonal.</details>
+# <details><summary>Hint 2</summary>δ is ŵ − w, so <code>errors</code> is −δ. Solve for δ<sub>j</sub>; the target is
+# w<sub>j</sub> + δ<sub>j</sub>.</details>
+
+
+# %% tags=["exercise"]
+def compensated(weights: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, j: int) -> torch.Tensor:
+    """What column j aims at, so that it makes up for the errors of the columns before it."""
+    ### BEGIN SOLUTION
+    pushed = errors[:, :j] @ factor[:j, j] / factor[j, j]
+    return weights[:, j] + pushed
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("2.5", compensated)
+
+# %% [markdown]
+# We add a **price of a bit**, $\lambda$: a code is chosen for the smallest
 #
 # $$\text{loss} + \lambda \cdot \text{bits},$$
 #
@@ -462,8 +602,7 @@ def second_order(
     factor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)  # R, upper triangular
     codes, errors = torch.zeros_like(weights), torch.zeros_like(weights)
     for j in range(weights.shape[1]):
-        pushed = errors[:, :j] @ factor[:j, j] / factor[j, j]
-        target = (weights[:, j] + pushed) / scale
+        target = compensated(weights, errors, factor, j) / scale
         code = target.round().clamp(-63, 63)
         trials = torch.stack([code, code - code.sign(), torch.zeros_like(code)])
         loss = 0.5 * (scale * factor[j, j] * (target - trials)).square()
@@ -626,28 +765,43 @@ table.round(3)
 #
 # Each layer has a cost (bytes) and a loss at each width. Choose one width for each layer: the least loss within a budget of
 # bytes. The idea of the price $\lambda$ works here, too ([Shoham and Gersho, 1988](https://doi.org/10.1109/29.90373)): each layer
-# alone takes the width with the least loss + $\lambda \cdot$ bytes; raise $\lambda$ until the budget is kept. *Predict*: which
-# layer gets the most bits?
+# alone takes the width with the least loss + $\lambda \cdot$ bytes; raise $\lambda$ until the budget is kept.
+#
+# ### Exercise 2.6 · Choose widths under a budget
+#
+# `cost[layer][width]` is in bytes, `loss[layer][width]` in nats. `at(price)` is given: what each layer takes at a price of a
+# byte. Return the widths, layer → width, at the lowest price that keeps the `budget`: together they take at most so many bytes.
+# Losses and bytes may have any size, so let the price go from $2^{-40}$ to $2^{40}$. A choice of less loss within the budget is
+# right, too.
+#
+# <details><summary>Hint 1</summary>The higher the price, the fewer bytes. Bisect the logarithm of the price: <code>low</code> is
+# always too cheap, <code>high</code> keeps the budget.</details>
+# <details><summary>Hint 2</summary>A hundred halvings are plenty. Return the choice at <code>high</code>: that price was seen to
+# keep the budget.</details>
 
 
-# %%
+# %% tags=["exercise"]
 def allocate(cost: dict, loss: dict, budget: float) -> dict[str, int]:
-    """A width for each layer: the lowest price of a byte, by bisection, at which the budget is kept."""
+    """A width for each layer, so that all together take at most `budget` bytes."""
+
+    def at(price: float) -> dict[str, int]:
+        return {n: min(cost[n], key=lambda width: loss[n][width] + price * cost[n][width]) for n in cost}
+
+    ### BEGIN SOLUTION
     low, high = -40.0, 40.0  # the logarithm of the price
     for _ in range(100):
-        price = 2.0 ** ((low + high) / 2)
-        chosen = {
-            name: min(cost[name], key=lambda width: loss[name][width] + price * cost[name][width])
-            for name in cost
-        }
-        fits = sum(cost[name][width] for name, width in chosen.items()) <= budget
-        low, high = (low, (low + high) / 2) if fits else ((low + high) / 2, high)
-    price = 2.0**high
-    return {
-        name: min(cost[name], key=lambda width: loss[name][width] + price * cost[name][width])
-        for name in cost
-    }
+        middle = (low + high) / 2
+        bytes_taken = sum(cost[name][width] for name, width in at(2.0**middle).items())
+        low, high = (low, middle) if bytes_taken <= budget else (middle, high)
+    return at(2.0**high)
+    ### END SOLUTION
 
+
+# %% tags=["checks", "nbval-check-output"]
+check("2.6", allocate)
+
+# %% [markdown]
+# *Predict*: which layer gets the most bits?
 
 # %% tags=["machine-dependent"]
 from nnc_utils import allocation, models
@@ -816,20 +970,43 @@ pd.DataFrame(lines).set_index("bits").round(1)
 # Rounding has the derivative 0 nearly everywhere. The **straight-through estimator**
 # ([Bengio et al., 2013](https://arxiv.org/abs/1308.3432)) passes the gradient as if there were no rounding.
 # [LSQ](https://arxiv.org/abs/1902.08153) trains the step $s$, too: inside the range
-# $\partial \hat w / \partial s = \mathrm{round}(w/s) - w/s$, outside it is $\pm Q$, the last code. *Predict* it for the weights
-# 0.3, 1.2 and 9 with 3 bits ($Q = 3$) and $s = 1$.
+# $\partial \hat w / \partial s = \mathrm{round}(w/s) - w/s$, outside it is $\pm Q$, the last code.
+#
+# ### Exercise 2.7 · Find the bug: rounding that can be trained
+#
+# These lines round `weights` of any shape to codes from −Q to Q (`last`), times `scale` $s$, a tensor of one number. The values
+# are right. But no weight is ever trained, and $s$ gets the wrong gradient:
+#
+# ```python
+# codes = (weights / scale).round().clamp(-last, last)
+# return codes * scale
+# ```
+#
+# Return the same values, with the gradients of LSQ: inside the range a weight gets 1, outside 0.
+#
+# <details><summary>Hint 1</summary><code>x + (f(x) - x).detach()</code> has the value of f(x) and the gradient of x.</details>
+# <details><summary>Hint 2</summary>Only the rounding is passed over. The clamp keeps its own gradient, and so does the division
+# by s: do not detach s.</details>
 
 
-# %% tags=["nbval-check-output"]
-from nnc_utils.parametrizations import UniformWeight
-
-
+# %% tags=["exercise"]
 def rounded_lsq(weights: torch.Tensor, scale: torch.Tensor, last: int) -> torch.Tensor:
     """Rounded weights; gradients pass the rounding as if it were not there."""
+    ### BEGIN SOLUTION
     ratio = (weights / scale).clamp(-last, last)
     codes = ratio + (ratio.round() - ratio).detach()
     return codes * scale
+    ### END SOLUTION
 
+
+# %% tags=["checks", "nbval-check-output"]
+check("2.7", rounded_lsq)
+
+# %% [markdown]
+# *Predict* the gradient of the step for the weights 0.3, 1.2 and 9 with 3 bits ($Q = 3$) and $s = 1$.
+
+# %% tags=["nbval-check-output"]
+from nnc_utils.parametrizations import UniformWeight
 
 for weight in (0.3, 1.2, 9.0):
     scale = torch.tensor(1.0, requires_grad=True)
@@ -979,12 +1156,48 @@ for (_, title), row in smallest.iterrows():
 # - Bits are what the entropy coder takes. Measure the file.
 # - Re-estimate batch-norm before you train.
 #
-# **Questions.** (1) Why does the ratio of section 2 fall below 1 with few bits? (2) Why can a codebook not run in integers?
-# (3) Where does the step of second-order rounding come from? (4) What would change if you calibrated on test images?
+# ## Questionnaire
 #
-# **Exercises.** (1) Set `bits = 2`: what does k-means gain now, and why? (2) Add
+# Answer before you unfold.
+#
+# <details><summary>1. What are code, scale and zero-point?</summary>The code is the whole number that is stored. The
+# scale is the width of one code. The zero-point is the code that stands for 0.</details>
+# <details><summary>2. With b bits there are 2<sup>b</sup> codes. Why is the affine scale the range divided by
+# 2<sup>b</sup> − 1?</summary>Between n codes there are n − 1 steps, and the scale is the width of a step.</details>
+# <details><summary>3. Why does the ratio of measured to predicted error fall below 1 with few bits?</summary>s / √12
+# assumes that every place inside a step is as likely as another. With few bits most weights lie well inside the step
+# around 0; they become 0, and their error is their own size.</details>
+# <details><summary>4. Why does clipping the largest weights lower the error with few bits?</summary>One rare weight
+# makes the steps of all others coarse. A large error of few weights is worth smaller errors of all the rest.</details>
+# <details><summary>5. What does a scale per channel cost, and what does it gain?</summary>Four bytes for each output
+# channel. Channels of small weights use all the codes instead of the few around 0.</details>
+# <details><summary>6. Why can a codebook not run in integers?</summary>Its levels are not evenly spaced: a code is a
+# number of a level, not a multiple of a step. Products of codes mean nothing; each code must first be replaced by its
+# level, a float.</details>
+# <details><summary>7. Why is the mean of the squared gradients not the square of the mean gradient?</summary>Gradients
+# of different images have different signs and cancel in the mean. At a minimum the mean gradient is near 0, whatever
+# the curvature.</details>
+# <details><summary>8. How can a rounding with the larger error in each weight have the smaller loss?</summary>The loss
+# feels the error of the sum. Where inputs rise and fall together, an error of one weight can make up for that of
+# another.</details>
+# <details><summary>9. Where does the step of second-order rounding come from?</summary>From the price of a bit. Each
+# bit divides the loss of the rounding, h s² / 24, by 4. The best step is the one at which one bit more is just worth
+# its price λ.</details>
+# <details><summary>10. Why does an 8-bit layer take fewer than 8 bits a weight in the file?</summary>Codes near 0 are
+# frequent. An entropy coder gives them short words, and takes little more than the entropy on average.</details>
+# <details><summary>11. What is wrong with calibrating on test images?</summary>The ranges, and with them the network,
+# are then chosen by the images that judge it. The accuracy that is reported is too good.</details>
+# <details><summary>12. Why does the straight-through estimator exist, and what does LSQ add?</summary>Rounding has the
+# derivative 0 nearly everywhere, so no weight would be trained. The estimator passes the gradient as if there were no
+# rounding. LSQ gives the step a gradient, too, so that the range is trained.</details>
+#
+# **Try.** (1) Set `bits = 2`: what does k-means gain now, and why? (2) Add
 # `{"method": "uniform", "bits": 4, "granularity": "tensor"}` to `configurations`: predict what it loses against per channel.
 # (3) Raise `lambda_` of `hessian_rounding` tenfold: how much smaller is the file? (4) Set `calibration_images = 8`: which
 # predictions of section 7 break first?
+#
+# **Further reading.** [Gholami et al., 2021](https://arxiv.org/abs/2103.13630), a survey;
+# [Nagel et al., 2021](https://arxiv.org/abs/2106.08295), what works in practice;
+# [Frantar et al., 2023](https://arxiv.org/abs/2210.17323), second-order rounding of very large networks.
 #
 # Next: [03_pruning](03_pruning.ipynb), fewer weights.
