@@ -22,12 +22,13 @@
 #
 # **You will be able to** mask weights by magnitude, gradient and curvature; correct the weights that stay; remove
 # channels across residual connections; and tell a smaller file from a smaller computation. **You need**
-# [01](01_baseline.ipynb). **Time:** about a minute with the defaults.
+# [01](01_baseline.ipynb). **Time:** about a minute with the defaults; seven exercises, which check themselves, take
+# longer.
 #
 # **Contents.** 1 · What is a mask? 2 · Which weights matter? 3 · Can the others make up for it? 4 · What fooled us. 5 ·
 # The same share for each layer? 6 · Two of four. 7 · What does a mask save? 8 · Removing channels. 9 · Which channels?
 # 10 · Compensating the layers behind. 11 · Removing blocks. 12 · When to prune, and fine-tuning. Then the benchmark,
-# and the committed results.
+# the committed results and a questionnaire.
 
 # %% tags=["parameters"]
 sparsity: float = 0.9  # (0, 1) share of the weights that a mask removes
@@ -61,6 +62,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import figures, models
+from nnc_utils.exercises import check
 
 bench = Bench("03_pruning", globals())
 model, images = bench.dense, bench.images
@@ -86,17 +88,35 @@ for name in ("conv1", "layer2.0.conv1", "layer4.1.conv2"):
 
 # %% [markdown]
 # **Magnitude pruning** removes the smallest weights ([Han et al., 2015](https://arxiv.org/abs/1506.02626)). A
-# **threshold** does it: the largest score that goes. Remove 60 % of a 5×5 tensor by
-# hand before you run the cell: which values stay?
+# **threshold** does it: the largest score that goes.
+#
+# ### Exercise 3.1 · A mask from scores
+#
+# `score` is a tensor of any shape, with a number for each weight; a higher one means keep. A score may be negative.
+# Return a bool tensor of the same shape: False for the lowest `share` of all scores, as a whole number (`round`), True
+# for the others.
+#
+# <details><summary>Hint 1</summary>How many weights go? <code>score.numel()</code> says how many there are.</details>
+# <details><summary>Hint 2</summary><code>score.flatten().kthvalue(k).values</code> is the k-th smallest score. It goes,
+# too.</details>
 
-# %% tags=["nbval-check-output"]
+# %% tags=["exercise"]
 def mask_of(score: torch.Tensor, share: float) -> torch.Tensor:
     """True where a weight stays: all but the lowest share of the scores."""
+    ### BEGIN SOLUTION
     lowest = round(share * score.numel())  # so many go
     threshold = score.flatten().kthvalue(lowest).values
     return score > threshold
+    ### END SOLUTION
 
 
+# %% tags=["checks", "nbval-check-output"]
+check("3.1", mask_of)
+
+# %% [markdown]
+# *Predict*: 60 % of a 5×5 tensor go by magnitude. Which values stay?
+
+# %% tags=["nbval-check-output"]
 small = torch.linspace(-0.9, 1.2, 25).view(5, 5)
 kept = mask_of(small.abs(), 0.6)
 print((small * kept).numpy().round(2) + 0.0)
@@ -153,13 +173,37 @@ for (name, masks), theirs in zip(ours.items(), package, strict=True):
 # ([LeCun et al., 1989](https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html)).
 # The Fisher information stands for $H$: the mean square of the gradient, with labels drawn from the network's own
 # predictions.
+#
+# ### Exercise 3.2 · Three scores of a weight
+#
+# `weight`, `slope` and `fisher` have one shape. `slope` is the loss's mean gradient, `fisher` the mean *square* of the
+# gradient, so it is $h$ already. Return the three scores above in the same shape; none is negative.
+#
+# <details><summary>Hint 1</summary>Without the weight, δ is −w. Put it into each term of ΔL.</details>
+# <details><summary>Hint 2</summary>Squares and h are never negative; w and g can be.</details>
+
+# %% tags=["exercise"]
+def saliencies(weight: torch.Tensor, slope: torch.Tensor, fisher: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scores of a layer's weights, by their names: "magnitude", "Taylor" and "OBD"."""
+    ### BEGIN SOLUTION
+    taylor = (weight * slope).abs()
+    damage = weight**2 * fisher / 2
+    return {"magnitude": weight.abs(), "Taylor": taylor, "OBD": damage}
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("3.2", saliencies)
+
+# %% [markdown]
+# The gradients come from one image after the other.
 
 # %%
 from torch.nn import functional
 
 
 def importance(network: models.ResNet, inputs: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Three scores of each weight, from the gradients of one image after the other."""
+    """Score -> layer -> one number a weight, from the gradients of one image after the other."""
     layers = {x.name: network.get_submodule(x.name).weight for x in models.layers(network.spec)}
     slope, fisher = ({name: torch.zeros_like(w) for name, w in layers.items()} for _ in range(2))
     generator = torch.Generator().manual_seed(seed)
@@ -171,9 +215,8 @@ def importance(network: models.ResNet, inputs: torch.Tensor, labels: torch.Tenso
             gradients = torch.autograd.grad(loss, list(layers.values()), retain_graph=True)
             for name, gradient in zip(layers, gradients, strict=True):
                 total[name] += gradient**power / len(inputs)
-    taylor = {name: (w * slope[name]).detach().abs() for name, w in layers.items()}
-    damage = {name: (w**2 * fisher[name]).detach() / 2 for name, w in layers.items()}
-    return {"magnitude": magnitude, "Taylor": taylor, "OBD": damage}
+    found = {name: saliencies(w.detach(), slope[name], fisher[name]) for name, w in layers.items()}
+    return {kind: {name: own[kind] for name, own in found.items()} for kind in ("magnitude", "Taylor", "OBD")}
 
 
 some = seen[:32], seen_labels[:32]
@@ -282,20 +325,40 @@ print(f"loss {float(delta @ moment @ delta) / 2:.3f} instead of {float(moment[0,
 # $$\operatorname{E}\,\lVert W'x - Wx\rVert^2 = \operatorname{tr}\,(W'-W)\,H\,(W'-W)^\top$$
 #
 # Each row $w$ is a least-squares problem of its own. With $S$ the columns that stay in it, $H_{SS}\,w'_S = H_{S\cdot}\,w$.
+#
+# ### Exercise 3.3 · Correct the weights that stay
+#
+# `weight` is (out, n), `kept` its mask, `moment` is $H$, (n, n). Return the weight whose outputs come nearest to the old
+# ones, with zeros outside the mask. Each row has its own $S$.
+#
+# <details><summary>Hint 1</summary>A row of the mask selects: <code>moment[stay]</code> are the rows S of H, and
+# <code>moment[stay][:, stay]</code> is their square part.</details>
+# <details><summary>Hint 2</summary>The right side has the <em>whole</em> old row, with the weights that go: what they
+# did is to be made up for.</details>
+# <details><summary>Hint 3</summary><code>torch.linalg.solve(A, b)</code> solves A x = b; <code>new[row, stay] =
+# x</code> puts it in place.</details>
+
+# %% tags=["exercise"]
+def corrected(weight: torch.Tensor, kept: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Each row's weights that stay, nearest to its old sums; 0 elsewhere."""
+    ### BEGIN SOLUTION
+    new = torch.zeros_like(weight)
+    for row, stay in enumerate(kept):
+        new[row, stay] = torch.linalg.solve(moment[stay][:, stay], moment[stay] @ weight[row])
+    return new
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("3.3", corrected)
+
+# %% [markdown]
 # **Reconstruction** prunes in rounds, since a corrected weight has taken over what others did: score the corrected
 # weights by $w_q^2/[H^{-1}]_{qq}$, remove some, correct again ([Frantar and Alistarh, 2022](https://arxiv.org/abs/2208.11580);
 # [SparseGPT, 2023](https://arxiv.org/abs/2301.00774)).
 
 # %%
 from nnc_utils.pruning import reconstruct
-
-
-def corrected(weight: torch.Tensor, kept: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Each row's weights that stay, nearest to its old sums."""
-    new = torch.zeros_like(weight)
-    for row, stay in enumerate(kept):
-        new[row, stay] = torch.linalg.solve(moment[stay][:, stay], moment[stay] @ weight[row])
-    return new
 
 
 def reconstructed(weight: torch.Tensor, moment: torch.Tensor, share: float, rounds: int = 4):
@@ -367,31 +430,67 @@ print("reconstruction " + ("helps" if measured[1] < measured[0] else "does not h
 # Pruned, its deviation is 0. What constant leaves batch-norm?
 
 # %% tags=["nbval-check-output"]
+print(f"the constant: {0.05 / (1.0 * 1e-5 / (1 + 1e-5) + 1e-5) ** 0.5:.0f} deviations")
+
+# %% [markdown]
+# ### Exercise 3.4 · Find the bug: a repair of batch-norm
+#
+# `memory`, `before` and `after` are pairs of tensors (channels,): a mean and a variance each. The first is batch-norm's
+# memory ($\mu$, $\sigma^2$), the others are what a few images give before the pruning ($m_0$, $v_0$) and behind it ($m_1$,
+# $v_1$). The variance below is right. The mean is the fault:
+#
+# ```python
+# mean = memory[0] + (after[0] - before[0])
+# variance = (memory[1] + eps) * (after[1] + eps) / (before[1] + eps) - eps
+# ```
+#
+# Return mean and variance so that the memory's surplus $\mu - m_0$ counts in the channel's *own* deviations: as many new
+# ones behind the pruning as old ones before it. A channel that has become constant gets exactly its constant.
+#
+# <details><summary>Hint 1</summary>How many old deviations is the surplus? A deviation is the root of a
+# variance.</details>
+# <details><summary>Hint 2</summary>Start from what the images give now, m₁. Add eps to a variance that you divide by: a
+# channel may have been constant before, too.</details>
+
+# %% tags=["exercise"]
+def in_own_deviations(memory: tuple, before: tuple, after: tuple, eps: float = 1e-5) -> tuple:
+    """Batch-norm's mean and variance behind the pruning, both (channels,)."""
+    ### BEGIN SOLUTION
+    surplus = (memory[0] - before[0]) / (before[1] + eps).sqrt()
+    mean = after[0] + surplus * after[1].sqrt()
+    variance = (memory[1] + eps) * (after[1] + eps) / (before[1] + eps) - eps
+    return mean, variance
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("3.4", in_own_deviations)
+
+# %%
 from torch import nn
 
 from nnc_utils import batch_norm
 
 
-def faulty_repair(pruned: models.ResNet, original: models.ResNet, inputs: torch.Tensor) -> models.ResNet:
-    """Batch-norm's memory moved by as much as the channel's mean; the variance scaled, at most by 1."""
-    repaired, now, before = (batch_norm.reestimate(net, inputs) for net in (pruned, pruned, original))
-    norms = (
-        [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-        for net in (repaired, now, before, original)
-    )
-    for norm, new, old, memory in zip(*norms, strict=True):
-        norm.running_mean = memory.running_mean + new.running_mean - old.running_mean
-        ratio = (new.running_var + norm.eps) / (old.running_var + norm.eps)
-        grown = (new.running_var - old.running_var).clamp(min=0)
-        norm.running_var = memory.running_var * ratio.clamp(max=1) + grown
-    return repaired
+def faulty(memory: tuple, before: tuple, after: tuple, eps: float = 1e-5) -> tuple:
+    """The memory moved by as much as the channel's mean; the variance scaled, at most by 1."""
+    ratio = (after[1] + eps) / (before[1] + eps)
+    grown = (after[1] - before[1]).clamp(min=0)
+    return memory[0] + after[0] - before[0], memory[1] * ratio.clamp(max=1) + grown
 
 
-print(f"the constant: {0.05 / (1.0 * 1e-5 / (1 + 1e-5) + 1e-5) ** 0.5:.0f} deviations")
+def repaired(pruned: models.ResNet, original: models.ResNet, inputs: torch.Tensor, rule) -> models.ResNet:
+    """A pruned network whose batch-norms follow a rule: memory, before, after -> mean, variance."""
+    networks = (original, *(batch_norm.reestimate(net, inputs) for net in (original, pruned, pruned)))
+    norms = ([module for module in net.modules() if isinstance(module, nn.BatchNorm2d)] for net in networks)
+    for *given, norm in zip(*norms, strict=True):
+        pairs = [(one.running_mean, one.running_var) for one in given]
+        norm.running_mean, norm.running_var = rule(*pairs, norm.eps)
+    return networks[-1]
+
 
 # %% [markdown]
-# The right repair keeps the difference in the channel's *own* deviations: $\mu$ becomes $m_1 + (\mu - m_0)\,s_1/s_0$ with
-# the standard deviations $s$. A constant channel gets exactly its constant. Now the experiment that misled us: scores of
+# Now the experiment that misled us: scores of
 # second order under one threshold, which leave dead channels behind; then the same mask with the weights that stay
 # corrected; and magnitude for comparison. *Predict* for each network which of three bars is the highest.
 
@@ -410,9 +509,13 @@ rows = {}
 for kind, network in networks.items():
     rows[kind] = {
         "as it is": accuracy(network),
-        "faulty repair": accuracy(faulty_repair(network, model, seen[:64])),
-        "in its own deviations": accuracy(batch_norm.reestimate(network, seen[:64], original=model)),
+        "faulty repair": accuracy(repaired(network, model, seen[:64], faulty)),
+        "in its own deviations": accuracy(repaired(network, model, seen[:64], in_own_deviations)),
     }
+ours, package = repaired(network, model, seen[:64], in_own_deviations), batch_norm.reestimate
+theirs = package(network, seen[:64], original=model)
+same = (torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(ours.buffers(), theirs.buffers()))
+print("the package's statistics are the same:", all(same))
 
 # %% tags=["machine-dependent"]
 table = pd.DataFrame(rows).T
@@ -458,14 +561,45 @@ figures.show(figure, "Loss added against the share of zeros in one layer, for fi
 # %% [markdown]
 # With as many bytes as the same share everywhere, which shares have the least loss? That is the allocation of
 # [02](02_quantization.ipynb), with shares in the place of bits. Tutorials raise the share by hand from stage to stage.
+#
+# ### Exercise 3.5 · Choose under a budget
+#
+# `cost` and `harm` are dictionaries: layer -> share of zeros -> bytes, or added loss. Return a dictionary, layer -> share:
+# the choice with the least *sum* of harm whose bytes together are at most `budget`. Few layers have few combinations:
+# try them all.
+#
+# <details><summary>Hint 1</summary><code>itertools.product(*cost.values())</code> gives each combination of shares, one
+# for each layer; <code>dict(zip(cost, shares))</code> is the choice.</details>
+# <details><summary>Hint 2</summary>First drop the choices that the budget does not pay for. Then <code>min(...,
+# key=...)</code>.</details>
+
+# %% tags=["exercise"]
+import itertools
+
+
+def choose(cost: dict, harm: dict, budget: float) -> dict[str, float]:
+    """The share of zeros of each layer that adds the least loss within a budget of bytes."""
+    ### BEGIN SOLUTION
+    choices = [dict(zip(cost, shares)) for shares in itertools.product(*cost.values())]
+    paid = [choice for choice in choices if sum(cost[n][z] for n, z in choice.items()) <= budget]
+    return min(paid, key=lambda choice: sum(harm[n][z] for n, z in choice.items()))
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("3.5", choose)
+
+# %% [markdown]
+# *Predict*: how many times less loss than with 0.9 everywhere?
 
 # %% tags=["machine-dependent"]
 from nnc_utils import allocation
 
 cost = {name: {share: 2 * (1 - share) * weights[name].numel() for share in TRIED} for name in harm}  # fp16
 budget = sum(prices[0.9] for prices in cost.values())
-chosen = allocation.allocate(cost, harm, budget=budget)
+chosen = choose(cost, harm, budget)
 print("shares of zeros:", chosen)
+print("the package's are the same:", chosen == allocation.allocate(cost, harm, budget=budget))
 added = {
     "0.9 everywhere": sum(h[0.9] for h in harm.values()),
     "these": sum(harm[n][z] for n, z in chosen.items()),
@@ -475,7 +609,7 @@ print(f"{max(harm, key=lambda name: harm[name][0.98])} suffers most of these fiv
 
 # %% [markdown]
 # **What it means.** Layers of few weights mind most and cost least, so they keep more. The package scans all layers
-# (`candidates.scan`). The sum of the layers' losses is a guess: pruned together, they do not add up.
+# (`candidates.scan`); their combinations are too many to try, an integer program finds the best one. The sum of the layers' losses is a guess: pruned together, they do not add up.
 #
 # ## 6 · Two of four: a pattern that hardware likes
 #
@@ -515,16 +649,40 @@ print(f"the pattern costs {lost['two of four'] / lost['free']:.1f} times as much
 #
 # $$\text{times smaller} = \frac{32}{H(z) + 16\,(1 - z)}$$
 #
-# *Predict* it for 90 %, then write the file.
+# ### Exercise 3.6 · How many times smaller?
+#
+# `share` is $z$, in [0, 1). Return how many times smaller than float32 the file becomes. Without any zero the mask needs no
+# bit, though Python knows no logarithm of 0.
+#
+# <details><summary>Hint 1</summary>Bits have the logarithm to base 2, <code>math.log2</code>.</details>
+# <details><summary>Hint 2</summary>A part of size 0 adds nothing to the entropy: sum over the parts that are above
+# 0.</details>
+
+# %% tags=["exercise"]
+import math
+
+
+def times_smaller(share: float) -> float:
+    """Bits of a float32 divided by the bits of a masked weight: its place in the mask and its fp16 value."""
+    ### BEGIN SOLUTION
+    entropy = -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
+    return 32 / (entropy + 16 * (1 - share))
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("3.6", times_smaller)
+
+# %% [markdown]
+# *Predict* it for 90 % in your head, then write the file.
 
 # %% tags=["machine-dependent"]
 from nnc_utils import artifact
 
-masked = unstructured.masked(model, ours["global"])
+masked = unstructured.masked(model, global_masks(magnitude, sparsity))
 preprocessing = {"mean": images.mean, "std": images.std, "classes": images.classes}
 saved = artifact.save(masked, bench.path("scratch/masked.safetensors"), dtype=torch.float16, **preprocessing)
-entropy = -sparsity * math.log2(sparsity) - (1 - sparsity) * math.log2(1 - sparsity)
-predicted = 32 / (entropy + 16 * (1 - sparsity))
+predicted = times_smaller(sparsity)
 measured = artifact.fp32_bytes(model.spec) / saved.nbytes
 print(f"predicted {predicted:.1f} times smaller, measured {measured:.1f}, ratio {measured / predicted:.2f}")
 print(f"MACs: {models.macs(masked.spec) / models.macs(model.spec):.0%} of before")
@@ -536,25 +694,45 @@ print(f"MACs: {models.macs(masked.spec) / models.macs(model.spec):.0%} of before
 # ## 8 · Removing channels: a smaller network
 #
 # Remove an output channel of one convolution, and the next one loses an input. Inside a residual block that is all:
-# rows go where the channel is **written**, columns go where it is **read**. The judge is a **masked twin**, which keeps
-# all channels but multiplies the removed ones by 0. *Predict*: how far apart are the two outputs?
+# rows go where the channel is **written**, columns go where it is **read**.
+#
+# ### Exercise 3.7 · Remove channels inside a block
+#
+# `block` has `conv1`, `bn1` and `conv2`; `kept` are the numbers of the channels between the two convolutions that stay.
+# The weights of a convolution are (out, in, k, k). Give `narrow`, a copy of the block, the smaller tensors; the `block`
+# stays as it is. Replace a parameter by `nn.Parameter(tensor)`, a running statistic by a plain tensor.
+#
+# <details><summary>Hint 1</summary><code>conv1</code> writes the channels: <code>block.conv1.weight[kept]</code>. Which
+# dimension has <code>conv2</code> for what it reads?</details>
+# <details><summary>Hint 2</summary>Batch-norm has four tensors with a number for each channel: <code>weight</code>,
+# <code>bias</code>, <code>running_mean</code> and <code>running_var</code>.</details>
 
-# %%
+# %% tags=["exercise"]
 import copy
 
 
 def without_channels(block: nn.Module, kept: torch.Tensor) -> nn.Module:
     """The block with only some of the channels between its two convolutions."""
     narrow = copy.deepcopy(block)
+    ### BEGIN SOLUTION
     narrow.conv1.weight = nn.Parameter(block.conv1.weight[kept])  # writes them
     for part in ("weight", "bias"):
         setattr(narrow.bn1, part, nn.Parameter(getattr(block.bn1, part)[kept]))
     for part in ("running_mean", "running_var"):
         setattr(narrow.bn1, part, getattr(block.bn1, part)[kept])
     narrow.conv2.weight = nn.Parameter(block.conv2.weight[:, kept])  # reads them
+    ### END SOLUTION
     return narrow
 
 
+# %% tags=["checks", "nbval-check-output"]
+check("3.7", without_channels)
+
+# %% [markdown]
+# The judge is a **masked twin**, which keeps all channels but multiplies the removed ones by 0. *Predict*: how far apart
+# are the two outputs?
+
+# %%
 def silenced(network: nn.Module, norm: str, kept: torch.Tensor) -> nn.Module:
     """The masked twin: the other channels of one batch-norm are 0."""
     twin = copy.deepcopy(network)
@@ -914,6 +1092,43 @@ print("above magnitude:", "; ".join(above) or "none")
 # such networks were as good as pruned ones ([Liu et al., 2019](https://arxiv.org/abs/1810.05270)). "Cannot tell" is no
 # proof of equality: look at the width of the interval. What pruning does save is time, if you have the large network already.
 #
+# ## Questionnaire
+#
+# Answer first, then unfold.
+#
+# <details><summary>1. Which weights does magnitude pruning remove, and what decides where they lie?</summary>Those
+# whose absolute value is smallest. One threshold for all layers decides by size alone, so that some layers lose far
+# more than others; one for each layer takes the same share everywhere.</details>
+# <details><summary>2. Why can a score that ranks single weights perfectly lose against magnitude at nine tenths of
+# zeros?</summary>It holds for one weight close to the trained network, while all others stay. Thousands of removals are
+# far from there, and their costs do not add up.</details>
+# <details><summary>3. What do Taylor and Optimal Brain Damage take from the loss's expansion?</summary>Taylor the first
+# term, the weight times its gradient. Optimal Brain Damage the second, half the curvature times the square of the
+# weight, with the diagonal of H alone.</details>
+# <details><summary>4. What does Optimal Brain Surgeon do that Optimal Brain Damage cannot?</summary>It uses the whole
+# H, and so knows how the other weights have to change to make up for the one that goes.</details>
+# <details><summary>5. Why does the reconstruction of a layer need neither labels nor gradients?</summary>It compares
+# the layer's outputs before and behind the pruning. Their squared error depends on the inputs by their second moment
+# alone.</details>
+# <details><summary>6. Why does a repair of batch-norm ruin a channel that has become constant?</summary>A difference of
+# means that was small in the old deviation is divided by the new one, which is nearly 0.</details>
+# <details><summary>7. Why is the best choice of shares not the same share everywhere?</summary>Layers differ in what
+# they can lose and in what their weights cost. Small layers that mind much keep much and cost little.</details>
+# <details><summary>8. Does a pattern of two of four lose as much as the best free half?</summary>No, more: of four
+# large neighbours two have to go, and of four small ones two have to stay.</details>
+# <details><summary>9. Why is a file with 90 % zeros not ten times smaller than the same file in fp16, and no
+# faster?</summary>The mask needs bits, too: the entropy of which weights stay. The arithmetic still multiplies by each
+# zero.</details>
+# <details><summary>10. Why must the projection of a residual stream lose the same channels as the last convolution of
+# its block?</summary>Their outputs are added, so they need the same channels. All that write a stream are one
+# group.</details>
+# <details><summary>11. Half of the channels of each group go. Which share of the MACs stays, and why?</summary>About a
+# quarter: a convolution's MACs are inputs times outputs, and both are halved. The first layer keeps the image's
+# channels, the last one the classes.</details>
+# <details><summary>12. Fine-tuning helped. What else has to be measured before pruning gets the praise?</summary>The
+# network before the training, the dense network with the same additional training, and a narrow network with an equal
+# training budget.</details>
+#
 # ## Summary
 #
 # - A mask makes a file smaller and leaves the arithmetic as it was. Removing channels and blocks shrinks both.
@@ -922,11 +1137,7 @@ print("above magnitude:", "; ".join(above) or "none")
 # - Scores of second order cannot compare layers. Correcting the weights that stay is what curvature is good for.
 # - A repair can ruin what it should mend: measure before and behind each step.
 #
-# **Questions.** (1) Why does a score by a global threshold empty layers that layer-wise masks keep? (2) Why must the
-# projection of a residual stream lose the same channels as its last convolution? (3) Why does the narrow rival get the
-# baseline's epochs, too?
-#
-# **Exercises.** (1) Add `{"method": "reconstruct", "sparsity": 0.9, "reestimate": True}` to `configurations`, and the same
+# **Experiments.** (1) Add `{"method": "reconstruct", "sparsity": 0.9, "reestimate": True}` to `configurations`, and the same
 # of `weights`: what is the correction worth? (2) Add `{"method": "channels", "score": "random", "macs": 4, "compensate":
 # True}`: how much is the score worth once the readers make up for it? (3) Set `multiple = 1`: how many channels are left,
 # and does the runtime of [07](07_deployment.ipynb) like it?
