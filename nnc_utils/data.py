@@ -16,14 +16,17 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from nnc_utils.images import Folder
 
 NAMES = ("digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder:PATH")
 # SHA-256 of the *unpacked* files: the sources compress the same bytes differently
@@ -35,8 +38,7 @@ FASHION_FILES = {
 }
 FASHION_PACKAGE = "dataset-fashion-mnist"
 FASHION_INSTALLED = Path("/usr/share/datasets/fashion-mnist")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+SPLITS = ("train", "validation", "test")
 
 
 class DataError(RuntimeError):
@@ -72,6 +74,7 @@ class Data:
     std: tuple[float, ...]
     flip: bool = True
     shift: int | None = None
+    folder: Folder | None = None  # of your own images: their files, and what was left out
 
     @property
     def channels(self) -> int:
@@ -82,6 +85,16 @@ class Data:
     def size(self) -> int:
         """Height and width of an image in pixels."""
         return self.train.images.shape[2]
+
+    def digests(self) -> dict[str, str]:
+        """Split -> the beginning of the SHA-256 of its images and labels: which images a run saw."""
+        found = {}
+        for which in SPLITS:
+            split, digest = getattr(self, which), hashlib.sha256()
+            for tensor in (split.images, split.labels):
+                digest.update(str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+            found[which] = digest.hexdigest()[:16]
+        return found
 
     def normalize(self, images: Tensor) -> Tensor:
         """See `normalize`, with this data set's mean and deviation."""
@@ -137,7 +150,7 @@ def load(name: str, *, root: str | Path | None = None, size: int | None = None) 
     ----------
     name : one of `NAMES`. ``imagefolder:PATH`` is a folder of your own images: one sub-folder a class, or
         train / validation / test folders that hold them; a split without a folder of its own is taken from
-        train (a tenth for validation, a fifth for test).
+        train (a tenth for validation, a fifth for test). See `images.read`; a warning tells what it left out.
     root : data folder; the environment variable NNC_DATA or ``data/`` in the repository when None.
     size : resize the images to this many pixels. Your own: 32 when None, the middle square of each.
 
@@ -155,15 +168,25 @@ def load(name: str, *, root: str | Path | None = None, size: int | None = None) 
         "fashion_mnist": lambda: _fashion_mnist(folder),
         "cifar10": lambda: _cifar("CIFAR10", folder),
         "cifar100": lambda: _cifar("CIFAR100", folder),
-        "imagefolder": lambda: _imagefolder(Path(path).expanduser(), size or 32),
+        "imagefolder": lambda: _own_images(Path(path).expanduser().absolute(), size or 32),
     }
     if kind not in loaders or (kind == "imagefolder") != bool(path):
         raise DataError(f"unknown data set {name!r}: one of {', '.join(NAMES)}")
-    arrays, classes = loaders[kind]()
-    parts = {which: _split(*arrays[which], size) for which in SPLIT_FOLDERS}
+    arrays, classes, *own = loaders[kind]()
+    parts = {which: _split(*arrays[which], size) for which in SPLITS}
     mean, std = _moments(parts["train"].images)
     shift = max(1, round(parts["train"].images.shape[2] / 28)) if kind == "fashion_mnist" else None
-    return Data(name, **parts, classes=tuple(classes), mean=mean, std=std, flip=kind != "digits", shift=shift)
+    about = {"flip": kind != "digits", "shift": shift, "folder": own[0] if own else None}
+    _test_labels[name] = parts["test"].labels
+    return Data(name, **parts, classes=tuple(classes), mean=mean, std=std, **about)
+
+
+_test_labels: dict[str, Tensor] = {}  # of what was loaded last under a name
+
+
+def test_labels(name: str) -> Tensor:
+    """The labels of a data set's test images; what was loaded before, in any size, is not read again."""
+    return _test_labels[name] if name in _test_labels else load(name).test.labels
 
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> uint8 images (n, channels, size, size), labels
@@ -323,75 +346,37 @@ def _cifar(which: str, root: Path) -> tuple[Arrays, list[str]]:
     return _held_out(arrays, validation=len(parts["train"]) // 10), parts["train"].classes
 
 
-def _imagefolder(path: Path, size: int) -> tuple[Arrays, list[str]]:
-    """Your own images: class folders, or split folders that hold them."""
-    if not path.is_dir():
-        raise DataError(f"no folder {path}: give imagefolder:PATH of a folder with one sub-folder a class")
-    names = [(which, name) for which, names in SPLIT_FOLDERS.items() for name in reversed(names)]
-    folders = {which: path / name for which, name in names if (path / name).is_dir()}
-    if "train" not in folders or not _image_files(folders["train"]):  # it may be a class: cars, trains
-        folders = {"train": path}
-    files = {which: _image_files(folder) for which, folder in folders.items()}
-    held_out = {which: part for which, part in (("test", 5), ("validation", 10)) if which not in files}
-    classes = list(files["train"])
-    for which, by_class in files.items():
-        least = 1 + len(held_out) if which == "train" else 1
-        enough = all(len(by_class.get(name, ())) >= least for name in classes)
-        if len(classes) < 2 or by_class.keys() - classes or not enough:
-            counts = ", ".join(f"{name}: {len(paths)}" for name, paths in by_class.items()) or "none"
-            raise DataError(
-                f"{folders[which]} needs at least 2 class folders, the same in every split, with at least "
-                f"{least} images each ({', '.join(sorted(IMAGE_SUFFIXES))}); there are {counts}"
-            )
-    arrays = {which: _read_images(by_class, size) for which, by_class in files.items()}
-    channels = max(images.shape[1] for images, _ in arrays.values())  # grey images among coloured ones
-    arrays = {k: (x.repeat(channels // x.shape[1], axis=1), y) for k, (x, y) in arrays.items()}
-    counts = {which: max(1, len(arrays["train"][1]) // part) for which, part in held_out.items()}
-    return _held_out(arrays, **counts), classes
-
-
-def _image_files(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its images, at any depth; hidden files and folders are passed over."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-    files = {sub.name: [p for p in sorted(sub.rglob("*")) if p.name[0] != "."] for sub in classes}
-    return {name: [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES] for name, paths in files.items()}
-
-
-def _read_images(by_class: dict[str, list[Path]], size: int) -> tuple[np.ndarray, np.ndarray]:
-    labels = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class.values()])
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
-        images = list(pool.map(lambda path: _read_image(path, size), sum(by_class.values(), [])))
-    channels = max(image.shape[-1] for image in images)  # 1 where all are grey
-    images = [np.broadcast_to(image, (size, size, channels)) for image in images]
-    return np.stack(images).transpose(0, 3, 1, 2), labels
-
-
-def _read_image(path: Path, size: int) -> np.ndarray:
-    """The middle square of an image file: uint8 (size, size, 1 or 3)."""
-    from PIL import Image, ImageOps
+def _own_images(path: Path, size: int) -> tuple[Arrays, tuple[str, ...], Folder]:
+    from nnc_utils import images  # not above: what other data sets measure does not depend on it
 
     try:
-        with Image.open(path) as opened:
-            opened.draft(None, (2 * size, 2 * size))  # a JPEG far too large is decoded at a fraction
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits a pixel
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image).reshape(size, size, -1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}; repair it or take it out") from None
+        folder, arrays = images.read(path, size)
+    except images.FolderError as error:
+        raise DataError(str(error)) from None
+    if told := folder.told():
+        warnings.warn("\n  ".join([f"imagefolder:{path}:", *told]), stacklevel=4)
+    return arrays, folder.classes, folder
 
 
 def main(name: str) -> None:
     """`python -m nnc_utils.data NAME`: fetch a data set and print what it is."""
     try:
-        data = load(name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="imagefolder:")  # it is printed below
+            data = load(name)
     except DataError as error:
-        sys.exit(str(error))
-    parts = ", ".join(f"{len(getattr(data, which)):,} {which}" for which in SPLIT_FOLDERS)
+        sys.exit(_printable(str(error)))
+    parts = ", ".join(f"{len(getattr(data, which)):,} {which}" for which in SPLITS)
     shape, classes = f"{data.channels} x {data.size} x {data.size}", ", ".join(data.classes)
-    print(f"{data.name}: {parts}; images {shape}; {len(data.classes)} classes: {classes}")
+    lines = [f"{data.name}: {parts}; images {shape}; {len(data.classes)} classes: {classes}"]
+    lines += data.folder.report() if data.folder else []
+    print(_printable("\n  ".join(lines)))
+
+
+def _printable(text: str) -> str:
+    """The text with escapes for what the console's alphabet lacks."""
+    alphabet = sys.stdout.encoding or "utf-8"
+    return text.encode(alphabet, "backslashreplace").decode(alphabet)
 
 
 if __name__ == "__main__":

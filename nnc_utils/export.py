@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnc_utils import artifact as artifacts
-from nnc_utils import runtimes
+from nnc_utils import images, runtimes
 from nnc_utils.artifact import ArtifactError
 from nnc_utils.encoding import Uniform
 from nnc_utils.runtimes import qdq
@@ -89,6 +89,7 @@ def _usage(network: artifacts.Artifact, precision: str) -> dict:
     return {
         "input": "float32 (batch, channels, size, size) of the middle square of the image, "
         "each channel (pixel / 255 - mean) / std",
+        "reading": images.READING | {"colours": "grey" if network.spec.channels == 1 else "red, green, blue"},
         "output": "float32 (batch, classes), the largest is the class",
         "channels": network.spec.channels,
         "size": network.spec.size,

@@ -242,12 +242,11 @@ def read_predictions(path: Path) -> np.ndarray:
     return predictions
 
 
-@functools.lru_cache(maxsize=8)
 def labels_of(dataset: str) -> np.ndarray:
     """The true classes of a data set's test images, uint8."""
     from nnc_utils import data
 
-    return data.load(dataset).test.labels.numpy().astype(np.uint8)
+    return data.test_labels(dataset).numpy().astype(np.uint8)
 
 
 def differences(*, compressed: Iterable, reference: Iterable, labels: np.ndarray) -> dict[str, float]:

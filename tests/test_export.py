@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from small_networks import PLAIN, network, quantized, saved
 
-from nnc_utils import artifact, data, evaluation, export, models, runtimes
+from nnc_utils import artifact, data, evaluation, export, images, models, runtimes
 
 ROOT = Path(__file__).parents[1]
 ALONE = """
@@ -72,17 +72,21 @@ def test_the_example_of_the_readme_names_the_class_of_an_image(trained_digits, t
     path, digits = trained_digits / "int8.safetensors", data.load("digits")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [code] = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "InferenceSession" in c]
-    assert len(code.strip().splitlines()) <= 12 and "nnc_utils" not in code and "torch" not in code
+    assert len(code.strip().splitlines()) <= 25 and "nnc_utils" not in code and "torch" not in code
     export.export(path, to="onnx", out=tmp_path / "net.onnx")
     small = Image.fromarray(digits.test.images[0, 0].numpy())
     wide = Image.new("L", (44, 32), 255)  # whose middle is the picture
     wide.paste(small.resize((32, 32), Image.Resampling.NEAREST), (6, 0))
     wide.save(tmp_path / "picture.png")
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", code, "picture.png"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     stored = artifact.network(artifact.read(path))
-    read = torch.tensor(data._read_image(tmp_path / "picture.png", digits.size)).permute(2, 0, 1)[None]
+    read = torch.tensor(images.read_image(tmp_path / "picture.png", digits.size)).permute(2, 0, 1)[None]
     first = data.Split(read, digits.test.labels[:1])
     [expected] = evaluation.predict(stored, first, normalize=digits.normalize)
     assert done.stdout.strip() == digits.classes[expected]
@@ -97,6 +101,7 @@ def test_the_json_says_how_to_use_it(tmp_path):
     assert (about["mean"], about["std"]) == (list(stored.mean), list(stored.std))
     assert about["precision"] == "int8" and about["artifact_sha256"] == stored.sha256
     assert "note" not in about  # 7 bits
+    assert about["reading"] == images.READING | {"colours": "grey"}
     saved(quantized(network(PLAIN), bits=8), tmp_path / "b.safetensors")
     wide = export.export(tmp_path / "b.safetensors", to="onnx", out=tmp_path / "wide.onnx")
     assert "VNNI" in json.loads(wide[1].read_text())["note"]

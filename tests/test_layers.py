@@ -9,8 +9,9 @@ import nnc_utils
 
 PACKAGE = Path(nnc_utils.__file__).parent
 FLOORS = [
-    {"models", "data", "devices", "entropy", "parametrizations", "configurations"},
-    {"encoding", "sample"},
+    {"models", "image_files", "devices", "entropy", "parametrizations", "configurations"},
+    {"images", "encoding", "sample"},
+    {"data"},
     {"allocation", "artifact", "evaluation", "sensitivity", "batch_norm", "pretrained"},
     {"training"},  # evaluates each epoch
     {"curvature", "baseline"},  # shows its progress as training does

@@ -194,3 +194,20 @@ def test_imagenet_weights(images, tmp_path, monkeypatch, by_name):
     if not by_name:
         with pytest.raises(ValueError, match="of another network"):
             execute("01_baseline", tmp_path / "deeper", **about | {"depth": 34})
+
+
+def test_two_classes_of_twenty_images_are_enough(images, tmp_path):
+    few = tmp_path / "few"
+    for file in images.glob("*/1?.png"):
+        for number in (0, 1):
+            (few / file.parent.name).mkdir(parents=True, exist_ok=True)
+            turned = (
+                Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT) if number else Image.open(file)
+            )
+            turned.save(few / file.parent.name / f"{number}{file.name}")
+    about = {"dataset": f"imagefolder:{few}", "size": 16, "width": 0.125, "epochs": 3, "batch_size": 7}
+    execute("01_baseline", tmp_path / "1", **about)
+    given = {"configurations": [KD], "controls": [], "epochs": 1.0, "upstream": [str(tmp_path / "1")]}
+    made = execute("04_distillation", tmp_path / "4", **given)
+    assert [row["total"] for row in made["compression"] if row["method"] == "kd"] == [8]
+    assert not made["extra"]["missing"] and made["extra"]["images"].keys() == {"train", "validation", "test"}

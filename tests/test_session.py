@@ -3,13 +3,17 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_networks import PLAIN
 
+from bench import folder
 from bench.folder import read_run
 from bench.parameters import ParameterError
 from bench.session import Bench
+from bench.tables import ResultError
 from nnc_utils import artifact, data, models, provenance, rows, scoring
 from nnc_utils.configurations import Built, ConfigurationError
 from nnc_utils.quantization import uniform
@@ -34,8 +38,6 @@ def baseline(tmp_path_factory):
     root, patch = tmp_path_factory.mktemp("session"), pytest.MonkeyPatch()
     patch.setenv("NNC_ROOT", str(root))
     from conftest import write_notebook
-
-    from bench import folder
 
     path = write_notebook(root, "01_baseline", "pass", parameters=PARAMETERS)
     own = root / "results/runs/smoke/01_baseline/seed=1"
@@ -177,3 +179,34 @@ def test_nothing_is_claimed_where_nothing_may_be(baseline):
     bench, namespace = start(baseline, configurations=SPARSE, claim=False)
     table = bench.measure(bench.build(namespace["configurations"], rounded))
     assert not table["headline"].any() and json.dumps(bench.looked) == "{}"
+
+
+def test_other_images_than_those_that_an_upstream_run_saw_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("NNC_ROOT", str(tmp_path))
+    from conftest import write_notebook
+
+    for number in range(12):
+        place = tmp_path / "own" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.RandomState(number).randint(0, 256, (8, 8)).astype(np.uint8)).save(place)
+    dataset = f"imagefolder:{tmp_path / 'own'}"
+    owned = data.load(dataset, size=8)
+    path = write_notebook(tmp_path, "01_baseline", "pass", parameters=PARAMETERS)
+    own = tmp_path / "results/runs/smoke/01_baseline/seed=1"
+    own.mkdir(parents=True)
+    values = {"dataset": dataset, "profile": "smoke", "seed": 1}
+    run = folder.Current("01_baseline", own, values, [], provenance.notebook_sha256(path))
+    network = models.build(models.resnet(18, channels=1, size=8, classes=2, width=1 / 16)).eval()
+    file = run.path("artifacts/fp32.safetensors")
+    artifact.save(network, file, mean=owned.mean, std=owned.std, classes=owned.classes)
+    run.finish(extra={"images": owned.digests()})
+    assert start(tmp_path)[0].finish().extra["images"] == owned.digests()
+    place.rename(place.with_name("another name.png"))  # nothing that matters
+    start(tmp_path)
+    Image.new("L", (8, 8), 40).save(place)
+    with pytest.raises(ResultError, match=r"01_baseline/seed=1.* saw other .*train.* run it again"):
+        start(tmp_path)
+    record = json.loads((own / "result.json").read_text())
+    del record["extra"]["images"]  # of before there were digests
+    (own / "result.json").write_text(json.dumps(record))
+    start(tmp_path)

@@ -478,12 +478,13 @@ def attention(features: torch.Tensor) -> torch.Tensor:
 check("4.6", attention)
 
 # %%
+shown = some[:6]
 maps = {
-    name: stage(network, inputs[:6], "layer1")
+    name: stage(network, inputs[: len(shown)], "layer1")
     for name, network in (("teacher", teacher), ("student", student))
 }
-figure, panels = plt.subplots(3, 6, figsize=(9, 4.4))
-for axes, image in zip(panels[0], some[:6], strict=True):
+figure, panels = plt.subplots(3, len(shown), figsize=(9, 4.4))
+for axes, image in zip(panels[0], shown, strict=True):
     axes.imshow(image.permute(1, 2, 0).squeeze(), cmap="gray")
 for row, (name, kept) in zip(panels[1:], maps.items(), strict=True):
     side = kept.shape[-1]

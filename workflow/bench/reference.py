@@ -50,6 +50,8 @@ def read(given: dict[str, Any], images: data.Data) -> Reference:
     wanted |= {"seed": given["seed"], "checksum": record["extra"]["reference"]["sha256"]}
     there = {"data set": record["dataset"], "classes": stored.classes, "network": _described(stored.spec)}
     there |= {"seed": record["seed"], "checksum": stored.sha256}
+    if saw := record["extra"].get("images"):  # own images
+        there, wanted = there | {"images": saw}, wanted | {"images": images.digests()}
     differ = [f"{name} {there[name]}, not {wanted[name]}" for name in wanted if there[name] != wanted[name]]
     if differ:
         raise ResultError(f"{path} is not what the parameters of 01 describe: {'; '.join(differ)}")

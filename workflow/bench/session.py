@@ -69,6 +69,8 @@ class Bench:
         self._namespace, self._told = namespace, ""
         self._check_shards()
         self._check_batches()
+        for run in self.run.upstream:
+            run.check_images(self)
 
     def _check_shards(self) -> None:
         """Earlier shards had the same training, and one network that the open division is compared with."""
@@ -87,8 +89,7 @@ class Bench:
     def _check_batches(self) -> None:
         """A batch has at most all training images."""
         for name in {"batch_size", "supernet_batch"} & set(self.parameters):
-            if self.parameters[name] > (most := len(self.images.train)):
-                value = self.parameters[name]
+            if (value := self.parameters[name]) > (most := len(self.images.train)):
                 raise ParameterError(f"{name} is {value}: from 2 to the {most} training images is needed")
 
     # --- What it builds on ----------------------------------------------------------------------
@@ -393,6 +394,7 @@ class Bench:
     def finish(self, latency: Iterable[dict[str, Any]] = (), **extra: Any) -> Run:
         """Write `result.json`: rows, files, what is missing, and what later notebooks want to know."""
         kept = {"missing": self.missing, "validation_delta": self.looked}
+        kept |= {"images": self.images.digests()} if self.run.dataset.startswith("imagefolder:") else {}
         done = self.run.finish(compression=self._rows, latency=latency, extra=kept | self.extra | extra)
         print(f"{done.run} is finished: {len(self._rows) + len(latency)} rows")
         return done

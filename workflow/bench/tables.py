@@ -59,6 +59,7 @@ class Extra(BaseModel):
     validation_delta: dict[str, tuple[float, float, float]] = {}  # file name -> low, mean, high in points
     missing: dict[str, str] = {}  # what could not be measured -> why
     search: dict[str, Any] = {}  # of 05: what each search found, and what it cost
+    images: dict[str, str] = {}  # split -> digest, of own images (`Data.digests`)
     latency: dict[str, Any] = {}  # of 05: milliseconds of blocks and of networks in a runtime
     fewest_samples: int | None = None  # of 07: predictions behind a median, at least
     cpu_busy_before: float | None = None  # of 07: percent that other processes used before the first round
@@ -123,6 +124,16 @@ class Run:
     def is_evidence(self) -> bool:
         """Whether tables need it: it has rows, or it searched, or timed what searches look up."""
         return bool(self.compression or self.latency or self.record.extra.search or self.record.extra.latency)
+
+    def check_images(self, bench: Any) -> None:
+        """ResultError, if `bench.images`, own images, are no longer those that the run saw."""
+        saw = self.record.extra.images
+        now = bench.images.digests() if saw else {}
+        if differ := ", ".join(which for which in saw if saw[which] != now[which]):
+            raise ResultError(
+                f"{self.run} in {self.folder} saw other {differ} images than {self.dataset} has now: run it "
+                "again, and what builds on it, or put the folder back as it was"
+            )
 
     def with_changes(self, **fields: Any) -> Run:
         """The same run with these fields of its record in place of its own."""

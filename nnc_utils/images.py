@@ -1,0 +1,256 @@
+"""Your own images: how a file becomes pixels, and a folder of them a data set.
+
+Nothing is passed over in silence: a file is read, or it stands in `Folder.left_out` with the reason, or the
+whole folder is refused. `read_image` is the one way to read an image; `READING` is what it does, in words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nnc_utils.image_files import HELD_OUT, NAMED, SPLITS, FolderError, Layout, layout, some
+
+BACKGROUND = "white"  # under transparent pixels
+FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
+READING = {
+    "frame": "the first of an animation",
+    "turned": "as EXIF says",
+    "deep": "one channel of 16 bits: value // 256; of 32 bits: up to 255 as it is, else value // 256; "
+    "floats up to 1 times 255, rounded, others as they are",
+    "background": f"{BACKGROUND} under transparent pixels",
+    "resized": "the middle square, bilinear with antialiasing (Pillow: ImageOps.fit, BILINEAR)",
+}
+
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> uint8 images (n, channels, size, size), labels
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder holds. Each file below it is in `files` or in `left_out`.
+
+    `origin`: split -> where its images are from. `files`: split -> class -> image files. `left_out`: reason
+    -> files. `remarks`: what else one should know, a sentence each.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    origin: dict[str, str]
+    files: dict[str, dict[str, list[Path]]]
+    left_out: dict[str, list[Path]]
+    remarks: tuple[str, ...]
+
+    def told(self) -> list[str]:
+        """What was left out, a line for each reason, and the remarks."""
+        left = [
+            f"left out: {len(files)}, {reason}, such as {files[0].relative_to(self.path)}"
+            for reason, files in self.left_out.items()
+        ]
+        return [*left, *self.remarks]
+
+    def report(self) -> list[str]:
+        """How the splits came about, images of each class in each, and what is `told`."""
+        lines = [f"{which}: {origin}" for which, origin in self.origin.items()]
+        for name in self.classes:
+            counts = ", ".join(f"{len(files[name])} {which}" for which, files in self.files.items())
+            lines.append(f"class {name}: {counts}")
+        return lines + self.told()
+
+
+# --- One image -----------------------------------------------------------------------------------------
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """An image file as training sees it, see `READING`: uint8 (size, size, 1 or 3), grey or RGB."""
+    return _resized(decode(path), size)
+
+
+def decode(path: Path) -> Image.Image:
+    """A file as a whole image of mode L or RGB, before it is resized.
+
+    Whatever Pillow says about a damaged file is passed on; a ValueError, where it is not clear how the
+    values map to 0..255.
+    """
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        is_grey = image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
+        if image.mode[0] in "IF":  # one channel of 16 or 32 bits
+            image = _to_8_bits(image, sixteen=opened.format in ("PNG", "PPM"))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+        return image.convert("L" if is_grey else "RGB")
+
+
+def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
+    """`sixteen`: also mode I, 32 bits in memory, stands for a file of 16, by whose range it is scaled."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    most = 255 if image.mode == "F" else 65_535
+    if not (low >= 0 and high <= most) or "transparency" in image.info:
+        raise ValueError(
+            f"its values ({image.mode}) go from {low:g} to {high:g}: opaque ones in 0..1 (floats), 0..255 or "
+            "0..65535 (integers) are needed"
+        )
+    if image.mode == "F":
+        values = np.rint(values * 255 if high <= 1 else values)
+    elif image.mode != "I" or sixteen or high > 255:
+        values //= 256
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _resized(image: Image.Image, size: int) -> np.ndarray:
+    square = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(square).reshape(size, size, -1)
+
+
+# --- A folder ------------------------------------------------------------------------------------------
+
+
+def read(path: Path, size: int) -> tuple[Folder, Arrays]:
+    """A folder of images as a data set, its images resized to `size` pixels; see `image_files.layout`.
+
+    A split without a folder is held out of train: of each class a share, `HELD_OUT`, at least one, chosen by
+    the images' contents. So names and order do not matter, an image more moves few others to another split,
+    and identical images stay together.
+
+    Raises
+    ------
+    FolderError
+        What `layout` refuses; images cannot be read (all are named); two split folders share identical
+        images; or a class has too few different ones.
+    """
+    found = layout(path)
+    classes = tuple(found.images["train"])
+    shares = {which: part for which, part in HELD_OUT.items() if which not in found.folders}
+    images = _read_all(found, size)
+    _refuse_shared(images)
+    images = _hold_out(images, shares)
+    files = {which: {name: [] for name in classes} for which in SPLITS}
+    for image in images:
+        files[image.split][classes[image.label]].append(image.file)
+    if short := [f"{c} in {w}" for w, by_class in files.items() for c in classes if not by_class[c]]:
+        raise FolderError(
+            f"{path}: no image is left for {', '.join(short[:NAMED])}, since identical images stay together: "
+            f"at least {1 + len(shares)} different ones in each class of {found.folders['train']} are needed"
+        )
+    origin = {which: f"the folder {folder}" for which, folder in found.folders.items()}
+    origin |= {which: f"1 in {part} of each class of train, by content" for which, part in shares.items()}
+    return Folder(path, classes, origin, files, found.left_out, _remarks(images)), _arrays(images)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An image that was read: pixels uint8 (size, size, 1 or 3), SHA-256 of the whole image, its contrast."""
+
+    file: Path
+    split: str
+    label: int
+    pixels: np.ndarray
+    digest: str
+    contrast: int
+
+
+def _read_all(found: Layout, size: int) -> list[_Read]:
+    """Every image; those that cannot be read are named together."""
+    listed = [
+        (file, which, label)
+        for which, by_class in found.images.items()
+        for label, name in enumerate(by_class)
+        for file in by_class[name]
+    ]
+    failures: list[str] = []
+
+    def read_one(entry: tuple[Path, str, int]) -> _Read | None:
+        try:
+            image = decode(entry[0])
+        except Exception as error:  # a damaged file can make Pillow raise anything
+            failures.append(f"{entry[0]}: {error}")
+            return None
+        digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+        contrast = int(np.ptp(np.atleast_2d(image.getextrema()), axis=1).max())
+        return _Read(*entry, _resized(image, size), digest, contrast)
+
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+        images = list(pool.map(read_one, listed))
+    if failures:
+        raise FolderError(
+            f"{len(failures)} of {len(listed)} images cannot be read; repair them or take them out:\n  "
+            + "\n  ".join([*sorted(failures)[:NAMED], *(["…"] if len(failures) > NAMED else [])])
+        )
+    return images
+
+
+def _refuse_shared(images: list[_Read]) -> None:
+    """No image may be in two of the user's own splits: it would be tested on what it was trained on."""
+    first: dict[str, _Read] = {}
+    pairs = [
+        f"{first[image.digest].file} and {image.file}"
+        for image in images
+        if first.setdefault(image.digest, image).split != image.split
+    ]
+    if pairs:
+        raise FolderError(
+            f"split folders share identical images, {some(pairs, 'pairs')}: keep each in one split only"
+        )
+
+
+def _hold_out(images: list[_Read], shares: dict[str, int]) -> list[_Read]:
+    """The images, some of train now in another split: of each class one in so many, at least one.
+
+    Those that come first by digest are taken. Where an image is there more than once, all stay in train as
+    long as single ones are left.
+    """
+    copies: dict[int, Counter] = defaultdict(Counter)
+    for image in images:
+        if image.split == "train":
+            copies[image.label][image.digest] += 1
+    split: dict[str, str] = {}
+    for _, own in sorted(copies.items()):
+        wanted = {which: max(1, own.total() // part) for which, part in shares.items()}
+        for digest in sorted(own, key=lambda digest: (own[digest], digest)):
+            missing = [which for which, count in wanted.items() if count > 0]
+            which = split.setdefault(digest, missing[0] if missing else "train")
+            if which in wanted:
+                wanted[which] -= own[digest]
+    return [replace(i, split=split[i.digest]) if i.split == "train" else i for i in images]
+
+
+def _arrays(images: list[_Read]) -> Arrays:
+    """The pixels of each split; grey images among coloured ones become coloured."""
+    channels = max(image.pixels.shape[-1] for image in images)
+    arrays = {}
+    for which in SPLITS:
+        own = [image for image in images if image.split == which]
+        pixels = [np.broadcast_to(i.pixels, (*i.pixels.shape[:2], channels)) for i in own]
+        arrays[which] = np.stack(pixels).transpose(0, 3, 1, 2), np.array([image.label for image in own])
+    return arrays
+
+
+def _remarks(images: list[_Read]) -> tuple[str, ...]:
+    """What one should know of images that were read."""
+    by_digest: dict[str, list[_Read]] = defaultdict(list)
+    for image in images:
+        by_digest[image.digest].append(image)
+    several = [same for same in by_digest.values() if len(same) > 1]
+    contradicting = [same for same in several if len({image.label for image in same}) > 1]
+    faint = [image.file for image in images if image.contrast < FAINT]
+    remarks = []
+    if several:
+        one = " and ".join(str(image.file) for image in several[0][:2])
+        count = sum(map(len, several))
+        remarks.append(f"identical images: {count} files of {len(several)}, such as {one}; kept in one split")
+    if contradicting:
+        one = " and ".join(str(contradicting[0][i].file) for i in (0, -1))
+        remarks.append(f"identical images in two classes: {len(contradicting)}, such as {one}")
+    if faint:
+        remarks.append(
+            f"nearly one colour: {some(faint, 'images')}: their values are less than {FAINT} of 255 apart"
+        )
+    return tuple(remarks)
