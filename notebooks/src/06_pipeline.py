@@ -25,7 +25,8 @@
 # **Time:** about a minute with the defaults.
 #
 # **Contents.** 1 · Where do we start? 2 · Prune. 3 · Distill. 4 · Round. 5 · Do the gains multiply? 6 · Does the order
-# matter? 7 · The narrow rival. 8 · All steps in one picture. Then the benchmark, and the committed results.
+# matter? 7 · The narrow rival. 8 · All steps in one picture. Then the benchmark, the committed results, and questions.
+# Seven exercises on the way check themselves.
 
 # %% tags=["parameters"]
 macs: float = 16.0  # [1, 1000] how many times fewer multiplications (MACs) pruning leaves
@@ -59,6 +60,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import artifact, batch_norm, curvature, evaluation, figures, models, pipeline, training
+from nnc_utils.exercises import check
 
 figures.style()
 bench = Bench("06_pipeline", globals())
@@ -76,16 +78,20 @@ seen, seen_labels = bench.sample(scoring_images)
 steps = {}  # name -> bytes, MACs, accuracy, and which validation images are right
 
 
+def saved(name: str, network: torch.nn.Module, dtype=torch.float16) -> artifact.Artifact:
+    """A network as a file."""
+    path = bench.path(f"scratch/{name.replace(' ', '_')}.safetensors")
+    described = {"mean": images.mean, "std": images.std, "classes": images.classes}
+    return artifact.save(network, path, dtype=dtype, **described)
+
+
 def measure(name: str, network: torch.nn.Module, dtype=torch.float16) -> dict:
     """Bytes, MACs and validation accuracy of a network, of its file."""
-    path = bench.path(f"scratch/{name.replace(' ', '_')}.safetensors")
-    saved = artifact.save(
-        network, path, mean=images.mean, std=images.std, classes=images.classes, dtype=dtype
-    )
-    loaded = artifact.load(path)
+    nbytes = saved(name, network, dtype).nbytes
+    loaded = artifact.load(bench.path(f"scratch/{name.replace(' ', '_')}.safetensors"))
     predictions = evaluation.predict(loaded, images.validation, normalize=images.normalize)
     right = predictions == images.validation.labels.numpy()
-    steps[name] = {"bytes": saved.nbytes, "MACs": models.macs(network.spec), "right": right}
+    steps[name] = {"bytes": nbytes, "MACs": models.macs(network.spec), "right": right}
     steps[name]["accuracy (%)"] = 100 * right.mean()
     return steps[name]
 
@@ -103,22 +109,45 @@ print(f"{first['bytes']:,} bytes, {first['MACs']:,} MACs, {first['accuracy (%)']
 # **compensates** for the missing input, and re-estimate batch-norm on the same images. All four steps are built in
 # [03](03_pruning.ipynb).
 #
+# ### Exercise 6.1 · The stage prune
+#
+# `images` (n, C, H, W) are normalized training images and `labels` (n,) their classes. Return the network with at most
+# `macs` MACs: by the four steps, in that order. Pass `multiple` on: it keeps the widths at multiples of 8, which
+# integer kernels like.
+#
+# <details><summary>Hint 1</summary>Three functions of <code>channels</code> and one of <code>batch_norm</code>, a line each:
+# <code>scores</code>, <code>within_macs</code>, <code>compensated</code>, <code>reestimate</code>.</details>
+# <details><summary>Hint 2</summary><code>channels.scores(network, "fisher", images=images, labels=labels)</code>. What it
+# returns goes into <code>within_macs</code>, beside <code>network.spec</code>.</details>
+# <details><summary>Hint 3</summary><code>compensated</code> removes the channels, too. It gets the wide network and the numbers
+# of the channels that stay.</details>
+
+# %% tags=["exercise"]
+from nnc_utils.pruning import channels
+
+
+def prune_to(
+    network: models.ResNet, images: torch.Tensor, labels: torch.Tensor, *, macs: float, multiple: int
+) -> models.ResNet:
+    """The network with its lowest-scoring channels removed, without any training."""
+    ### BEGIN SOLUTION
+    scores = channels.scores(network, "fisher", images=images, labels=labels)
+    kept = channels.within_macs(network.spec, scores, macs=macs, multiple=multiple)
+    narrow = channels.compensated(network, kept, images)
+    return batch_norm.reestimate(narrow, images)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("6.1", prune_to)
+
+# %% [markdown]
 # *Predict*: with 16 times fewer MACs, how many times fewer parameters? Most parameters are in the last stage, most MACs
 # are not.
 
 # %% tags=["machine-dependent"]
-from nnc_utils.pruning import channels
-
-
-def prune(network: models.ResNet, fewer: float) -> models.ResNet:
-    """So many times fewer MACs than the dense network, without any training."""
-    scores = channels.scores(network, "fisher", images=seen, labels=seen_labels)
-    budget = models.macs(dense.spec) / fewer
-    kept = channels.within_macs(network.spec, scores, macs=budget, multiple=multiple)
-    return batch_norm.reestimate(channels.compensated(network, kept, seen), seen)
-
-
-pruned = prune(dense, macs)
+budget = models.macs(dense.spec) / macs
+pruned = prune_to(dense, seen, seen_labels, macs=budget, multiple=multiple)
 row = measure("pruned", pruned)
 fewer_parameters = models.parameters(dense.spec) / models.parameters(pruned.spec)
 print(f"MACs {macs:g}× fewer asked, {first['MACs'] / row['MACs']:.2f}× measured")
@@ -126,7 +155,7 @@ print(f"parameters {fewer_parameters:.1f}× fewer")
 print(f"accuracy without any training: {row['accuracy (%)']:.2f} %")
 
 # %% tags=["machine-dependent"]
-package = pipeline.prune(dense, seen, seen_labels, macs=models.macs(dense.spec) / macs, multiple=multiple)
+package = pipeline.prune(dense, seen, seen_labels, macs=budget, multiple=multiple)
 some = images.normalize(images.validation.images[:32])
 with torch.inference_mode():
     same = torch.equal(pruned(some), package(some))
@@ -147,13 +176,52 @@ print(f"the package's stage `prune` gives the same network: {same}")
 # $p$. The share of the teacher, $\alpha$, is `alpha`. Gradients of softened probabilities shrink by $T^2$; the factor
 # undoes that.
 #
-# *Predict*: how much of the lost accuracy comes back in a few epochs?
+# ### Exercise 6.2 · Find the bugs: a loss that learns something else
+#
+# This function runs, and the loss falls. It has **three** bugs, all of them seen in published code.
+# Both logits are (images, classes), `labels` (images,). Return the loss of the formula, averaged over the images.
+#
+# ```python
+# hard = functional.cross_entropy(student_logits, labels)
+# log_q, log_p = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
+# soft = functional.kl_div(log_q, log_p, log_target=True)
+# return alpha * hard + (1 - alpha) * soft
+# ```
+#
+# <details><summary>Hint 1</summary>Compare the last line with the formula, factor by factor.</details>
+# <details><summary>Hint 2</summary>By what does <code>kl_div</code> divide unless told otherwise? Its documentation has a
+# warning: by images × classes. <code>reduction</code> changes that.</details>
+
+# %% tags=["exercise"]
+from torch.nn import functional
+
+
+def mixed_loss(
+    *,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    alpha: float,
+) -> torch.Tensor:
+    """The mean over a batch of the loss by labels and by the teacher's softened probabilities."""
+    ### BEGIN SOLUTION
+    hard = functional.cross_entropy(student_logits, labels)
+    log_q, log_p = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits))
+    soft = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return (1 - alpha) * hard + alpha * temperature**2 * soft
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("6.2", mixed_loss)
+
+# %% [markdown]
+# The pruned network trains with this loss beside the dense one, which computes its logits for each batch.
 
 # %%
 import copy
 from dataclasses import replace
-
-from torch.nn import functional
 
 from nnc_utils.data import Split
 
@@ -164,11 +232,8 @@ def soft_labels(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tens
     """The loss of a student beside the dense network."""
     with torch.no_grad():
         teacher_logits = dense(inputs)
-    student_logits = model(inputs).float()
-    hard = functional.cross_entropy(student_logits, labels)
-    log_q, log_p = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits.float()))
-    soft = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    return (1 - alpha) * hard + alpha * temperature**2 * soft
+    logits = {"student_logits": model(inputs).float(), "teacher_logits": teacher_logits.float()}
+    return mixed_loss(**logits, labels=labels, temperature=temperature, alpha=alpha)
 
 
 def trained(
@@ -180,6 +245,9 @@ def trained(
     training.fit(network, few, epochs=length, learning_rate=peak, loss=loss, **common)
     return network.eval()
 
+
+# %% [markdown]
+# *Predict*: how much of the lost accuracy comes back in a few epochs?
 
 # %% tags=["machine-dependent"]
 distilled = trained(pruned, soft_labels)
@@ -203,10 +271,10 @@ print(f"pruning lost {lost:.2f} percentage points, distillation brought back {ba
 from nnc_utils.quantization import activations, hessian_rounding
 
 
-def quantize(network: models.ResNet) -> models.ResNet:
+def quantize(network: models.ResNet, price: float = lambda_, curved: dict | None = None) -> models.ResNet:
     """Integers for weights and activations, without any training."""
-    curved = curvature.curvatures(network, seen, seed=seed)
-    rounded = hessian_rounding.quantize_network(network, curved, lambda_=lambda_)
+    curved = curved or curvature.curvatures(network, seen, seed=seed)
+    rounded = hessian_rounding.quantize_network(network, curved, lambda_=price)
     rounded = batch_norm.reestimate(rounded, seen, original=network)
     return activations.calibrate(rounded, seen)
 
@@ -218,19 +286,95 @@ print(f"{before['bytes'] / row['bytes']:.1f}× smaller than before; {bits:.1f} b
 print(f"accuracy {before['accuracy (%)']:.2f} % before, {row['accuracy (%)']:.2f} % after")
 
 # %% [markdown]
+# ### Exercise 6.3 · The λ of a budget
+#
+# Nobody is asked for a λ. They are asked for a file of at most so many bytes. `file_bytes(lambda_)` gives a file's
+# length; it falls as λ grows. Search between `low` and `high` by halving the interval `steps` times, **on a log scale**,
+# and return the end that fits the budget. If not even `high` fits, raise a `ValueError` that names the budget. Each call
+# of `file_bytes` rounds a whole network: make at most `steps` + 1 of them.
+#
+# <details><summary>Hint 1</summary>The middle of two numbers on a log scale is <code>(low * high) ** 0.5</code>.</details>
+# <details><summary>Hint 2</summary>If the middle fits, a smaller λ may fit, too: the middle becomes <code>high</code>. So
+# <code>high</code> always fits.</details>
+
+# %% tags=["exercise"]
+from collections.abc import Callable
+
+
+def price_for(
+    file_bytes: Callable[[float], int], budget: float, low: float, high: float, steps: int = 6
+) -> float:
+    """About the smallest λ between low and high whose file has at most so many bytes."""
+    ### BEGIN SOLUTION
+    if (least := file_bytes(high)) > budget:
+        raise ValueError(f"a file of {budget:,} bytes is asked for, {least:,} is the smallest: allow more")
+    for _ in range(steps):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if file_bytes(middle) <= budget else (middle, high)
+    return high
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("6.3", price_for)
+
+# %% [markdown]
+# Let the file be half as large as now. *Predict*: how many times larger must $\lambda$ be, and what does it cost?
+
+# %% tags=["machine-dependent"]
+curved = curvature.curvatures(distilled, seen, seed=seed)
+
+
+def file_bytes(price: float) -> int:
+    """The length of the distilled network's file at a price of a bit."""
+    return saved("trial", quantize(distilled, price, curved)).nbytes
+
+
+price = price_for(file_bytes, row["bytes"] / 2, low=lambda_, high=1e3 * lambda_)
+halved = measure("half the file", quantize(distilled, price, curved))
+print(f"λ = {price:.1e}, {price / lambda_:.0f} times larger; {halved['bytes']:,} of {row['bytes']:,} bytes")
+print(f"accuracy {row['accuracy (%)']:.2f} % before, {halved['accuracy (%)']:.2f} % now")
+
+# %% [markdown]
 # ## 5 · Do the gains multiply?
 #
-# Let rounding alone shrink the file $a$ times, and let pruning alone leave $b$ times fewer parameters. If the two were
-# independent, together they would make the file $a \cdot b$ times smaller. *Predict* the ratio of measured to
-# predicted: above 1 or below?
+# Let rounding alone shrink the file $a$ times, and pruning alone $b$ times. If the two were independent, together they
+# would make it $a \cdot b$ times smaller.
+#
+# ### Exercise 6.4 · Find the bug: a factor counted twice
+#
+# `sizes` has the bytes of the files `"dense"` (float32), `"dense, fp16"`, `"pruned"` (float16) and `"rounded only"`. A
+# report promises this product; it is too large. Return the right one, from files.
+#
+# ```python
+# return sizes["dense"] / sizes["rounded only"] * sizes["dense"] / sizes["pruned"]
+# ```
+#
+# <details><summary>Hint 1</summary>Which of these files hold 32 bits a weight, which 16?</details>
+# <details><summary>Hint 2</summary>Rounding starts from float32, so its factor contains the step to float16. Pruning's must not
+# contain it once more: compare two files of one kind.</details>
+
+# %% tags=["exercise"]
+def promised(sizes: dict[str, int]) -> float:
+    """How many times smaller than float32 a file would be if the gains of rounding and pruning multiplied."""
+    ### BEGIN SOLUTION
+    return sizes["dense"] / sizes["rounded only"] * sizes["dense, fp16"] / sizes["pruned"]
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("6.4", promised)
+
+# %% [markdown]
+# *Predict* the ratio of measured to predicted: above 1 or below?
 
 # %% tags=["machine-dependent"]
 alone = measure("rounded only", quantize(dense))
-by_rounding = first["bytes"] / alone["bytes"]
-predicted = fewer_parameters * by_rounding
+sizes = {name: step["bytes"] for name, step in steps.items()}
+by_rounding, predicted = first["bytes"] / alone["bytes"], promised(sizes)
 measured = first["bytes"] / steps["pruned, distilled, rounded"]["bytes"]
 ratio = measured / predicted
-print(f"rounding alone {by_rounding:.0f}×, pruning alone {fewer_parameters:.1f}× fewer parameters")
+print(f"rounding alone {by_rounding:.0f}×, pruning alone {half['bytes'] / sizes['pruned']:.1f}× smaller")
 print(f"predicted {predicted:.0f}×, measured {measured:.0f}×, ratio {ratio:.2f}")
 overlap = f"The gains overlap: the file is {1 / ratio:.1f} times larger than the product promises."
 print("The gains multiply." if ratio > 0.9 else overlap)
@@ -242,20 +386,45 @@ print("The gains multiply." if ratio > 0.9 else overlap)
 # ## 6 · Does the order matter?
 #
 # Swap the last two steps: round first, then distill. A rounded weight is an integer times its channel's **step**.
-# `pipeline.unrounded` gives back the same values as plain floats, which can be trained. *Predict*: after one gradient
-# step on them, how many are still an integer times the step?
+# `pipeline.unrounded` gives back the same values as plain floats, which can be trained.
+#
+# ### Exercise 6.5 · Is a weight still an integer?
+#
+# `weight` is (out, in, k, k), or (out, in) of a linear layer; `scale` (out,) has the step of each output channel. Return
+# the share of the weights, from 0 to 1, that lie within a hundredth of a step of an integer times the step.
+#
+# <details><summary>Hint 1</summary>Divide each weight by the step of its own channel. The step needs the shape (out, 1, …), with as
+# many dimensions as the weight.</details>
+# <details><summary>Hint 2</summary>How far is a number from its nearest integer? <code>.round()</code> finds it.</details>
+
+# %% tags=["exercise"]
+def share_on_grid(weight: torch.Tensor, scale: torch.Tensor) -> float:
+    """The share of weights that are an integer times their channel's step, to a hundredth of a step."""
+    ### BEGIN SOLUTION
+    step = scale.view(-1, *[1] * (weight.ndim - 1))
+    codes = weight / step
+    return float(((codes - codes.round()).abs() <= 0.01).float().mean())
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("6.5", share_on_grid)
+
+# %% [markdown]
+# *Predict*: after one gradient step on the plain floats, how many are still an integer times the step?
 
 # %% tags=["machine-dependent"]
+from nnc_utils import encoding
+
 rounded_first = quantize(pruned)
 layer = rounded_first.get_submodule("layer1.0.conv1")
-before = layer.weight.detach().clone()
+before, scale = layer.weight.detach().clone(), encoding.encoded(layer).scale
 plain = pipeline.unrounded(rounded_first).train()
 functional.cross_entropy(plain(seen[:64]), seen_labels[:64]).backward()
 moved = plain.get_submodule("layer1.0.conv1").weight
-after = moved - learning_rate * moved.grad
-still = (after == before).float().mean()
+after = (moved - learning_rate * moved.grad).detach()
 print(f"{before.unique().numel()} different values before the step, {after.unique().numel()} after it")
-print(f"{100 * still:.0f} % of the weights are still on their integer")
+print(f"on an integer: {share_on_grid(before, scale):.0%} before, {share_on_grid(after, scale):.0%} after")
 
 # %% [markdown]
 # So rounded weights cannot simply train on. **Quantization-aware training** keeps float weights behind the integers and
@@ -264,7 +433,6 @@ print(f"{100 * still:.0f} % of the weights are still on their integer")
 # trains with the rounding in the loop, and rounds once more.
 
 # %% tags=["machine-dependent"]
-from nnc_utils import encoding
 from nnc_utils.quantization import qat
 
 
@@ -309,13 +477,58 @@ print("distill before rounding, against rounding first:", between(*orders))
 # long as the dense network and the distillation together, without a teacher, and is rounded in the same way. What the
 # pipeline is worth is the difference to *this* network, not to the large one.
 #
-# *Predict*: is the rival above or below?
+# ### Exercise 6.6 · How narrow is the rival?
+#
+# `macs_of(width)` gives the MACs of a ResNet-18 whose channel counts are all multiplied by `width`. Return the largest
+# of the widths 1, 0.995, 0.99, … 0.005 whose MACs are at most `budget`; if none is, return the narrowest.
+#
+# <details><summary>Hint 1</summary><code>np.arange(1, 0, -0.005)</code> holds the widths, the largest first. Stop at the first that
+# fits.</details>
+# <details><summary>Hint 2</summary>A formula will not do: a layer's MACs grow with the square of the width, the stem's do not, and
+# channel counts are rounded. Ask <code>macs_of</code>.</details>
+
+# %% tags=["exercise"]
+import numpy as np
+
+
+def rival_width(macs_of: Callable[[float], int], budget: float) -> float:
+    """The largest width, in steps of 0.005, of a network within a budget of MACs."""
+    ### BEGIN SOLUTION
+    for width in np.arange(1, 0, -0.005):
+        if macs_of(width) <= budget:
+            break
+    return float(width)
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("6.6", rival_width)
+
+# %% [markdown]
+# *Predict*: at which width has the network 16 times fewer MACs?
 
 # %% tags=["machine-dependent"]
 from nnc_utils.baseline import narrow_resnet
 
+
+def resnet_of(width: float) -> models.Spec:
+    """The baseline's architecture, narrower."""
+    same = {name: getattr(dense.spec, name) for name in ("channels", "size", "classes", "stem")}
+    return models.resnet(bench.recipe["depth"], width=width * bench.recipe["width"], **same)
+
+
+width = rival_width(lambda width: models.macs(resnet_of(width)), budget)
+narrow_spec = resnet_of(width)
+print(f"width {width:.3f}, {first['MACs'] / models.macs(narrow_spec):.1f}× fewer MACs")
+print(f"the package takes the same: {narrow_resnet(dense.spec, bench.recipe, macs) == narrow_spec}")
+print(f"parameters: rival {models.parameters(narrow_spec):,}, pruned {models.parameters(pruned.spec):,}")
+
+# %% [markdown]
+# *Predict*: is the rival's accuracy above or below the pipeline's?
+
+# %% tags=["machine-dependent"]
 torch.manual_seed(seed)
-narrow = models.build(narrow_resnet(dense.spec, bench.recipe, macs))
+narrow = models.build(narrow_spec)
 narrow = trained(narrow, length=bench.recipe["epochs"] + epochs, peak=bench.recipe["learning_rate"])
 measure("narrow", narrow)
 measure("narrow, rounded", quantize(narrow))
@@ -358,6 +571,42 @@ table.astype(float).round({"accuracy (%)": 2, "times smaller": 1})
 # [`pipeline.py`](../nnc_utils/pipeline.py) turns the list of stages into a network, with the functions above. Every
 # configuration trains for the same number of images. Validation images decide what is claimed; only then does a fresh
 # process score the test images of each file, once.
+#
+# ### Exercise 6.7 · The same training for all
+#
+# What a list of stages does not train, its other stages get, in proportion to their own lengths. `epochs` has the length
+# of each stage's own training; a stage without an entry trains for 0. Return the lengths for `stages`, as a mapping,
+# so that they sum to `total`.
+#
+# <details><summary>Hint 1</summary>One factor for all stages of the list: <code>total</code> by the sum of their own
+# lengths.</details>
+# <details><summary>Hint 2</summary><code>epochs.get(stage, 0)</code> is 0 for a stage without an entry.</details>
+
+# %% tags=["exercise"]
+def lengths(stages: list[str], epochs: dict[str, float], total: float) -> dict[str, float]:
+    """The epochs of each of these stages, so that every list of stages trains for as many in all."""
+    ### BEGIN SOLUTION
+    own = {stage: epochs.get(stage, 0) for stage in stages}
+    scale = total / sum(own.values())
+    return {stage: scale * length for stage, length in own.items()}
+    ### END SOLUTION
+
+
+# %% tags=["checks", "nbval-check-output"]
+check("6.7", lengths)
+
+# %% [markdown]
+# Rounding at a price needs no training, so the stages before it get its epochs. *Predict* the two lengths that the
+# progress lines of the benchmark will show.
+
+# %% tags=["machine-dependent"]
+own, total = (
+    {"prune": prune_epochs, "distill": distill_epochs},
+    prune_epochs + distill_epochs + quantize_epochs,
+)
+for stages in (["prune", "distill", "quantize"], ["prune", "quantize"], ["narrow", "distill"]):
+    shared = lengths(stages, own, total)
+    print(" → ".join(f"{stage} {length:.2f}" for stage, length in shared.items()), "epochs")
 
 # %% tags=["benchmark"]
 candidates = bench.build(configurations + controls + peers)
@@ -391,18 +640,49 @@ figures.show(
 results.verdicts()
 
 # %% [markdown]
+# ## Questionnaire
+#
+# Answer each before you open it.
+#
+# <details><summary>1. Which three numbers judge every step, and of what are they taken?</summary>Bytes, MACs and accuracy. Bytes and
+# accuracy are those of a file that was saved and loaded again, not of the network in memory.</details>
+# <details><summary>2. Why is the step from float32 to float16 shown apart?</summary>It halves the file without any method. Whoever counts
+# it as pruning's, or counts it twice in a product of factors, promises too much.</details>
+# <details><summary>3. Why does pruning come before distillation?</summary>Removing channels changes what the network computes; training
+# then repairs the network that will be used. Removing channels after training would leave the damage in.</details>
+# <details><summary>4. What does compensation change that re-estimating batch-norm cannot?</summary>Compensation changes the weights of the
+# layers that read removed channels, by least squares. Batch-norm only shifts and scales each channel's sums.</details>
+# <details><summary>5. Pruning leaves 16 times fewer MACs. Why not 16 times fewer parameters?</summary>Parameters are mostly in the last
+# stage, MACs are spread over all. The two ratios depend on where channels were removed.</details>
+# <details><summary>6. What goes wrong in distillation without the factor T²?</summary>Gradients of the softened term shrink by about
+# T², so the labels rule the loss although α says otherwise. Nothing fails; the teacher is just hardly heard.</details>
+# <details><summary>7. What is λ, and what happens to the file if it grows?</summary>The loss that one bit may cost. With a larger λ more
+# weights become 0 or another cheap integer, and the file shrinks while the loss grows.</details>
+# <details><summary>8. Why is the product of the two factors not reached?</summary>Rounding turns unimportant weights into zeros, which
+# cost next to no bits. Pruning removes many of the same weights, so both factors count the same gain.</details>
+# <details><summary>9. Why can rounded weights not simply train on?</summary>A gradient step is no multiple of the step between
+# integers: after it hardly a weight is on its grid. The rounding has to be in the training, and be done once more
+# behind it.</details>
+# <details><summary>10. Why must the narrow rival get the baseline's epochs, too?</summary>The pipeline starts from a trained network. Its
+# training is part of what the pipeline has cost; a rival without it is only under-trained.</details>
+# <details><summary>11. Two networks with as many MACs: are their files as large?</summary>No. Parameters depend on which layers are
+# narrow: a pruned and a uniformly narrow network have other shares in the last stage.</details>
+# <details><summary>12. The paired interval of two orders contains 0. What may you say?</summary>That these images cannot tell which is
+# better. It does not show that they are equal.</details>
+#
 # ## Summary
 #
 # - Pruning and rounding both profit from the same weights, those that hardly matter: their gains overlap.
 # - Training after rounding needs the rounding in the loop, and a second rounding.
 # - The rival is a narrow network with an equal training budget and the same rounding. Say what you gain over *it*.
 #
-# **Questions.** (1) Why is the product of the two factors not reached? (2) What does a removed channel do to the scale
-# of the layer that reads it? (3) Why must the rival get the baseline's epochs, too?
+# **Experiments.** (1) Set `lambda_ = 1e-8`: what is left? `python -m nnc_utils.inspect FILE` shows each layer. (2) Give
+# the pipeline `"sparsity": 0.5`, so that half of the weights it keeps become 0: does the file shrink by half? (3) Add
+# `{"method": "pipeline", "stages": ["narrow", "distill", "quantize"], "macs": 16, "bits": 4}` to `configurations`: what
+# are the large network's weights worth?
 #
-# **Exercises.** (1) Set `lambda_ = 1e-8`: what is left? `python -m nnc_utils.inspect FILE` shows each layer. (2) Give the
-# pipeline `"sparsity": 0.5`, so that half of the weights it keeps become 0: does the
-# file shrink by half? (3) Add `{"method": "pipeline", "stages": ["narrow", "distill", "quantize"], "macs": 16,
-# "bits": 4}` to `configurations`: what are the large network's weights worth?
+# **Further reading.** [Han et al., 2016](https://arxiv.org/abs/1510.00149), the pipeline that became the model of many;
+# [Theis et al., 2018](https://arxiv.org/abs/1801.05787), Fisher pruning beside a teacher's soft labels;
+# [Blalock et al., 2020](https://arxiv.org/abs/2003.03033), how seldom pruning is compared with fair rivals.
 #
 # Next: [07_deployment](07_deployment.ipynb): what runtimes make of these files.
