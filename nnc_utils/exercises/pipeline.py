@@ -199,7 +199,7 @@ def grid(share_on_grid: Callable) -> None:
 
     def share(steps: torch.Tensor) -> float:
         off = left * step / steps
-        return float(((off - off.round()).abs() <= 0.01).float().mean())
+        return float(((off - off.round()).abs() <= 1e-4).float().mean())
 
     said = "Each output channel has a step of its own: you take one for all."
     for one in (scale.max(), scale.mean(), scale.min(), scale[0]):
@@ -208,9 +208,11 @@ def grid(share_on_grid: Callable) -> None:
         abs(given - share(scale.view(1, -1, 1, 1))) > 1e-6,
         "Your steps lie along the inputs, not the outputs.",
     )
-    near = torch.where(codes > 0, codes - 0.004, codes + 0.004) * step
-    said = "Up to a hundredth of a step to either side is still on the integer."
+    near = torch.where(codes > 0, codes - 4e-5, codes + 4e-5) * step
+    said = "Up to a ten-thousandth of a step to either side is still on the integer."
     same(share_on_grid(near, scale), 1.0, said)
+    said = "A weight a hundredth of a step from its integer has left it."
+    same(share_on_grid((codes + 0.01) * step, scale), 0.0, said)
     same(given, 0.75, "A quarter of these weights was moved by 0.3 steps: three quarters are on an integer.")
     linear = torch.tensor([[1.0, -2.5], [3.0, 0.0]])
     said = (

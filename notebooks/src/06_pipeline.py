@@ -391,7 +391,8 @@ print("The gains multiply." if ratio > 0.9 else overlap)
 # ### Exercise 6.5 · Is a weight still an integer?
 #
 # `weight` is (out, in, k, k), or (out, in) of a linear layer; `scale` (out,) has the step of each output channel. Return
-# the share of the weights, from 0 to 1, that lie within a hundredth of a step of an integer times the step.
+# the share of the weights, from 0 to 1, that are an integer times the step. A file keeps integers only, so allow no more
+# than float32's own rounding: a ten-thousandth of a step.
 #
 # <details><summary>Hint 1</summary>Divide each weight by the step of its own channel. The step needs the shape (out, 1, …), with as
 # many dimensions as the weight.</details>
@@ -399,11 +400,11 @@ print("The gains multiply." if ratio > 0.9 else overlap)
 
 # %% tags=["exercise"]
 def share_on_grid(weight: torch.Tensor, scale: torch.Tensor) -> float:
-    """The share of weights that are an integer times their channel's step, to a hundredth of a step."""
+    """The share of weights that are an integer times their channel's step, to a ten-thousandth of a step."""
     ### BEGIN SOLUTION
     step = scale.view(-1, *[1] * (weight.ndim - 1))
     codes = weight / step
-    return float(((codes - codes.round()).abs() <= 0.01).float().mean())
+    return float(((codes - codes.round()).abs() <= 1e-4).float().mean())
     ### END SOLUTION
 
 
@@ -424,7 +425,8 @@ functional.cross_entropy(plain(seen[:64]), seen_labels[:64]).backward()
 moved = plain.get_submodule("layer1.0.conv1").weight
 after = (moved - learning_rate * moved.grad).detach()
 print(f"{before.unique().numel()} different values before the step, {after.unique().numel()} after it")
-print(f"on an integer: {share_on_grid(before, scale):.0%} before, {share_on_grid(after, scale):.0%} after")
+shares = (100 * share_on_grid(weight, scale) for weight in (before, after))
+print("on an integer: {:.0f} % before, {:.0f} % after".format(*shares))
 
 # %% [markdown]
 # So rounded weights cannot simply train on. **Quantization-aware training** keeps float weights behind the integers and

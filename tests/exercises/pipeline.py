@@ -90,8 +90,8 @@ def factors(sizes):
     return (dense / rounded) * (half / pruned)
 
 
-def near(codes):
-    return ((codes - codes.round()).abs() <= 0.01).float().mean()
+def near(codes, tolerance=1e-4):
+    return ((codes - codes.round()).abs() <= tolerance).float().mean()
 
 
 def by_channel(weight, scale):
@@ -99,7 +99,7 @@ def by_channel(weight, scale):
 
 
 def below_is_off(weight, scale):
-    return ((weight.flatten(1) / scale[:, None]) % 1 <= 0.01).float().mean()
+    return ((weight.flatten(1) / scale[:, None]) % 1 <= 1e-4).float().mean()
 
 
 WIDTHS = [0.005 * step for step in range(1, 201)]
@@ -187,9 +187,10 @@ WRONG = {
     "6.5": [
         (lambda weight, scale: near(weight / scale.max()), "one for all"),
         (lambda weight, scale: near(weight / scale.view(1, -1, 1, 1)), "along the inputs"),
-        (lambda weight, scale: 1 - by_channel(weight, scale), "has left"),
+        (lambda weight, scale: 1 - by_channel(weight, scale), "has left its integers"),
         (lambda weight, scale: 100 * by_channel(weight, scale), "not percent"),
         (below_is_off, "to either side"),
+        (lambda weight, scale: near(weight / scale.view(-1, *[1] * (weight.ndim - 1)), 0.1), "has left it"),
         (lambda weight, scale: near(weight / scale.view(-1, 1, 1, 1)), "Of a linear layer"),
     ],
     "6.6": [
