@@ -90,6 +90,20 @@ def layout(path: Path) -> Layout:
     return found
 
 
+def alike(found: Layout) -> list[str]:
+    """A remark where all classes hold the same folders: those may be the classes, and these the splits."""
+    names = [
+        {folder.name for folder in _subfolders(found.folders["train"] / name)}
+        for name in found.images["train"]
+    ]
+    if len(shared := set.intersection(*names)) < 2:
+        return []
+    return [
+        f"all classes hold the folders {', '.join(sorted(shared)[:NAMED])}: if those are the classes, name "
+        "the folders above them train, validation and test"
+    ]
+
+
 def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name.lower() in SYSTEM
 

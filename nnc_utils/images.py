@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nnc_utils.image_files import HELD_OUT, NAMED, SPLITS, FolderError, Layout, layout, some
+from nnc_utils.image_files import HELD_OUT, NAMED, SPLITS, FolderError, Layout, alike, layout, some
 
 BACKGROUND = "white"  # under transparent pixels
+PHOTOMETRIC = 262  # TIFF's tag: 0 where white is 0, which Pillow minds in 8 bits only
 FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
 READING = {
     "frame": "the first of an animation",
@@ -81,6 +82,8 @@ def decode(path: Path) -> Image.Image:
         image = ImageOps.exif_transpose(opened)
         is_grey = image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
         if image.mode[0] in "IF":  # one channel of 16 or 32 bits
+            if getattr(opened, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+                raise ValueError("0 is white in this TIFF, and Pillow would read a negative: invert it first")
             image = _to_8_bits(image, sixteen=opened.format in ("PNG", "PPM"))
         elif image.has_transparency_data:
             image = image.convert("RGBA")
@@ -142,7 +145,8 @@ def read(path: Path, size: int) -> tuple[Folder, Arrays]:
         )
     origin = {which: f"the folder {folder}" for which, folder in found.folders.items()}
     origin |= {which: f"1 in {part} of each class of train, by content" for which, part in shares.items()}
-    return Folder(path, classes, origin, files, found.left_out, _remarks(images)), _arrays(images)
+    remarks = *_remarks(images), *alike(found)
+    return Folder(path, classes, origin, files, found.left_out, remarks), _arrays(images)
 
 
 @dataclass(frozen=True)

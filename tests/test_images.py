@@ -120,6 +120,19 @@ def test_a_range_that_is_not_clear_is_refused(tmp_path, values):
         images.read_image(tmp_path / "a.tif", 16)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_0_is_white_is_inverted_or_refused(tmp_path, bits):
+    grey(HALF if bits == 8 else HALF * 257.0, np.uint8 if bits == 8 else np.uint16).save(tmp_path / "a.tif")
+    black_is_0 = bytes.fromhex("06010300010000000100")  # the photometric tag, one short, of value 1
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content.replace(black_is_0, black_is_0[:-2] + bytes(2)))
+    if bits == 8:
+        assert (images.read_image(tmp_path / "a.tif", 16)[..., 0] == 255 - HALF).all()
+    else:
+        with pytest.raises(ValueError, match="0 is white"):
+            images.read_image(tmp_path / "a.tif", 16)
+
+
 @pytest.mark.parametrize("only_grey", [True, False])
 def test_the_program_of_the_readme_reads_what_training_read(tmp_path, monkeypatch, only_grey):
     """Its own code, with a session that keeps what it is given; on a folder that holds every kind."""
@@ -314,6 +327,15 @@ def test_splits_that_are_none_are_refused_with_what_to_rename(tmp_path, folders)
     with pytest.raises(data.DataError, match="mixes splits with something else") as refused:
         load(tmp_path)
     assert all(f"{name} (" in str(refused.value) for name in top) and "name its folders" in str(refused.value)
+
+
+@pytest.mark.parametrize("second", ["b", "other"])
+def test_classes_that_may_be_splits_are_told(tmp_path, second):
+    fill(tmp_path, dict.fromkeys(("imagesTr/a", "imagesTr/b", "imagesTs/a", f"imagesTs/{second}"), 4))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert load(tmp_path).classes == ("imagesTr", "imagesTs")
+    assert ["all classes hold the folders a, b" in str(w.message) for w in told] == [True] * (second == "b")
 
 
 def test_an_empty_split_is_not_replaced_in_silence(tmp_path):

@@ -151,3 +151,18 @@ def test_a_narrow_network_has_the_references_training_and_is_a_rival_without_tra
     rival = bench.trained_before(stored.spec)
     assert torch.equal(rival.fc.weight, artifact.load(path).fc.weight)
     assert bench.trained_before(models.three_stage(channels=1, size=8, classes=10, width=2)) is None
+
+
+def test_a_network_of_other_images_is_refused(trained):
+    root, copied = trained[0], FILE.replace("reference", "copied")
+    shutil.copytree(root / "results/reference", root / "results/copied")
+    path = root / "results/copied/provenance.json"
+    for digest, same in ((data.load("digits").digests(), True), ({"train": "0" * 16}, False)):
+        record = json.loads(path.read_text())
+        record["extra"]["images"] = digest
+        path.write_text(json.dumps(record))
+        if same:
+            assert again(pretrained=copied).pretrained
+        else:
+            with pytest.raises(tables.ResultError, match="images .*000.*, not "):
+                again(pretrained=copied).pretrained  # noqa: B018
