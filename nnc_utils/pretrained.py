@@ -89,12 +89,12 @@ def _place(weights: str | Path) -> Path:
     raise FileNotFoundError(f"no weights {weights}: there is no {' and no '.join(dict.fromkeys(places))}")
 
 
-def _network(content: object, file: str | Path) -> dict[str, Tensor]:
-    """The tensors of the first network in what a file holds, in torchvision's names and 32 bits."""
-    tensors = {ADDED.sub("", name): tensor for name, tensor in _flat(content)}
+def _network(content: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
+    """The tensors of the first network in a file, in torchvision's names and 32 bits."""
+    tensors = _without_masks({ADDED.sub("", name): tensor for name, tensor in content.items()})
     prefixes = [n.removesuffix(EVERY) for n in tensors if n == EVERY or n.endswith(f".{EVERY}")]
     if not prefixes:
-        names = ", ".join(list(tensors)[:3]) or f"no tensor ({type(content).__name__})"
+        names = ", ".join(list(tensors)[:3]) or "no tensor with a name"
         raise ValueError(f"{file} holds {names} ..., the weights of another network: {NEEDED}")
     first, *others = prefixes
     if others:
@@ -102,9 +102,18 @@ def _network(content: object, file: str | Path) -> dict[str, Tensor]:
     own = {name.removeprefix(first): tensor for name, tensor in tensors.items() if name.startswith(first)}
     own = _weights(own)
     for name, tensor in own.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{file}: {name} is {tensor.dtype}: weights before quantization are needed")
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.layout is not torch.strided:
+            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise ValueError(f"{file}: {name} is {kind}: dense floats from before quantization are needed")
     return {name: tensor.float() for name, tensor in own.items()}
+
+
+def _without_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With weight_orig · weight_mask, as `torch.nn.utils.prune` keeps a pruned layer, as its weight."""
+    for name in [name for name in tensors if f"{name.removesuffix('_orig')}_mask" in tensors]:
+        plain = name.removesuffix("_orig")
+        tensors[plain] = tensors.pop(name) * tensors.pop(f"{plain}_mask")
+    return tensors
 
 
 def _flat(content: object, before: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -116,8 +125,8 @@ def _flat(content: object, before: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _flat(value, f"{before}{key}.")
 
 
-def _read(path: Path) -> object:
-    """What a file holds; a ValueError says in one line what it is instead."""
+def _read(path: Path) -> dict[str, Tensor]:
+    """Every tensor that a file holds, by name; a ValueError says in one line what it is instead."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: the file of weights in it is needed")
     with path.open("rb") as file:
@@ -129,7 +138,7 @@ def _read(path: Path) -> object:
             return load_file(path)
         allowed = torch.serialization.safe_globals([argparse.Namespace])  # of torchvision's own training
         with path.open("rb") as file, allowed, warnings.catch_warnings(action="ignore"):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return dict(_flat(torch.load(file, map_location="cpu", weights_only=True)))
     except Exception as error:  # of many kinds, since these bytes may be anything
         raise ValueError(f"{path} is {_broken(error)}; {NEEDED}") from None
 

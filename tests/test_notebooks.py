@@ -48,6 +48,13 @@ def test_each_notebook_has_its_pair_and_each_pair_its_notebook():
     assert NOTEBOOKS and [path.stem for path in NOTEBOOKS] == [path.stem for path in sources]
 
 
+def test_images_have_as_many_pixels_as_figures_and_strides_need():
+    size = declared(ROOT / "notebooks/01_baseline.ipynb")["size"]
+    assert [size.check(pixels) for pixels in (0, 8, 1024)] == [0, 8, 1024]  # 0: as they are
+    with pytest.raises(ParameterError, match="0 or a whole number in"):
+        size.check(1)
+
+
 def test_one_pass_executes_every_notebook():
     assert sorted(name for step in STEPS for name in step) == [path.stem for path in NOTEBOOKS]
 

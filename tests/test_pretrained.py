@@ -16,6 +16,7 @@ import torch
 import torchvision
 from small_networks import with_statistics
 from torch import nn
+from torch.nn.utils import prune
 
 from nnc_utils.models import BlockSpec, Spec, build, resnet
 from nnc_utils.pretrained import load_pretrained
@@ -144,6 +145,21 @@ def test_a_file_is_what_it_holds_and_not_what_it_is_called(tmp_path):
         assert_same(ours, STATE)
 
 
+def test_masks_of_torchs_pruning_are_applied(tmp_path):
+    theirs = narrow()
+    for module in theirs.modules():
+        if isinstance(module, nn.Conv2d):
+            prune.l1_unstructured(module, "weight", 0.7)
+    pruned, ours = theirs.state_dict(), build(resnet(18, **NARROW))
+    assert "layer1.0.conv1.weight_orig" in pruned
+    assert load_pretrained(ours, saved(tmp_path / "w.pth", {"state_dict": led("module.", pruned)})) == []
+    for module in theirs.modules():
+        if isinstance(module, nn.Conv2d):
+            prune.remove(module, "weight")
+    assert_same(ours, theirs.state_dict())
+    assert float((ours.conv1.weight == 0).float().mean()) > 0.69
+
+
 def test_of_several_networks_the_first_is_taken_and_told(tmp_path, capsys):
     averaged = led("module.", narrow(1).state_dict()) | {"n_averaged": torch.tensor(7)}
     ours = build(resnet(18, **NARROW))
@@ -198,6 +214,12 @@ def cut(path, write):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def ring():
+    content = {}
+    content["state_dict"] = content
+    return content
+
+
 def bent(name, value):
     return {**STATE, name: STATE[name].index_fill(0, torch.tensor([1]), value)}
 
@@ -230,8 +252,17 @@ FOREIGN = {
     "a module in a wrapper": (lambda p: torch.save({"net": narrow()}, p), "would run the code of nnc_utils"),
     "code": (lambda p: torch.save({"state_dict": Evil()}, p), r"would run the code of \w+.system"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"conv1.weight": [1.0]})), "of another program"),
-    "a list": (lambda p: torch.save([torch.ones(3)], p), r"holds no tensor \(list\)"),
-    "nothing": (lambda p: torch.save({}, p), r"holds no tensor \(dict\)"),
+    "a list": (lambda p: torch.save([torch.ones(3)], p), "holds no tensor with a name"),
+    "nothing": (lambda p: torch.save({}, p), "holds no tensor with a name"),
+    "a ring": (lambda p: torch.save(ring(), p), "of another program"),
+    "sparse": (
+        lambda p: torch.save({**STATE, "conv1.weight": STATE["conv1.weight"].to_sparse()}, p),
+        "conv1.weight is torch.float32, torch.sparse_coo",
+    ),
+    "without values": (
+        lambda p: torch.save({name: tensor.to("meta") for name, tensor in STATE.items()}, p),
+        "conv1.weight is torch.float32, torch.strided, meta",
+    ),
     "another network": (
         lambda p: torch.save(nn.Sequential(nn.Linear(2, 2)).state_dict(), p),
         "holds 0.weight, 0.bias ..., the weights of another network",
@@ -247,7 +278,7 @@ FOREIGN = {
     ),
     "quantized": (
         lambda p: torch.save({**STATE, "layer2.0.conv1.weight": torch.ones(8, 4, 3, 3, dtype=torch.int8)}, p),
-        "layer2.0.conv1.weight is torch.int8: weights before quantization",
+        "layer2.0.conv1.weight is torch.int8, .*: dense floats from before quantization",
     ),
     "NaN": (
         lambda p: torch.save(bent("layer3.1.bn2.running_var", torch.nan), p),

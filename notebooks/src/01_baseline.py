@@ -36,7 +36,7 @@ epochs: float = 8.0  # [0.01, 1000] passes over the training images; the last ma
 learning_rate: float = 0.05  # [1e-6, 10] peak of the one-cycle schedule
 seed: int = 1  # [0, 1000000] of the weights, the order and the augmentation
 # what the benchmark also sets
-size: int = 0  # [0, 1024] pixels the images are resized to; 0: as they are (your own: 32)
+size: int = 0  # 0 or [8, 1024] pixels the images are resized to; 0: as they are (your own: 32)
 depth: int = 18  # {18, 34, 50} layers of the residual network; 50 is the teacher
 weights: str = ""  # start from these: imagenet, or a file in torchvision's format; empty: new weights
 pretrained: str = ""  # a trained network of this suite in the repository; empty: it is trained here
