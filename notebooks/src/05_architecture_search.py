@@ -40,7 +40,7 @@ epochs: float = 4.0  # [0.001, 1000] of the winner's training from scratch, and 
 configurations: list = [{"method": "winner", "macs": 32}, {"method": "three_stage", "macs": 32}]
 other_searchers: list[str] = []  # {optuna_nsga2} other tools that search, too
 steps: list[str] = ["search", "retrain"]  # {latency, search, retrain} a shard did the others
-blocks: int = 2  # [1, 4] the most blocks of a stage
+blocks: int = 2  # [2, 4] the most blocks of a stage
 latency_ms: float = 0.0  # [0, 1000] limit: predicted milliseconds of an image in int8; 0: none
 latency_networks: int = 20  # [4, 1000] blocks that are timed to predict it; half as many networks test that
 runtime: str = "onnxruntime"  # {onnxruntime, openvino} in which they are timed
@@ -601,11 +601,11 @@ check("5.5", queries_needed)
 ranked, random = np.sort(allowed)[::-1], np.random.default_rng(0)
 for best_networks in (round(0.05 * len(ranked)), 1):
     top = best_networks / len(ranked)
-    queries = queries_needed(top, sure=0.95)
-    found = random.choice(ranked, (5000, queries)).max(1) >= ranked[best_networks - 1]
-    predicted = 1 - (1 - top) ** queries
+    needed = queries_needed(top, sure=0.95)
+    found = random.choice(ranked, (5000, needed)).max(1) >= ranked[best_networks - 1]
+    predicted = 1 - (1 - top) ** needed
     print(
-        f"one of the best {best_networks} of {len(ranked)}: {queries} queries, predicted {predicted:.3f},",
+        f"one of the best {best_networks} of {len(ranked)}: {needed} queries, predicted {predicted:.3f},",
         end=" ",
     )
     print(f"measured {found.mean():.3f} of the searches: ratio {found.mean() / predicted:.3f}")
