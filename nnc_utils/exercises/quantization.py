@@ -24,7 +24,7 @@ def near(given: Any, wrong: Any) -> bool:
 def judge(given: Any, wanted: Any, otherwise: str, known: Iterable[tuple[Any, str]]) -> None:
     """Raise `Wrong` unless an answer is the wanted one; known wrong answers have sentences of their own."""
     for wrong, said in known:
-        expect(not near(given, wrong), said)
+        expect(near(wrong, wanted) or not near(given, wrong), said)
     same(given.detach() if isinstance(given, Tensor) else given, wanted, otherwise)
 
 
@@ -113,6 +113,7 @@ def kmeans_round(answer: Callable) -> None:
         ([0.2, 1.85, 4.0], "You take plain means: weight each value by its importance."),
         ([0.6, 1.85, 8.0], "Divide by the sum of the importances, not by the number of values."),
         ([1.2, 3.7, 8.0], "Those are sums: a mean divides by the sum of the importances."),
+        ([0.1, 1.85, 2.0], "Above the line stands Σ importance · value, not Σ value."),
         ([0.0, 2.3 / 4, 10.6 / 3], "You give each value the next level above it, not the nearest one."),
         ([2.3 / 5, 2.6, 4.0], "You give each value the next level below it, not the nearest one."),
     ]
@@ -125,7 +126,10 @@ def kmeans_round(answer: Callable) -> None:
     codebook = torch.tensor([0.1, 0.5, 1.0, 9.0], dtype=torch.float64)  # nothing is near to 9
     values, importance = values[:3], importance[:3] * torch.tensor([0, 1, 1])
     given = torch.as_tensor(answer(values, importance, codebook))
-    expect(bool(given.isfinite().all()), "A level without values has become 0 / 0: leave it where it is.")
+    expect(
+        bool(given.isfinite().all()),
+        "A level has become 0 / 0: it has no values, or they have no importance.",
+    )
     expect(not near(given[-1], 0), "A level without values has moved to 0: leave it where it is.")
     expect(len(given) == 4, "A level without values is gone: leave it where it is.")
     same(given, [0.1, 0.4, 1.1, 9.0], "A level whose values have no importance stays where it is.")
@@ -216,7 +220,8 @@ def widths(answer: Callable) -> None:
         if harm > least:
             equal = len(set(given.values())) == 1
             expect(
-                given["a"] > 2 or not equal, f"All widths are the smallest: {budget - taken} bytes are left."
+                given["a"] > 2 or not equal,
+                f"All widths are the smallest: {budget - taken} bytes are left. The price is far too high.",
             )
             expect(not equal, "All layers have the same width: they differ in what a byte buys.")
             expect(budget != 301, "A choice that takes exactly the budget keeps it: ≤ is asked for, not <.")
@@ -251,6 +256,8 @@ def straight_through(answer: Callable) -> None:
         known = [
             (above, "Outside the range the gradient of a weight is 0: the clamp must keep its gradient.")
         ]
+        late = "A ratio just outside the range gets 0, though its code is inside: clamp before you round."
+        known += [(above * (ratio.round().abs() <= last), late)]
         judge(own, above * inside, "A weight inside the range gets the gradient 1, outside 0.", known)
         codes = ratio.round().clamp(-last, last)
         known = [((above * codes).sum(), "The scale's gradient is the code alone: w / s depends on s, too.")]

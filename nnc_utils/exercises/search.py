@@ -249,7 +249,8 @@ def reinforce(policy_gradient: Callable) -> None:
         ),
     ):
         expect(not close(given, wrong), said)
-    same(given, wanted, "The mean of advantage · (one-hot − p), where it matters, is asked for.")
+    otherwise = "The mean over all samples of advantage · (one-hot − p), where it matters, is asked for."
+    same(given, wanted, otherwise)
     nothing = policy_gradient(chances.numpy(), chosen.numpy(), np.zeros((4, 2), bool), advantages.numpy())
     same(nothing, np.zeros((2, 3)), "If no decision matters, there is no gradient.")
 

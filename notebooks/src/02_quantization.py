@@ -104,9 +104,9 @@ print(f"{beyond:.2f} % lie beyond 3 deviations, the largest is {float(deviations
 #
 # ### Exercise 2.1 · Scale and zero-point
 #
-# Return the scale and the zero-point for a tensor of any shape. Symmetric: the weight that is largest without its sign gets the
+# Return the scale and the zero-point for a tensor of any shape. Symmetric: the weight with the largest absolute value gets the
 # last code. Affine: the smallest weight gets code 0, the largest gets $2^b-1$; the zero-point is a code, and the range must
-# hold 0 even where all weights have the same sign.
+# hold 0 even where all weights have the same sign. Both may be numbers or tensors of one number.
 #
 # <details><summary>Hint 1</summary>A scale is a width divided by a number of steps. Between n codes there are n − 1 steps.</details>
 # <details><summary>Hint 2</summary>Symmetric: <code>weights.abs().max()</code> is as wide as 2<sup>b−1</sup> − 1 steps.</details>
@@ -316,8 +316,8 @@ print(
 # ### Exercise 2.3 · One round of k-means
 #
 # Give each of the `values` (n,) its nearest level of the `codebook` (levels,), which ascends. Then move each level to the mean
-# of its values, each weighted by its `importance` (n,). A level that got no value, or none of an importance above 0, stays
-# where it is. Return the moved codebook.
+# of its values, each weighted by its `importance` (n,). A level stays where it is if it has no values, or if
+# the importances of its values add up to 0. Return the moved codebook.
 #
 # <details><summary>Hint 1</summary>Nearest: the borders lie in the middle between neighbouring levels.
 # <code>torch.bucketize(values, borders)</code> gives each value the number of its interval.</details>
@@ -560,8 +560,8 @@ for name, rounded in (("nearest", two.round()), ("compensated", torch.stack([fir
 #
 # ### Exercise 2.5 · The compensated target
 #
-# `weights` are (out, n), `factor` is $R$ (n, n). The columns before $j$ are rounded; `errors` (out, n) holds $w - \hat w$ for
-# them and 0 for the others. Return what the weights of column $j$ should become, (out,), so that entry $j$ of $R^\top \delta$
+# `weights` are (out, n), `factor` is $R$ (n, n). The columns before $j$ are rounded; `errors` (out, n) holds $w - \hat w = -\delta$
+# for them and 0 for the others. Return what the weights of column $j$ should become, (out,), so that entry $j$ of $R^\top \delta$
 # is 0 in each row. For column 0 that is the weights themselves.
 #
 # <details><summary>Hint 1</summary>Entry j of R<sup>T</sup>δ is Σ R<sub>ij</sub> δ<sub>i</sub> over i ≤ j: column j of R, from its
@@ -771,11 +771,11 @@ table.round(3)
 #
 # `cost[layer][width]` is in bytes, `loss[layer][width]` in nats. `at(price)` is given: what each layer takes at a price of a
 # byte. Return the widths, layer → width, at the lowest price that keeps the `budget`: together they take at most so many bytes.
-# Losses and bytes may have any size, so let the price go from $2^{-40}$ to $2^{40}$. A choice of less loss within the budget is
-# right, too.
+# Losses and bytes may have any size. The lowest price lies somewhere between $2^{-40}$ and $2^{40}$, not only at powers of two:
+# search until both ends are close. The smallest widths always fit. A choice of less loss within the budget is right, too.
 #
-# <details><summary>Hint 1</summary>The higher the price, the fewer bytes. Bisect the logarithm of the price: <code>low</code> is
-# always too cheap, <code>high</code> keeps the budget.</details>
+# <details><summary>Hint 1</summary>The higher the price, the fewer bytes. Bisect the logarithm of the price:
+# <code>high</code> always keeps the budget; <code>low</code> moves up where the middle does not.</details>
 # <details><summary>Hint 2</summary>A hundred halvings are plenty. Return the choice at <code>high</code>: that price was seen to
 # keep the budget.</details>
 
@@ -960,10 +960,10 @@ pd.DataFrame(lines).set_index("bits").round(1)
 # %% [markdown]
 # **What it means.** Much of what rounding breaks is not information: it is a shift and a scale of each channel, and
 # re-estimation undoes both. **Bias correction** ([Nagel et al., 2019](https://arxiv.org/abs/1906.04721)) undoes the shift only,
-# as if the layers before were not rounded. **What would fool you.** To move the mean by the
-# difference in its own unit and to scale the variance by the ratio. Where a channel has become nearly constant that is a ratio of
-# next to nothing, and the few images' error of the mean, divided by it, became a constant of many deviations. Counted in
-# deviations, the channel gets the constant that it has.
+# as if the layers before were not rounded. **What would fool you.** Adding the
+# difference of the means as it is. If rounding makes a channel nearly constant, its new deviation is tiny. The old difference,
+# divided by it, becomes a constant of many deviations. So the difference is divided by the old deviation and multiplied by the
+# new one.
 #
 # ## 12 · Can the network learn to live with the rounding?
 #
@@ -982,11 +982,13 @@ pd.DataFrame(lines).set_index("bits").round(1)
 # return codes * scale
 # ```
 #
-# Return the same values, with the gradients of LSQ: inside the range a weight gets 1, outside 0.
+# Return the same values, with the gradients of LSQ: inside the range, $|w/s| \le Q$, a weight gets 1, outside 0.
 #
 # <details><summary>Hint 1</summary><code>x + (f(x) - x).detach()</code> has the value of f(x) and the gradient of x.</details>
 # <details><summary>Hint 2</summary>Only the rounding is passed over. The clamp keeps its own gradient, and so does the division
 # by s: do not detach s.</details>
+# <details><summary>Hint 3</summary>Clamp before you round: with Q = 3 the ratio 3.2 is outside the range, although its code, 3, is
+# not.</details>
 
 
 # %% tags=["exercise"]
@@ -1013,8 +1015,8 @@ for weight in (0.3, 1.2, 9.0):
     rounded_lsq(torch.tensor([weight]), scale, 3).sum().backward()
     quantizer = UniformWeight(torch.tensor(1.0), bits=3, learn_scale=True)
     quantizer(torch.tensor([weight])).sum().backward()
-    package = float(quantizer.scale.grad) * 3**0.5  # LSQ scales the gradient by 1 / sqrt(weights * Q)
-    print(f"w = {weight}: gradient {float(scale.grad):+.2f}, the package {package:+.2f}")
+    theirs = float(quantizer.scale.grad) * 3**0.5  # LSQ scales the gradient by 1 / sqrt(weights * Q)
+    print(f"w = {weight}: gradient {float(scale.grad):+.2f}, the package {theirs:+.2f}")
 
 # %% [markdown]
 # Does the step find its place? Start from the range by max, descend the squared error of the rounded weights, and compare with
@@ -1069,12 +1071,12 @@ print(
 # level, as LSQ divides the gradient of its step. `{"method": "kmeans", "bits": 3, "train": "finetune"}` is measured so.
 #
 # **What it means.** The gradient of the step alone finds the range that section 3 had to search. In **quantization-aware
-# training** (`qat`) all steps and weights descend the loss of the task. Batch-norm stays unfolded: weights are rounded before
+# training** (`qat`) all steps and weights descend the loss of the task. Batch-norm stays unfolded (*folding* multiplies its scale into the weights): weights are rounded before
 # it, exactly as in the file, so that the integers that were trained are the integers that run. The first convolution and the
 # classifier stay at 8 bits; the bytes count them, too.
 #
 # **What would fool you.** A network that rounds and then multiplies floats is *fake-quantized*: right for training, no faster,
-# no proof. Lower a file to ONNX Runtime and count the operators that run in integers. *Predict*: one for each convolution, each
+# no proof. Convert a file for ONNX Runtime and count the operators that run in integers. *Predict*: one for each convolution, each
 # addition of a block, and the classifier.
 
 # %% tags=["machine-dependent"]

@@ -225,7 +225,8 @@ pd.DataFrame(by_hand[:, :, 0], index=space.widths[1], columns=inner).rename_axis
 # ### Exercise 5.2 · Look up a cost
 #
 # The package keeps each table as a `Term`. `term.values` is an array with an axis for each decision at `term.places`, in this
-# order. A network has this part if its number at `term.depth` is in the range `term.when`. Return the sum of the entries of
+# order. A network has this part if its number at `term.depth` is
+# in `term.when`, a Python `range`. Return the sum of the entries of
 # the parts that the architecture, a tuple of numbers, has.
 #
 # <details><summary>Hint 1</summary>An array takes a tuple as its index: <code>values[2, 0, 1]</code> is <code>values[(2, 0, 1)]</code>.</details>
@@ -669,7 +670,7 @@ for name, baseline in (("no baseline", 0.0), ("the mean reward", chances @ rewar
 # ### Exercise 5.6 · The gradient of REINFORCE
 #
 # `chances` are the probabilities $p$, (decisions, options). Of each sample `chosen`, (samples, decisions), has the numbers of
-# the options that were drawn. `matters`, a bool of the same shape, says which decisions are about something that exists;
+# the options that were drawn. `matters`, a bool of the same shape, says which decisions are about blocks that the network has;
 # others get no gradient. `advantages`, (samples,), are $R_i - b$. Return the estimate of the formula above, of `chances`'
 # shape.
 #
@@ -823,7 +824,8 @@ print(f"above random search in the median: {', '.join(ahead) or 'none'}")
 #
 # $$\tau = \frac{\sum_{i<j} \text{sign}(x_i - x_j)\,\text{sign}(y_i - y_j)}{\sqrt{n_x n_y}}$$
 #
-# 1 is the same order, 0 is no relation; $n_x$ and $n_y$ count the pairs that are not tied.
+# 1 is the same order, 0 is no relation; $n_x$ and $n_y$ count the pairs that are not tied in $x$ and in
+# $y$. It is called tau-b.
 #
 # ### Exercise 5.7 · Find the bug: ties
 #

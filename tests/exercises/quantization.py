@@ -182,6 +182,12 @@ def clamp_passed(weights, scale, last):
     return passed(ratio.round().clamp(-last, last), ratio) * scale
 
 
+def plain_sums(values, importance, codebook):
+    nearest = (values[:, None] - codebook).abs().argmin(1)
+    one_hot = torch.nn.functional.one_hot(nearest, len(codebook)).to(values)
+    return (one_hot.T @ values) / (one_hot.T @ importance)
+
+
 RIGHT = {
     "2.1": [from_above],
     "2.2": [per_channel],
@@ -222,6 +228,7 @@ WRONG = {
         (lambda *given: clusters(*given, choose=below), "next level below"),
         (in_place, "codebook that was given"),
         (lambda *given: clusters(*given, empty=lambda level: torch.nan), "0 / 0"),
+        (lambda values, importance, codebook: plain_sums(values, importance, codebook), "Above the line"),
         (lambda *given: clusters(*given, empty=lambda level: 0.0), "has moved to 0"),
         (lambda *given: clusters(*given, empty=lambda level: torch.inf), "is gone"),
     ],
@@ -265,6 +272,10 @@ WRONG = {
         (lambda *given: lsq()(*given).detach(), "at all"),
         (lambda weights, scale, last: lsq()(weights, scale.detach(), last), "reaches the scale"),
         (clamp_passed, "Outside the range"),
+        (
+            lambda w, s, last: (w / s + ((w / s).round() - w / s).detach()).clamp(-last, last) * s,
+            "before you round",
+        ),
         (lsq(held=True), "the code alone"),
     ],
 }
