@@ -1,6 +1,8 @@
 """nbgrader's own autograder gives the points that a submission deserves."""
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -27,6 +29,8 @@ def test_solved_half_solved_and_empty_get_two_one_and_no_points(solved, tmp_path
     from traitlets.config import Config
 
     monkeypatch.chdir(tmp_path)
+    tools = Path(sys.executable).parent  # nbgrader calls alembic by name
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     config = Config()
     config.CourseDirectory.root, config.CourseDirectory.course_id = str(tmp_path), "compression"
     source = tmp_path / "source/two/two.ipynb"

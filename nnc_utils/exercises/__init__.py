@@ -66,7 +66,7 @@ def same(given: Any, wanted: Any, otherwise: str, *, tolerance: float = 1e-4) ->
         raise Wrong(f"Your answer is a {type(given).__name__}: a number or a tensor is asked for.") from None
     wanted = torch.as_tensor(wanted, dtype=torch.float64)
     shapes = [tuple(tensor.shape) for tensor in (given, wanted)]
-    expect(shapes[0] == shapes[1], f"The shape is {shapes[0]}: {shapes[1]} is asked for.")
+    expect(shapes[0] == shapes[1], f"The shape is {shapes[0]}: {shapes[1]} is asked for. {otherwise}")
     expect(bool(torch.isfinite(given).all()), f"{otherwise} It holds numbers that are not finite.")
     largest = max(float(wanted.abs().max()) if wanted.numel() else 0.0, 1e-12)
     expect(bool(((given - wanted).abs() <= tolerance * largest).all()), otherwise)

@@ -236,7 +236,7 @@ def straight_through(answer: Callable) -> None:
     weights = torch.tensor([[0.3, -1.3, 2.1], [9.0, -5.0, 0.0]], requires_grad=True)
     for step, last in ((0.8, 3), (2.0, 1)):
         scale = torch.tensor(step, requires_grad=True)
-        ratio = weights.detach() / step
+        ratio = weights.detach() / scale.detach()
         known = [
             (ratio.round() * step, "You do not clamp: ±Q are the last codes."),
             (ratio.round().clamp(-last - 1, last) * step, "The codes end at −Q, not at −Q − 1."),
@@ -256,8 +256,9 @@ def straight_through(answer: Callable) -> None:
         known = [
             (above, "Outside the range the gradient of a weight is 0: the clamp must keep its gradient.")
         ]
-        late = "A ratio just outside the range gets 0, though its code is inside: clamp before you round."
-        known += [(above * (ratio.round().abs() <= last), late)]
+        late = "Whether a weight is inside is decided by its ratio, not by its code: clamp before you round."
+        ends = ratio.round().abs()  # what clamp passes at ±Q itself is a matter of torch's version
+        known += [(above * (ends <= last), late), (above * (ends < last), late)]
         judge(own, above * inside, "A weight inside the range gets the gradient 1, outside 0.", known)
         codes = ratio.round().clamp(-last, last)
         known = [((above * codes).sum(), "The scale's gradient is the code alone: w / s depends on s, too.")]

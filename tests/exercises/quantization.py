@@ -218,7 +218,7 @@ WRONG = {
         (by((1, 2, 3), reduce=torch.mean), "That is a mean"),
         (by((1, 2, 3), codes=True), "Those are codes"),
         (by((1, 2, 3), least=0), "has become NaN"),
-        (lambda weights, bits: per_channel(weights, bits).flatten(1), "Its shape is (3, 16)"),
+        (lambda weights, bits: per_channel(weights, bits).flatten(1), "The shape is (3, 16)"),
     ],
     "2.3": [
         (lambda *given: clusters(*given, mean=lambda own, counts: own.mean()), "plain means"),

@@ -41,9 +41,10 @@ TEXTS = ("report", "details")  # .md of a profile
 
 
 def text(profile_dir: Path, name: str = "report") -> str:
-    """What ``report.md`` or ``details.md`` of a profile says, from its tables."""
+    """What ``report.md`` or ``details.md`` of a profile says; or the headline, without its figure."""
     tables = Tables(profile_dir)
-    return tidy(template(f"{name}.md.j2", tables).render(t=tables, place=""))
+    place = None if name == "headline" else ""
+    return tidy(template(f"{name}.md.j2", tables).render(t=tables, place=place))
 
 
 def write(profile_dir: Path) -> None:
