@@ -139,7 +139,7 @@ print(f"engines here: {', '.join(engines)}; we take {engine}")
 # %% [markdown]
 # ### Which lines do nothing, and say little?
 #
-# Batch-norm is folded into the convolution before it. Then observers are inserted that watch the ranges of the
+# Batch-norm is [folded](../docs/glossary.md#folding) into the convolution before it. Then observers are inserted that watch the ranges of the
 # activations, and everything is converted. *Predict*: which of these lines raise an error, and which do nothing?
 
 # %% tags=["nbval-check-output"]
@@ -243,7 +243,7 @@ print(on_gpu)
 #
 # ### Done right: integers that a runtime computes with
 #
-# The same idea in this course's form: codes and scales in a file, and a range at every place where a runtime stores a
+# The same idea in this course's form: codes and scales in a file, and a range at every place where a [runtime](../docs/glossary.md#runtime) stores a
 # tensor. An integer runtime is then *asked* how much of it really runs in integers, and refused otherwise.
 # [02_quantization](02_quantization.ipynb) builds the codes, [07_deployment](07_deployment.ipynb) the runtimes.
 
@@ -335,7 +335,7 @@ provoke(2, "the same with strict=False", lambda: fresh.load_state_dict(state, st
 # ### Is a masked network smaller?
 #
 # Without a share $a$ of the filters, a convolution has $1-a$ of its outputs and $1-a$ of its inputs. *Predict* the file
-# from that. Then mask as the recipe does, and ask the file system.
+# from that. Then [mask](../docs/glossary.md#mask) as the recipe does, and ask the file system.
 
 # %% tags=["machine-dependent"]
 masked = copy.deepcopy(model)
@@ -409,7 +409,7 @@ print(f"masked: {ratio:.1f}× smaller, {times['fp32'] / times['masked']:.1f}× f
 #
 # A ResNet-50 teaches a *new* ResNet-18, by the divergence of their softened outputs alone (after
 # [Hinton et al., 2015](https://arxiv.org/abs/1503.02531), who also used the labels). *Predict*, before anything is
-# trained, how large the student's file will be: four bytes times the parameters of a ResNet-18.
+# trained, how large the [student](../docs/glossary.md#teacher-and-student)'s file will be: four bytes times the parameters of a ResNet-18.
 
 # %% tags=["machine-dependent"]
 from torch.nn import functional
@@ -603,10 +603,19 @@ for technique in ("quantization", "pruning", "distillation", "pipeline"):
 # - Three steps in a row compress only if each keeps what the one before has done.
 # - Ask the file, the clock, and the labels, after each step.
 #
-# **Questions.** (1) Why is a masked file with its masks twice as large? (2) Why can a residual network not be converted
-# as it stands? (3) What does a loss without labels learn from a bad teacher?
+# ## Questionnaire
 #
-# **Exercises.** (1) Set `amount = 0.5`: predict all three sizes of step 2 before you run. (2) Compress the masked
+# <details><summary>1. Why does the engine called qint8 not exist?</summary>qint8 is a data type. A backend is a library that computes with it, such as x86 or qnnpack.</details>
+# <details><summary>2. Which of the recipe's lines fail without a message?</summary>Those that convert nothing: without a configuration and without modules that fit, the network comes back as it was.</details>
+# <details><summary>3. Why can a residual network not be converted as it stands?</summary>Its addition has no integer version unless a module stands for it: plus signs on quantized tensors raise an error.</details>
+# <details><summary>4. Why is a masked file with its masks twice as large?</summary>Each mask is stored beside the weights, in as many numbers.</details>
+# <details><summary>5. Why does a mask not make the network faster?</summary>The kernel multiplies zeros as it multiplies any other number.</details>
+# <details><summary>6. What is left of the first two steps after the third?</summary>Nothing: the student is a new network with weights of its own.</details>
+# <details><summary>7. What does a loss without labels learn from a bad teacher?</summary>The teacher's mistakes, exactly.</details>
+# <details><summary>8. Why is four times smaller not quite reached by int8?</summary>Scales, batch-norm and the description take bytes, too; what stays in floats is not four times smaller.</details>
+# <details><summary>9. In which order do the three ideas keep what the one before has done?</summary>Prune what there is too much of, distill into what is left, quantize last.</details>
+#
+# **Try it.** (1) Set `amount = 0.5`: predict all three sizes of step 2 before you run. (2) Compress the masked
 # network's file with `gzip`: does the mask pay then, and what of it does a runtime see? (3) Set `teacher_epochs = 4`:
 # does the student by divergence alone still say the teacher's mistakes? (4) Convert the masked network instead of the
 # dense one: how many of the claimed 4× × 8× does the file show?

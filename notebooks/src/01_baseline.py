@@ -185,7 +185,7 @@ ratio = measured("parameters in the last stage (%)", last)
 # ### Exercise 1.2 · MACs of a layer
 #
 # Beside the fields of exercise 1.1 a layer knows `size_in` and `size_out`, the height and width of its input and its output
-# in pixels (1 for the classifier). Return its MACs for one image.
+# in pixels (1 for the classifier). Return its [MACs](../docs/glossary.md#macs) for one image.
 #
 # <details><summary>Hint 1</summary>At one pixel of the output, each weight is used once.</details>
 # <details><summary>Hint 2</summary>With stride 2 the output has a quarter of the input's pixels.</details>

@@ -317,7 +317,7 @@ print(
 #
 # Give each of the `values` (n,) its nearest level of the `codebook` (levels,), which ascends. Then move each level to the mean
 # of its values, each weighted by its `importance` (n,). A level stays where it is if it has no values, or if
-# the importances of its values add up to 0. Return the moved codebook.
+# the importances of its values add up to 0. Return the moved [codebook](../docs/glossary.md#codebook).
 #
 # <details><summary>Hint 1</summary>Nearest: the borders lie in the middle between neighbouring levels.
 # <code>torch.bucketize(values, borders)</code> gives each value the number of its interval.</details>
@@ -390,7 +390,7 @@ print(f"({errors[0] / errors[1]:.2f} times smaller)")
 
 # %% [markdown]
 # **What it means.** K-means gains most where few weights lie far out. A layer whose weights are close to a bell curve gains
-# little, and an integer runtime cannot compute with codebooks.
+# little, and an integer [runtime](../docs/glossary.md#runtime) cannot compute with codebooks.
 #
 # ## 6 · Which errors matter?
 #
@@ -736,7 +736,7 @@ print(huffman({-2: 1, -1: 3, 0: 8, 1: 3, 2: 1}))
 print(f"Huffman {huffman_bits(message):.3f} bits a code, entropy {entropy(message):.3f}, fixed width 3")
 
 # %% [markdown]
-# A word has whole bits, at least one: with 95 % zeros that is three times the entropy. The files here use
+# A word has whole bits, at least one: with 95 % zeros that is three times the [entropy](../docs/glossary.md#entropy-coding). The files here use
 # [asymmetric numeral systems](https://arxiv.org/abs/1311.2540) (Duda, 2013), which spend fractions of a bit. *Predict* the
 # bytes of the layer from the counts of its codes.
 
@@ -1152,7 +1152,7 @@ for (_, title), row in smallest.iterrows():
 # %% [markdown]
 # ## Summary
 #
-# - A code, a scale and a zero-point make a quantizer. The range and the granularity decide its error.
+# - A code, a scale and a [zero-point](../docs/glossary.md#scale-and-zero-point) make a quantizer. The range and the granularity decide its error.
 # - Errors count by the curvature of the loss, within a channel more than between channels, and they can cancel. A price $\lambda$
 #   of a bit joins loss and bytes.
 # - Bits are what the entropy coder takes. Measure the file.

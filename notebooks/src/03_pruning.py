@@ -18,7 +18,7 @@
 #
 # What can be removed from a trained network? A practitioner scores each part, removes the lowest, lets the rest make up
 # for it, and trains on. Some removals make a *file* smaller and leave the arithmetic as it was. Others give an ordinary,
-# smaller network that every runtime makes faster.
+# smaller network that every [runtime](../docs/glossary.md#runtime) makes faster.
 #
 # **You will be able to** mask weights by magnitude, gradient and curvature; correct the weights that stay; remove
 # channels across residual connections; and tell a smaller file from a smaller computation. **You need**
@@ -389,7 +389,7 @@ for name, weight in (("masked", toy * mask_of(toy.abs(), 0.5)), ("reconstructed"
 
 # %% [markdown]
 # The package solves all rows at once by a few steps of conjugate gradients. Now a real layer. *Predict* the loss on
-# images that it has not seen: with the mask alone, and reconstructed with as many zeros.
+# images that it has not seen: with the [mask](../docs/glossary.md#mask) alone, and reconstructed with as many zeros.
 
 # %% tags=["machine-dependent"]
 from nnc_utils import curvature
@@ -689,7 +689,7 @@ print(f"MACs: {models.macs(masked.spec) / models.macs(model.spec):.0%} of before
 
 # %% [markdown]
 # **What it means.** The formula knows one share for all layers. In the file each layer's mask has its own entropy; the
-# header and batch-norm need bytes, too. The MACs did not move.
+# header and batch-norm need bytes, too. The [MACs](../docs/glossary.md#macs) did not move.
 #
 # ## 8 · Removing channels: a smaller network
 #

@@ -201,7 +201,7 @@ table.round(3)
 #
 # ### Exercise 4.2 · Find the bugs: a loss that trains
 #
-# This loss runs without an error, and its student learns. It has five bugs:
+# This loss runs without an error, and its [student](../docs/glossary.md#teacher-and-student) learns. It has five bugs:
 #
 # ```python
 # student_logits, teacher_logits = student(inputs).float(), teacher(inputs).float()
@@ -594,7 +594,7 @@ for alone in (2, 10, 20, 50):
 # **What it means.** A short training pays for no cache. The cache pays as soon as the training with an online teacher has
 # more epochs than there are copies: then each copy is used more than once.
 #
-# *Predict* from the MACs how much longer a step takes with the teacher online; then measure.
+# *Predict* from the [MACs](../docs/glossary.md#macs) how much longer a step takes with the teacher online; then measure.
 
 # %%
 import statistics
@@ -720,7 +720,7 @@ results.verdicts()
 # - Soft labels carry what the teacher knows of the other classes. $T^2$ keeps their gradient's size.
 # - A small student need not be as sure as its teacher: standardized logits and correlations ask for the ranking.
 # - Features of different widths can be compared by a regressor, or by what has no channels: similarities and attention.
-# - Wrong distillation trains without an error: compare gradients, and keep a control that must fail.
+# - Wrong distillation trains without an error: compare gradients, and keep a [control](../docs/glossary.md#control) that must fail.
 # - A teacher costs time. Cached logits make it cheap, with fixed augmentations.
 #
 # **Try it.** (1) Add `{"method": "kd", "width": 0.25, "alpha": 0.5}` to `configurations`: does the student gain? (2) Add `{"method": "dist", "width": 0.25}` and

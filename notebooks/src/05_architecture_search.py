@@ -322,7 +322,7 @@ def features(spec: models.Spec) -> np.ndarray:
 # **relative** errors of the formula above.
 #
 # ```python
-# scale = inputs.max(0)  # MACs are millions, calls are ones: the solver wants numbers of one size
+# scale = inputs.max(0)  # [MACs](../docs/glossary.md#macs) are millions, calls are ones: the solver wants numbers of one size
 # coefficients, _ = nnls(inputs / scale, times)
 # return coefficients / scale
 # ```
@@ -389,7 +389,7 @@ figures.show(
 #
 # Networks of the space differ in how much of a layer they use. So train *one*, the largest, such that the first $c$
 # channels of each layer, and the middle of each kernel, are a good network, too (a **supernet**). A smaller network is a
-# slice. *Predict*: which share of the supernet's weights does the smallest network use?
+# slice. *Predict*: which share of the [supernet](../docs/glossary.md#supernet)'s weights does the smallest network use?
 
 # %%
 import torch.nn.functional as F
@@ -437,7 +437,7 @@ print(f"the smallest has {100 * counts[0] / counts[1]:.1f} % of the largest one'
 # ### How does one set of weights learn to be many networks?
 #
 # By the **sandwich rule** ([Yu and Huang, 2019](https://arxiv.org/abs/1903.05134)): each step trains the largest network,
-# one of the narrowest and two random ones between. The largest learns from labels, the others from its soft labels:
+# one of the narrowest and two random ones between. The largest learns from labels, the others from its [soft labels](../docs/glossary.md#soft-labels):
 #
 # $$L = \text{CE}(z_\text{largest}, y) + \sum_{\text{others}} \text{CE}(z, \text{softmax}(z_\text{largest}))$$
 #

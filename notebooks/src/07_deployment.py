@@ -214,8 +214,8 @@ largest = int(sums.abs().max())
 print(f"largest sum {largest:,}: {largest.bit_length() + 1} bits with its sign")
 
 # %% [markdown]
-# The clamp at 0 is the ReLU, since the zero-point behind a ReLU is 0. Do these integers agree with the network whose
-# activations were rounded during calibration?
+# The clamp at 0 is the ReLU, since the [zero-point](../docs/glossary.md#scale-and-zero-point) behind a ReLU is 0. Do these integers agree with the network whose
+# activations were rounded during [calibration](../docs/glossary.md#calibration)?
 
 # %% tags=["nbval-check-output"]
 network = artifact.network(int8)
@@ -280,7 +280,7 @@ def fall_back(spec: models.Spec, lost: str) -> list[str]:
 check("7.4", fall_back)
 
 # %% [markdown]
-# Ask the runtime. The second tensor is the output of a block.
+# Ask the [runtime](../docs/glossary.md#runtime). The second tensor is the output of a block.
 
 
 # %% tags=["nbval-check-output"]
@@ -575,7 +575,7 @@ for timed in timing.networks[:1] + [n for n in timing.networks if n.stored.spec 
 #
 # **Agreement** is the share of test images to which the runtime gives the class that the artifact gives in eager PyTorch.
 # *Predict* it for int8. (Where a runtime computes in fp32, or from the same codes in `s8s8`, the first thousand images are
-# compared; if they agree the accuracy is the artifact's, and no agreement is given.)
+# compared; if they agree the accuracy is the [artifact](../docs/glossary.md#artifact)'s, and no agreement is given.)
 
 # %% tags=["machine-dependent"]
 answers = {"accuracy": "accuracy (%)", "agreement": "agreement (%)"}

@@ -268,8 +268,18 @@ print(f"{run.finish().run} is finished; the rest is in {folder.name}/report.md")
 # with `differ` ten times as large: does the share change, and does the width of the interval? (3) Take the row of
 # `hessian_rounding` with the smallest file and find out which images it loses: are they of one class?
 #
-# **Questions.** Why is the interval of section 2 narrower than that of each accuracy? Which of its parts shrinks with
-# more seeds, and which with more images? Why does the audit not use the code that wrote the tables?
+# ## Questionnaire
+#
+# <details><summary>1. Why is the paired interval narrower than that of each accuracy?</summary>Most images are right or wrong for both networks. They add noise to each accuracy, and none to the difference.</details>
+# <details><summary>2. What shrinks an interval: more seeds or more images?</summary>More images. Seeds say how much another training differs, which the interval does not contain.</details>
+# <details><summary>3. Why are one win and one loss added before the deviation is taken?</summary>So that few differing images do not promise too much, and no interval has the width 0.</details>
+# <details><summary>4. A difference is −0.05 [−0.11, +0.00]. Is the network within 0.3 pp?</summary>Yes: the whole interval is above −0.3.</details>
+# <details><summary>5. A difference is −0.26 [−0.41, −0.10]. Is it?</summary>These images cannot tell: the interval holds −0.3.</details>
+# <details><summary>6. Why is a claim chosen on validation images?</summary>The best of many on the test set is partly luck, and the test set can no longer say so.</details>
+# <details><summary>7. Sixty pairs are compared. How many look different by chance?</summary>Up to three, where none is.</details>
+# <details><summary>8. Why does a claim need three seeds?</summary>A single training may be lucky; the mean of three differs less.</details>
+# <details><summary>9. Why are there two speed-ups, and which is honest?</summary>Against eager PyTorch a runtime alone gains much. Against the fastest fp32 runtime only compression counts.</details>
+# <details><summary>10. Why does the audit not use the code that wrote the tables?</summary>A mistake in that code would agree with itself.</details>
 #
 # **Further reading.** Dietterich, [Approximate statistical tests for comparing supervised classification learning
 # algorithms](https://direct.mit.edu/neco/article/10/7/1895/6224) (1998). Blalock et al., [What is the state of neural
