@@ -163,9 +163,10 @@ def test_a_prediction_is_kept_beside_what_was_measured(capsys):
     from nnc_utils.exercises import predictions
 
     predictions.predict("parameters of the last stage (%)", 25)
-    assert predictions.measured("parameters of the last stage (%)", 75) == 3
+    predictions.measured("parameters of the last stage (%)", 75)
     assert "you predicted 25, measured 75: ratio 3.00" in capsys.readouterr().out
-    assert predictions.measured("never asked", 2) is None
+    predictions.measured("never asked", 2)
+    assert "measured 2; you predicted nothing" in capsys.readouterr().out
     [axes] = predictions.show().axes
     assert [bar.get_width() for bar in axes.patches] == [pytest.approx(3)]
 

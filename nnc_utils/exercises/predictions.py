@@ -14,14 +14,13 @@ def predict(what: str, value: float) -> None:
     _PREDICTED[what] = float(value)
 
 
-def measured(what: str, value: float) -> float | None:
-    """Show a measured value beside its prediction; the ratio of the two, or None where none was made."""
-    if what not in _PREDICTED:
+def measured(what: str, value: float) -> None:
+    """Print a measured value beside its prediction, and the ratio of the two."""
+    if not _PREDICTED.get(what):
         print(f"{what}: measured {value:.4g}; you predicted nothing")
-        return None
-    _RATIOS[what] = float(value) / _PREDICTED[what] if _PREDICTED[what] else float("inf")
+        return
+    _RATIOS[what] = float(value) / _PREDICTED[what]
     print(f"{what}: you predicted {_PREDICTED[what]:.4g}, measured {value:.4g}: ratio {_RATIOS[what]:.2f}")
-    return _RATIOS[what]
 
 
 def show() -> Figure:

@@ -53,8 +53,7 @@ import torch
 from bench.session import Bench
 from nnc_utils import artifact, data, evaluation, figures, models, training
 from nnc_utils.baseline import Train
-from nnc_utils.exercises import check
-from nnc_utils.exercises.predictions import measured, predict, show
+from nnc_utils.exercises import check, predictions
 
 figures.style()
 bench = Bench("01_baseline", globals())
@@ -152,7 +151,7 @@ check("1.1", parameters_of)
 # *Predict*: what share of all parameters is in the last of the four stages? A naive guess stands there; put yours.
 
 # %%
-predict("parameters in the last stage (%)", 25)
+predictions.predict("parameters in the last stage (%)", 25)
 
 # %% tags=["nbval-check-output"]
 predicted_parameters = sum(parameters_of(layer) for layer in layers)
@@ -170,7 +169,7 @@ shares = pd.DataFrame(
 shares = shares.groupby(level=0, sort=False).sum()
 shares = 100 * shares / shares.sum()
 last = shares.loc["layer4", "parameters"]
-ratio = measured("parameters in the last stage (%)", last)
+predictions.measured("parameters in the last stage (%)", last)
 
 # %% [markdown]
 # **What it means.** Nearly all parameters are in the last stage, where the images have become tiny. A method that
@@ -206,7 +205,7 @@ check("1.2", macs_of)
 # *Predict*: is the last stage's share of the MACs larger or smaller than its share of the parameters?
 
 # %%
-predict("MACs in the last stage (%)", 75)
+predictions.predict("MACs in the last stage (%)", 75)
 
 # %% tags=["nbval-check-output"]
 from torch.utils.flop_counter import FlopCounterMode
@@ -216,7 +215,7 @@ with FlopCounterMode(display=False) as counter, torch.inference_mode():
     model.eval()(torch.zeros(1, images.channels, images.size, images.size))
 counted_macs = counter.get_total_flops() // 2
 print(f"predicted {predicted_macs:,}   counted {counted_macs:,}   ratio {counted_macs / predicted_macs:.3f}")
-ratio = measured("MACs in the last stage (%)", shares.loc["layer4", "MACs"])
+predictions.measured("MACs in the last stage (%)", shares.loc["layer4", "MACs"])
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 2.8))
@@ -560,7 +559,9 @@ seeds[["profile", "train_images", "train_seconds", "correct", "accuracy"]].round
 # How near were they? A bar at 1 means that you understood.
 
 # %%
-figures.show(show(), "For each prediction a bar: what was measured, divided by what was predicted")
+figures.show(
+    predictions.show(), "For each prediction a bar: what was measured, divided by what was predicted"
+)
 
 # %% [markdown]
 # ## Summary

@@ -59,7 +59,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import encoding, figures
-from nnc_utils.exercises import check
+from nnc_utils.exercises import check, predictions
 from nnc_utils.quantization import uniform
 
 figures.style()
@@ -71,6 +71,9 @@ model, images = bench.dense, bench.images
 #
 # Before choosing codes, look at what they are for. A bell curve has 0.3 % of its draws beyond three standard deviations.
 # *Predict*: do the weights have more? And how far out is the largest?
+
+# %%
+predictions.predict("weights beyond 3 deviations (%)", 0.27)
 
 # %% tags=["machine-dependent"]
 weights = model.get_submodule(layer).weight.detach()
@@ -88,6 +91,7 @@ axes.set(
 figures.show(figure, f"Histogram of the weights of {layer} on a log axis, with the largest one marked")
 beyond = 100 * float((deviations.abs() > 3).float().mean())
 print(f"{beyond:.2f} % lie beyond 3 deviations, the largest is {float(deviations.abs().max()):.1f} out")
+predictions.measured("weights beyond 3 deviations (%)", beyond)
 
 # %% [markdown]
 # **What it means.** Nearly all weights live in the middle. But of many thousands the largest lies far out, and the textbook
@@ -187,6 +191,9 @@ for symmetric in (True, False):
 # Inside a step every place is about as likely as another. The error is then spread evenly over one step, and its root mean
 # square is $s / \sqrt{12}$. *Predict*: down to how many bits does this hold?
 
+# %%
+predictions.predict("bits down to which s/√12 holds", 4)
+
 # %% tags=["machine-dependent"]
 lines = []
 for width in (8, 6, 4, 3, 2):
@@ -199,6 +206,7 @@ for width in (8, 6, 4, 3, 2):
     }
 table = pd.DataFrame(lines).set_index("bits")
 holds = table.index[(table["ratio"] - 1).abs() < 0.05]
+predictions.measured("bits down to which s/√12 holds", int(holds.min()))
 print(
     f"within 5 % of the formula down to {holds.min()} bits; with 2 bits the ratio is {table['ratio'][2]:.2f}"
 )
@@ -291,12 +299,16 @@ check("2.2", rounded_per_channel)
 # %% [markdown]
 # *Predict*: how large is the square error per channel, as a share of that per tensor?
 
+# %%
+predictions.predict("square error per channel ÷ per tensor", 0.5)
+
 # %% tags=["machine-dependent"]
 by_channel = rounded_per_channel(weights, 8)
 peaks = weights.flatten(1).abs().amax(1)
 codes, scale, _ = quantize(weights, 8)
 predicted = float((peaks / peaks.max()).square().mean())
 measured = float((by_channel - weights).square().mean() / (codes * scale - weights).square().mean())
+predictions.measured("square error per channel ÷ per tensor", measured)
 theirs = encoding.decode(uniform.quantize(weights, bits=8, per_channel=True))
 print("the package does the same:", torch.allclose(by_channel, theirs, atol=1e-7))
 print(
@@ -1148,6 +1160,15 @@ smallest = kept.loc[kept["size_ratio"].groupby("method").idxmax()].sort_values("
 print(f"profile {results.name}: the smallest file of each method that loses 0.3 pp or less on average")
 for (_, title), row in smallest.iterrows():
     print(f"{row['size_ratio']:.1f} times smaller, {row['accuracy_delta']:+.2f} pp: {title}")
+
+# %% [markdown]
+# ## Your predictions
+#
+# How near were they? A bar at 1 means that you understood.
+
+# %%
+shown = "For each prediction a bar: what was measured, divided by what was predicted"
+figures.show(predictions.show(), shown)
 
 # %% [markdown]
 # ## Summary

@@ -62,7 +62,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import figures, models
-from nnc_utils.exercises import check
+from nnc_utils.exercises import check, predictions
 
 bench = Bench("03_pruning", globals())
 model, images = bench.dense, bench.images
@@ -617,6 +617,9 @@ print(f"{max(harm, key=lambda name: harm[name][0.98])} suffers most of these fiv
 # ([Mishra et al., 2021](https://arxiv.org/abs/2104.08378)). The mask is then no free choice. *Predict*: which share of
 # the squared weights does the pattern lose, against the best free half?
 
+# %%
+predictions.predict("squares lost by two of four ÷ by a free half", 2)
+
 # %% tags=["nbval-check-output"]
 def two_of_four(score: torch.Tensor) -> torch.Tensor:
     """True for the best two of each four neighbouring inputs."""
@@ -637,6 +640,7 @@ lost = {"free": ~mask_of(magnitude[layer], 0.5), "two of four": ~pattern[layer]}
 lost = {name: float(squares[gone].sum() / squares.sum()) for name, gone in lost.items()}
 print(", ".join(f"{name} loses {share:.1%} of the squares" for name, share in lost.items()))
 print(f"the pattern costs {lost['two of four'] / lost['free']:.1f} times as much")
+predictions.measured("squares lost by two of four ÷ by a free half", lost["two of four"] / lost["free"])
 
 # %% [markdown]
 # **What would fool you.** Fewer non-zeros are no speed-up. A runtime needs kernels that skip them;
@@ -676,6 +680,9 @@ check("3.6", times_smaller)
 # %% [markdown]
 # *Predict* it for 90 % in your head, then write the file.
 
+# %%
+predictions.predict("times smaller with these zeros", 10)
+
 # %% tags=["machine-dependent"]
 from nnc_utils import artifact
 
@@ -685,6 +692,7 @@ saved = artifact.save(masked, bench.path("scratch/masked.safetensors"), dtype=to
 predicted = times_smaller(sparsity)
 measured = artifact.fp32_bytes(model.spec) / saved.nbytes
 print(f"predicted {predicted:.1f} times smaller, measured {measured:.1f}, ratio {measured / predicted:.2f}")
+predictions.measured("times smaller with these zeros", measured)
 print(f"MACs: {models.macs(masked.spec) / models.macs(model.spec):.0%} of before")
 
 # %% [markdown]
@@ -781,6 +789,9 @@ print(f"the package's groups are the same: {same}; {len(groups)} groups with tho
 # `remove_channels` does both for every group: out comes a narrower Spec with its weights, an ordinary network. Keep half
 # of each group. *Predict*: how many MACs are left? (Inputs times outputs.)
 
+# %%
+predictions.predict("MACs left with half of the channels (%)", 50)
+
 # %% tags=["nbval-check-output"]
 half = {name: torch.arange(len(weights[name]))[::2] for name in groups}
 narrow, twin = structured.remove_channels(model, half), model
@@ -792,6 +803,7 @@ with torch.inference_mode():
     apart = (narrow(seen[:8]) - twin(seen[:8])).abs().max()
 print(f"narrow network and masked twin agree within 1e-3: {bool(apart < 1e-3)}")
 left = models.macs(narrow.spec) / models.macs(model.spec)
+predictions.measured("MACs left with half of the channels (%)", 100 * left)
 print(f"MACs left: predicted {0.5 * 0.5:.3f}, measured {left:.3f}, ratio {left / 0.25:.3f}")
 
 # %% [markdown]
@@ -1080,6 +1092,15 @@ for name, value in accuracies.items():
     print(f"{value:6.2f} %   {value - accuracies['magnitude']:+7.2f} pp against magnitude   {name}")
 above = [name for name, value in accuracies.items() if value > accuracies["magnitude"]]
 print("above magnitude:", "; ".join(above) or "none")
+
+# %% [markdown]
+# ## Your predictions
+#
+# How near were they? A bar at 1 means that you understood.
+
+# %%
+shown = "For each prediction a bar: what was measured, divided by what was predicted"
+figures.show(predictions.show(), shown)
 
 # %% [markdown]
 # **What it means.** The formulas hold for one weight, while all others stay. One threshold for scores of second order

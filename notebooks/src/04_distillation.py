@@ -54,7 +54,7 @@ from torch.nn import functional
 
 from bench.session import Bench
 from nnc_utils import evaluation, figures, models, training
-from nnc_utils.exercises import check
+from nnc_utils.exercises import check, predictions
 
 bench = Bench("04_distillation", globals())
 teacher, images = bench.dense, bench.images
@@ -116,6 +116,9 @@ print("It tends to 1/10: all classes become alike.")
 # <code>log_softmax</code> is finite and the logarithm of <code>softmax</code> is not.</details>
 
 
+# %%
+predictions.predict("gradient without T², from T = 2 to T = 8: falls by", 4)
+
 # %% tags=["exercise"]
 def soft_labels(student_logits: torch.Tensor, teacher_logits: torch.Tensor, T: float) -> torch.Tensor:
     """T² times how far the student's softened probabilities are from the teacher's."""
@@ -143,6 +146,7 @@ ours, theirs = (torch.randn(64, 10, generator=draw) for _ in range(2))
 plain = [gradient(lambda s, T=T: soft_labels(s, theirs, T) / T**2, ours).norm() for T in (2.0, 8.0)]
 scaled = [gradient(lambda s, T=T: soft_labels(s, theirs, T), ours).norm() for T in (2.0, 8.0)]
 print(f"without T²: predicted 16, measured {plain[0] / plain[1]:.1f}")
+predictions.measured("gradient without T², from T = 2 to T = 8: falls by", float(plain[0] / plain[1]))
 print(f"with T²:    predicted  1, measured {scaled[0] / scaled[1]:.2f}")
 
 # %% tags=["nbval-check-output"]
@@ -511,6 +515,9 @@ print(f"the package computes the same: {same}")
 #
 # *Predict* both accuracies.
 
+# %%
+predictions.predict("accuracy without a label, true teacher (%)", 50)
+
 # %% tags=["machine-dependent"]
 from dataclasses import replace
 
@@ -538,13 +545,14 @@ for name, source in (("true teacher", teacher), ("shuffled teacher", Shuffled(te
     network = copy.deepcopy(student)
     common = {"batch_size": bench.recipe["batch_size"], "augment": False, "seed": seed}
     training.fit(network, few, epochs=max(2, epochs), learning_rate=learning_rate, loss=no_labels, **common)
-    predictions = evaluation.predict(network.eval(), images.validation, normalize=images.normalize)
-    right[name] = predictions == images.validation.labels.numpy()
+    answers = evaluation.predict(network.eval(), images.validation, normalize=images.normalize)
+    right[name] = answers == images.validation.labels.numpy()
 
 # %% tags=["machine-dependent"]
 for name, correct in right.items():
     print(f"{name}: {100 * correct.mean():.1f} % of validation, and it never saw a label")
 helped = right["true teacher"].mean() - right["shuffled teacher"].mean() > 0.3
+predictions.measured("accuracy without a label, true teacher (%)", 100 * right["true teacher"].mean())
 print("It is the teacher that helps." if helped else "This control does not tell: train longer.")
 
 # %% [markdown]
@@ -597,6 +605,9 @@ for alone in (2, 10, 20, 50):
 # *Predict* from the [MACs](../docs/glossary.md#macs) how much longer a step takes with the teacher online; then measure.
 
 # %%
+predictions.predict("a step with the teacher online ÷ alone", 2)
+
+# %%
 import statistics
 import time
 
@@ -629,6 +640,7 @@ seconds = {
 predicted = 1 + macs["teacher_macs"] / (3 * macs["student_macs"])
 measured = seconds["teacher online"] / seconds["alone"]
 print(f"online: predicted {predicted:.1f}× the time of a step, measured {measured:.1f}×")
+predictions.measured("a step with the teacher online ÷ alone", measured)
 print(f"ratio {measured / predicted:.2f}")
 print(f"cached: {seconds['teacher cached'] / seconds['alone']:.2f}× the time of a step")
 
@@ -675,6 +687,15 @@ figures.show(
 
 # %% tags=["machine-dependent"]
 results.verdicts()
+
+# %% [markdown]
+# ## Your predictions
+#
+# How near were they? A bar at 1 means that you understood.
+
+# %%
+shown = "For each prediction a bar: what was measured, divided by what was predicted"
+figures.show(predictions.show(), shown)
 
 # %% [markdown]
 # ## Questionnaire

@@ -68,7 +68,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import batch_norm, data, figures, models, training
-from nnc_utils.exercises import check
+from nnc_utils.exercises import check, predictions
 
 bench = Bench("05_architecture_search", globals())
 figures.style()
@@ -392,6 +392,9 @@ figures.show(
 # slice. *Predict*: which share of the [supernet](../docs/glossary.md#supernet)'s weights does the smallest network use?
 
 # %%
+predictions.predict("parameters of the smallest network, of the largest (%)", 25)
+
+# %%
 import torch.nn.functional as F
 
 from nnc_utils.search.supernet import Supernet, sandwich
@@ -432,6 +435,7 @@ with torch.no_grad():
     )
 counts = [models.parameters(space.spec(a)) for a in (space.smallest, space.largest)]
 print(f"the smallest has {100 * counts[0] / counts[1]:.1f} % of the largest one's parameters")
+predictions.measured("parameters of the smallest network, of the largest (%)", 100 * counts[0] / counts[1])
 
 # %% [markdown]
 # ### How does one set of weights learn to be many networks?
@@ -498,6 +502,9 @@ history = training.fit(supernet, digits, epochs=3.0, loss=sandwich(space, betwee
 # wrong for another, so each candidate gets its own, from a few training images. *Predict*: how accurate does a candidate
 # look with the statistics of the largest network?
 
+# %%
+predictions.predict("accuracy with another network's statistics (%)", 80)
+
 # %% tags=["machine-dependent"]
 from nnc_utils.search.evaluator import Evaluator
 from nnc_utils.search.supernet import sliced
@@ -514,6 +521,7 @@ for architecture in some:
     accuracies.append([100 * right.double().mean().item(), evaluate(architecture)])
 borrowed, own = np.mean(accuracies, axis=0)
 print(f"four candidates: {borrowed:.1f} % with the largest one's statistics, {own:.1f} % with their own:")
+predictions.measured("accuracy with another network's statistics (%)", borrowed)
 print(f"{own - borrowed:+.1f} pp for {evaluate.cost - 200} images and no training")
 
 # %% [markdown]
@@ -549,6 +557,9 @@ def landscape(architecture: tuple) -> float:
 
 
 # %%
+predictions.predict("share of all networks below the best of 40", 0.9)
+
+# %%
 def random_by_hand(costs: Costs, evaluate, queries: int, seed: int) -> list:
     """The networks asked, in order, each with its answer."""
     random = np.random.default_rng(seed)
@@ -565,6 +576,7 @@ shares = [
     for number in range(20)
 ]
 print(f"predicted {40 / 41:.3f}, measured {np.mean(shares):.3f}: ratio {np.mean(shares) / (40 / 41):.3f}")
+predictions.measured("share of all networks below the best of 40", np.mean(shares))
 theirs = searchers.random_search(field_costs, landscape, queries=40, seed=0)
 print("the package asks the same:", random_by_hand(field_costs, landscape, 40, 0) == theirs)
 
@@ -1021,6 +1033,15 @@ figures.show(
 # **What it means.** Two questions, two answers: whether a method beats random search *by the supernet's score*, and whether
 # its winner beats the networks by hand *when all are trained*. Where shared weights rank badly (section 6), the first says
 # little about the second, and a few random networks trained alone are the better search.
+
+# %% [markdown]
+# ## Your predictions
+#
+# How near were they? A bar at 1 means that you understood.
+
+# %%
+shown = "For each prediction a bar: what was measured, divided by what was predicted"
+figures.show(predictions.show(), shown)
 
 # %% [markdown]
 # ## Questionnaire

@@ -60,7 +60,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import artifact, batch_norm, curvature, evaluation, figures, models, pipeline, training
-from nnc_utils.exercises import check
+from nnc_utils.exercises import check, predictions
 
 figures.style()
 bench = Bench("06_pipeline", globals())
@@ -145,6 +145,9 @@ check("6.1", prune_to)
 # *Predict*: with 16 times fewer MACs, how many times fewer parameters? Most parameters are in the last stage, most MACs
 # are not.
 
+# %%
+predictions.predict("times fewer parameters", 16)
+
 # %% tags=["machine-dependent"]
 budget = models.macs(dense.spec) / macs
 pruned = prune_to(dense, seen, seen_labels, macs=budget, multiple=multiple)
@@ -152,6 +155,7 @@ row = measure("pruned", pruned)
 fewer_parameters = models.parameters(dense.spec) / models.parameters(pruned.spec)
 print(f"MACs {macs:g}× fewer asked, {first['MACs'] / row['MACs']:.2f}× measured")
 print(f"parameters {fewer_parameters:.1f}× fewer")
+predictions.measured("times fewer parameters", fewer_parameters)
 print(f"accuracy without any training: {row['accuracy (%)']:.2f} %")
 
 # %% tags=["machine-dependent"]
@@ -267,6 +271,9 @@ print(f"pruning lost {lost:.2f} percentage points, distillation brought back {ba
 #
 # *Predict*: the file holds 16 bits a weight now. How many will be left?
 
+# %%
+predictions.predict("bits of a parameter in the file", 4)
+
 # %% tags=["machine-dependent"]
 from nnc_utils.quantization import activations, hessian_rounding
 
@@ -282,6 +289,7 @@ def quantize(network: models.ResNet, price: float = lambda_, curved: dict | None
 joined = quantize(distilled)
 row, before = measure("pruned, distilled, rounded", joined), steps["pruned, distilled"]
 bits = 8 * row["bytes"] / models.parameters(joined.spec)
+predictions.measured("bits of a parameter in the file", bits)
 print(f"{before['bytes'] / row['bytes']:.1f}× smaller than before; {bits:.1f} bits per parameter in the file")
 print(f"accuracy {before['accuracy (%)']:.2f} % before, {row['accuracy (%)']:.2f} % after")
 
@@ -321,6 +329,9 @@ check("6.3", price_for)
 # %% [markdown]
 # Let the file be half as large as now, or as small as it gets. *Predict*: how many times larger must $\lambda$ be, and what does it cost?
 
+# %%
+predictions.predict("λ for half the file, times as large", 2)
+
 # %% tags=["machine-dependent"]
 curved = curvature.curvatures(distilled, seen, seed=seed)
 
@@ -334,6 +345,7 @@ high = 1e3 * lambda_
 price = price_for(file_bytes, max(row["bytes"] // 2, file_bytes(high)), low=lambda_, high=high)
 halved = measure("half the file", quantize(distilled, price, curved))
 print(f"λ = {price:.1e}, {price / lambda_:.0f} times larger; {halved['bytes']:,} of {row['bytes']:,} bytes")
+predictions.measured("λ for half the file, times as large", price / lambda_)
 print(f"accuracy {row['accuracy (%)']:.2f} % before, {halved['accuracy (%)']:.2f} % now")
 
 # %% [markdown]
@@ -639,6 +651,15 @@ figures.show(
 
 # %% tags=["machine-dependent"]
 results.verdicts()
+
+# %% [markdown]
+# ## Your predictions
+#
+# How near were they? A bar at 1 means that you understood.
+
+# %%
+shown = "For each prediction a bar: what was measured, divided by what was predicted"
+figures.show(predictions.show(), shown)
 
 # %% [markdown]
 # ## Questionnaire

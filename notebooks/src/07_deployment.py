@@ -57,7 +57,7 @@ import torch
 from bench.latency import Timing, once, show
 from bench.session import Bench
 from nnc_utils import artifact, figures, models, runtimes
-from nnc_utils.exercises import check
+from nnc_utils.exercises import check, predictions
 
 figures.style()
 bench = Bench("07_deployment", globals())
@@ -194,6 +194,9 @@ check("7.3", multiply)
 # sum, or does it need 32?
 
 
+# %%
+predictions.predict("bits of the largest sum", 16)
+
 # %% tags=["machine-dependent"]
 def rounded(values: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
     """Unsigned 8-bit codes."""
@@ -212,6 +215,7 @@ sums = multiply(inputs, codes, bias_codes, zero_in, stem.stride[0], stem.padding
 outputs = rounded(sums * scales.view(1, -1, 1, 1), scale_out, zero_out)
 largest = int(sums.abs().max())
 print(f"largest sum {largest:,}: {largest.bit_length() + 1} bits with its sign")
+predictions.measured("bits of the largest sum", largest.bit_length() + 1)
 
 # %% [markdown]
 # The clamp at 0 is the ReLU, since the [zero-point](../docs/glossary.md#scale-and-zero-point) behind a ReLU is 0. Do these integers agree with the network whose
@@ -314,6 +318,9 @@ except RuntimeError as error:
 #
 # *Predict*: how much longer than the median does the first prediction take? And is the mean above or below the median?
 
+# %%
+predictions.predict("first prediction ÷ median", 2)
+
 # %% tags=["machine-dependent"]
 import gc
 import time
@@ -328,6 +335,7 @@ for _ in range(300):
 gc.enable()
 samples = pd.Series(milliseconds[30:])  # the first tenth warms up
 print(f"first {milliseconds[0]:.3f} ms, median {samples.median():.3f} ms, mean {samples.mean():.3f} ms")
+predictions.measured("first prediction ÷ median", milliseconds[0] / samples.median())
 print(f"90 % take less than {samples.quantile(0.9):.3f} ms, the slowest {samples.max():.3f} ms")
 
 # %% [markdown]
@@ -456,6 +464,9 @@ shares.round(3)
 # [03](03_pruning.ipynb) sets most single weights to zero by a mask. *Predict*: the time of the masked network in ONNX Runtime
 # over that of the dense one.
 
+# %%
+predictions.predict("time of the masked network ÷ of the dense one", 0.5)
+
 # %% tags=["machine-dependent"]
 ort = single[(single["runtime"] == "onnxruntime") & (single["precision"] == "fp32")].set_index(
     "artifact_sha256"
@@ -465,6 +476,7 @@ for sha256, row in ort.drop(index=dense.name).iterrows():
     ratio = statistics.median(mine / whole for mine, whole in zip(medians(row), medians(dense)))
     zeros = 1 - known[sha256].nonzeros / known[sha256].params
     print(f"{row['title']}: {zeros:.0%} zeros, {ratio:.2f} times the time of the dense network")
+predictions.measured("time of the masked network ÷ of the dense one", ratio)
 
 # %% [markdown]
 # **What it means.** A dense kernel does not look for zeros: it multiplies them like any other number. Removed channels are gone
@@ -668,6 +680,15 @@ best = fastest.iloc[0]
 times = f"{best['speedup_best_fp32']:.1f} times as fast as the fastest fp32 runtime"
 print(f"{file.parent.name}: {best['title']} is {times}")
 fastest[columns].set_axis(headings, axis=1).set_index("network").round(2)
+
+# %% [markdown]
+# ## Your predictions
+#
+# How near were they? A bar at 1 means that you understood.
+
+# %%
+shown = "For each prediction a bar: what was measured, divided by what was predicted"
+figures.show(predictions.show(), shown)
 
 # %% [markdown]
 # ## Questionnaire
