@@ -116,9 +116,6 @@ print("It tends to 1/10: all classes become alike.")
 # <code>log_softmax</code> is finite and the logarithm of <code>softmax</code> is not.</details>
 
 
-# %%
-predictions.predict("gradient without T², from T = 2 to T = 8: falls by", 4)
-
 # %% tags=["exercise"]
 def soft_labels(student_logits: torch.Tensor, teacher_logits: torch.Tensor, T: float) -> torch.Tensor:
     """T² times how far the student's softened probabilities are from the teacher's."""
@@ -132,6 +129,9 @@ def soft_labels(student_logits: torch.Tensor, teacher_logits: torch.Tensor, T: f
 # %% tags=["checks", "nbval-check-output"]
 check("4.1", soft_labels)
 
+
+# %%
+predictions.predict("gradient without T², from T = 2 to T = 8: falls by", 4)
 
 # %%
 def gradient(loss, student_logits):

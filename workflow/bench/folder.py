@@ -27,6 +27,7 @@ from nnc_utils import processes, provenance
 from nnc_utils.provenance import json_sha256, root
 from nnc_utils.rows import CompressionRow, run_name
 
+SMOKE_WAIT = 300  # seconds for another process to end a run that is needed here
 WRITER_WAIT = 30  # seconds, for the kernel of a killed runner to die
 
 
@@ -180,11 +181,15 @@ def _smoke_run(notebook: str) -> Run:
     declared = declarations.declared(path)
     values = recorded(declared, {}, notebook=notebook)
     folder = _own_folder(notebook, declared, values)
-    if run := marks.finished(folder):
-        upstream = [marks.finished(root() / name) for name in run.record.upstream]
-        of = all(upstream) and marks.is_of(run, path, values, upstream)
-        if of and not marks.is_stale(run.record.code):
-            return run
+    for lock in ("", ".runner.lock", ".writer.lock"):  # somebody else may be making it just now
+        if lock:
+            processes.lock(folder / lock, wait=SMOKE_WAIT, what=f"the run folder {folder}")
+            processes.unlock(folder / lock)
+        if run := marks.finished(folder):
+            upstream = [marks.finished(root() / name) for name in run.record.upstream]
+            of = all(upstream) and marks.is_of(run, path, values, upstream)
+            if of and not marks.is_stale(run.record.code):
+                return run
     print(f"{notebook} is needed first: running it once with its small defaults", flush=True)
     command = [sys.executable, "-m", "bench", "run", str(path), str(folder), "{}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
