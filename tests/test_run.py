@@ -237,6 +237,7 @@ def test_a_notebook_alone_makes_what_it_needs_once(place, here, monkeypatch, cap
     again.finish()
     assert folder._smoke_run("second").folder == again.folder and capsys.readouterr().out == ""
     # made again: where the code it used has changed, and where what it was built on was made again
+    begin = subprocess.Popen
     monkeypatch.setattr(folder.subprocess, "Popen", lambda *_, **__: pytest.fail("made again"))
     with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="made again"):
         patch.setattr(provenance, "changed", lambda code: ["training.py"])
@@ -246,6 +247,15 @@ def test_a_notebook_alone_makes_what_it_needs_once(place, here, monkeypatch, cap
     assert folder._smoke_run("first").folder == upstream.folder
     with pytest.raises(pytest.fail.Exception, match="made again"):
         folder._smoke_run("second")
+    # while another process makes it, one waits
+    kept = result.read_text()
+    marks.remove(upstream.folder)
+    made = f"time.sleep(1.5); open({str(result)!r}, 'w').write({kept!r})"
+    lock = f"processes.lock({str(upstream.folder / '.writer.lock')!r}, wait=0, what='it')"
+    code = f"import time; from nnc_utils import processes; {lock}; print(1, flush=True); {made}"
+    other = begin([sys.executable, "-c", code], stdout=subprocess.PIPE, env=folder.environment())
+    assert other.stdout.read(1) == b"1" and not result.exists()
+    assert folder._smoke_run("first").folder == upstream.folder and other.wait(5) == 0
 
 
 def test_rows_that_break_the_protocol_do_not_become_a_result(place):
