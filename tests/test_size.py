@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 400  # lines of a module
 MOST = {  # lower them with every cut; a folder in a folder counts for itself
     "nnc_utils": 12_110,
-    "nnc_utils/exercises": 1_870,
+    "nnc_utils/exercises": 1_855,
     "workflow/bench": 4_100,
     "tests": 13_350,
     "tests/exercises": 1_500,

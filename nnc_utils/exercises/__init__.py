@@ -54,6 +54,15 @@ def expect(holds: bool, otherwise: str) -> None:
         raise Wrong(otherwise)
 
 
+def near(given: Any, wrong: Any) -> bool:
+    """Whether an answer is this known wrong one; what is no number of its shape is not."""
+    try:
+        given, wrong = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (given, wrong))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return given.shape == wrong.shape and torch.allclose(given, wrong, rtol=1e-4, atol=1e-7)
+
+
 def same(given: Any, wanted: Any, otherwise: str, *, tolerance: float = 1e-4) -> None:
     """Raise `Wrong` unless numbers are equal: `otherwise`, or what is wrong with their type or shape.
 

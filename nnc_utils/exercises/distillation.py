@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils.distillation import soft_labels as package
-from nnc_utils.exercises import exercise, expect, same
+from nnc_utils.exercises import exercise, expect, near, same
 
 DRAW = torch.Generator().manual_seed(0)
 OURS, THEIRS = (2 * torch.randn(3, 5, generator=DRAW) for _ in range(2))  # logits of student and teacher
@@ -22,10 +22,7 @@ FEATURES[1] = 0
 def tell(given: Any, wrong: dict[str, Any]) -> None:
     """Raise `Wrong` with the sentence of the known wrong result that an answer is."""
     for sentence, result in wrong.items():
-        result = torch.as_tensor(result)
-        if isinstance(given, Tensor | float) and torch.as_tensor(given).shape == result.shape:
-            pair = torch.as_tensor(given).double(), result.double()
-            expect(not torch.allclose(*pair, rtol=1e-4, atol=1e-6), sentence)
+        expect(not near(given, result), sentence)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

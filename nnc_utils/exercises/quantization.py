@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnc_utils.exercises import exercise, expect, same
-
-
-def near(given: Any, wrong: Any) -> bool:
-    """Whether an answer is this one; None, or an answer of another shape, is not."""
-    if given is None:
-        return False
-    given, wrong = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (given, wrong))
-    return given.shape == wrong.shape and torch.allclose(given, wrong, rtol=1e-4, atol=1e-7)
+from nnc_utils.exercises import exercise, expect, near, same
 
 
 def judge(given: Any, wanted: Any, otherwise: str, known: Iterable[tuple[Any, str]]) -> None:

@@ -13,18 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnc_utils import models
-from nnc_utils.exercises import exercise, expect, same
+from nnc_utils.exercises import exercise, expect, near, same
 from nnc_utils.search.costs import COSTS, terms
 from nnc_utils.search.space import Space
-
-
-def close(given: object, wrong: object) -> bool:
-    """Whether an answer is this wrong one; what is no number of the right shape is not."""
-    try:
-        given, wrong = (torch.as_tensor(value, dtype=torch.float64) for value in (given, wrong))
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return given.shape == wrong.shape and torch.allclose(given, wrong, rtol=1e-6)
 
 
 @exercise("5.1")
@@ -37,14 +28,14 @@ def count(stage_choices: Callable) -> None:
         (2 * 2 * 12, "A stage of one block decides nothing about a second: you count it several times."),
         (4 + 12, "The stage also has a width, and each filling goes with each width."),
     ):
-        expect(not close(given, wrong), said)
+        expect(not near(given, wrong), said)
     wanted = sum(1 for depth in (1, 2) for _ in itertools.product(range(2), *map(range, (4, 3)[:depth])))
     same(given, wanted, "2 widths · (4 + 4 · 3) fillings is asked for.", tolerance=0)
     same(stage_choices(3, (5,)), 15, "A stage of one block has widths · ways choices.", tolerance=0)
     same(stage_choices(2, (4, 3, 2)), 80, "Three blocks: 2 · (4 + 4 · 3 + 4 · 3 · 2).", tolerance=0)
     given = stage_choices(2, (4, 3), True)
-    expect(not close(given, 32), "A stage that may be missing has one choice more: no block.")
-    expect(not close(given, 34), "A missing stage has no width: it is one choice, not one for each width.")
+    expect(not near(given, 32), "A stage that may be missing has one choice more: no block.")
+    expect(not near(given, 34), "A missing stage has no width: it is one choice, not one for each width.")
     same(given, 33, "With a stage that may be missing it is 32 + 1.", tolerance=0)
 
 
@@ -82,11 +73,11 @@ def cost(look_up: Callable) -> None:
             "You take the mean of each table: the entry at the architecture's numbers is asked for.",
         ),
     ):
-        expect(not close(given, wrong), said)
+        expect(not near(given, wrong), said)
     same(given, models.macs(space.spec(shallow)), "Those are not the MACs of a network of three stages.")
     given = look_up(parts, space.largest)
     twice = total(space.largest, lambda n, when: n >= when.start)
-    expect(not close(given, twice), "A range also ends: a network has one of the two classifiers.")
+    expect(not near(given, twice), "A range also ends: a network has one of the two classifiers.")
     same(given, models.macs(space.spec(space.largest)), "Those are not the MACs of the largest network.")
     for seed in range(5):
         drawn = space.sample(np.random.default_rng(seed))
@@ -113,7 +104,7 @@ def relative(fit_coefficients: Callable) -> None:
             "That weighs with 1/t before the square: divide by t itself.",
         ),
     ):
-        expect(not close(given, [wrong]), said)
+        expect(not near(given, [wrong]), said)
     same(given, [least], "For one feature Σ (x/t) / Σ (x/t)² is asked for.")
     x, t = np.array([[1.0, 0], [1, 1], [1, 2]]), np.array([3.0, 2, 1])
     given = fit_coefficients(x, t)
@@ -171,14 +162,14 @@ def sandwich(sandwich_by_hand: Callable) -> None:
             "The softmax runs over the images: the classes of an image are to add up to 1.",
         ),
     ):
-        expect(not close(torch.as_tensor(given).detach(), wrong.detach()), said)
+        expect(not near(torch.as_tensor(given).detach(), wrong.detach()), said)
     same(torch.as_tensor(given).detach(), (largest + rest).detach(), "Another loss than L comes out.")
     expect(torch.as_tensor(given).requires_grad, "The loss has no gradient: detach the soft labels alone.")
     [gradient] = torch.autograd.grad(given, weights)
     [wanted] = torch.autograd.grad(largest + rest, weights)
     [pleasing] = torch.autograd.grad(sum(losses(others, lambda z: z.softmax(1))), weights)
     expect(
-        not close(gradient, pleasing),
+        not near(gradient, pleasing),
         "The largest learns to please the others: a gradient flows through its soft labels.",
     )
     same(gradient, wanted, "The value is right, the gradient is not: which tensor did you detach?")
@@ -197,11 +188,11 @@ def budget(queries_needed: Callable) -> None:
         (1, "One draw finds the best 10 % in 10 of 100 searches: did you swap `top` and `sure`?"),
         (30, "29 draws suffice: the smallest number is asked for."),
     ):
-        expect(not close(given, wrong), said)
-    expect(not close(given, np.log(0.05) / np.log(0.9)), "Queries are whole: round up.")
+        expect(not near(given, wrong), said)
+    expect(not near(given, np.log(0.05) / np.log(0.9)), "Queries are whole: round up.")
     same(given, 29, "The smallest n with (1 − 0.1)ⁿ ≤ 1 − 0.95 is asked for.", tolerance=0)
     given = queries_needed(0.5, 0.75)
-    expect(not close(given, 3), "Two draws are exactly 75 % sure at `top` 0.5, and that is enough.")
+    expect(not near(given, 3), "Two draws are exactly 75 % sure at `top` 0.5, and that is enough.")
     same(given, 2, "At `top` 0.5 two draws of (0.5)² miss in 25 of 100 searches.", tolerance=0)
     for top, sure in ((0.05, 0.95), (0.3, 0.2)):
         queries = int(queries_needed(top, sure))
@@ -248,7 +239,7 @@ def reinforce(policy_gradient: Callable) -> None:
             "The advantages are not in it: good and bad samples push the same way.",
         ),
     ):
-        expect(not close(given, wrong), said)
+        expect(not near(given, wrong), said)
     otherwise = "The mean over all samples of advantage · (one-hot − p), where it matters, is asked for."
     same(given, wanted, otherwise)
     nothing = policy_gradient(chances.numpy(), chosen.numpy(), np.zeros((4, 2), bool), advantages.numpy())
@@ -272,7 +263,7 @@ def ranks(tau: Callable) -> None:
             "That is the correlation of the ranks: pairs are to be counted.",
         ),
     ):
-        expect(not close(given, wrong), said)
+        expect(not near(given, wrong), said)
     same(given, 4 / 6, "Without ties 5 concordant and 1 discordant of 6 pairs give 4/6.")
     x, y = np.array([1.0, 1, 2, 3, 0]), np.array([1.0, 2, 3, 3, 3])  # 9 and 7 pairs are not tied
     given, pairs = tau(x, y), np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))
@@ -283,6 +274,6 @@ def ranks(tau: Callable) -> None:
             "You drop a pair if either score ties: count the pairs of each alone.",
         ),
     ):
-        expect(not close(given, wrong), said)
+        expect(not near(given, wrong), said)
     same(given, scipy.stats.kendalltau(x, y).statistic, "With ties another τ is asked for.")
     same(tau(x, x), 1.0, "τ of a score with itself is 1.")
