@@ -1,6 +1,7 @@
 """The notebooks as files: paired, short, checked, and with outputs that belong to the code beside them."""
 
 import ast
+import builtins
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import nbformat
 import papermill
 import pytest
 
+from bench.execute import LESSON_IS_MEASURED, without_lesson
 from bench.notebooks import STEPS, source_sha256
 from bench.parameters import ParameterError, declared
 
@@ -159,6 +161,21 @@ class TestNotebook:
                 symbols = symtable.symtable(text, "cell", "exec").get_symbols()
                 set_here = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
                 assert not set_here & set(declared(path)), cell.source
+
+    def test_what_is_measured_needs_nothing_of_the_lesson(self, path):
+        """A benchmark leaves the lesson out."""
+        known = set(dir(builtins))
+        for cell in () if path.stem in LESSON_IS_MEASURED else without_lesson(path).cells:
+            top = symtable.symtable(cell.source, "cell", "exec")
+            made = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+            tables, used = [top], set()
+            for table in tables:  # functions and comprehensions, too
+                tables += table.get_children()
+                own = (
+                    s for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())
+                )
+                used |= {s.get_name() for s in own}
+            assert used <= (known := known | made), cell.source
 
     def test_no_printed_log_is_long(self, path):
         for cell in code(path):

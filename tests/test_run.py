@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import psutil
 import pytest
 
@@ -86,6 +87,19 @@ def test_upstream_runs_are_checked_before_anything_runs(published, here):
     with pytest.raises(ResultError, match="differs from the one that was measured"):
         here(path, root / "out", {"upstream": [provenance.relative(upstream)]})
     assert not (root / "out").exists()
+
+
+def test_without_the_lesson_only_what_is_measured_runs(place, here):
+    path = small(place, "n", "raise SystemExit('the lesson')", "run.finish(extra={'measured': seed})")
+    content = nbformat.read(path, as_version=4)
+    for cell, tag in zip(content.cells[1:], ("setup", "", "benchmark"), strict=True):
+        cell.metadata["tags"] = [tag]
+    nbformat.write(content, path)
+    out = place.root / "results/runs/smoke/n/seed=4"
+    with pytest.raises(RuntimeError, match="the lesson"):
+        here(path, out, {"seed": 4})
+    assert here(path, out, {"seed": 4}, lesson=False)
+    assert read_run(out).record.extra.model_extra == {"measured": 4}
 
 
 def test_a_run_uses_this_interpreter_and_leaves_a_result(place, tmp_path, here, monkeypatch):

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nbformat
+
 from bench import folder as folders
 from bench import marks
 from bench import parameters as declarations
@@ -23,17 +25,30 @@ from nnc_utils.processes import LockedError
 
 RUNNER_WAIT = 5  # seconds for another runner of the same folder to end
 CELL_TIMEOUT = 4 * 3600  # seconds
+MEASURED = {"parameters", "setup", "benchmark"}  # tags of the cells that a benchmark needs
+LESSON_IS_MEASURED = {
+    "00_the_usual_recipe",
+    "01_baseline",
+    "10_report",
+}  # they train or provoke in their lesson
 SOCKET_PATH = 90  # characters; systems allow 104 or more, and a suffix is added
 
 
 def execute(
-    notebook: Path, folder: Path, given: dict[str, Any], *, timeout: float = CELL_TIMEOUT, keep: str = ""
+    notebook: Path,
+    folder: Path,
+    given: dict[str, Any],
+    *,
+    timeout: float = CELL_TIMEOUT,
+    keep: str = "",
+    lesson: bool = True,
 ) -> bool:
     """Run a notebook with given parameters in a kernel of this interpreter; False where a result was kept.
 
     The executed notebook stays in the run folder, also after a failure, which is a RuntimeError with its last
     lines; every other error comes before anything ran. `keep` "any" keeps a finished result of the same
     notebook, parameters and upstream results; "current" if also the modules that it used are what they were.
+    Without its `lesson` only what a notebook measures is run, where that needs nothing of the lesson.
     """
     notebook, folder = Path(notebook).resolve(), Path(folder).resolve()
     declared = declarations.declared(notebook)
@@ -52,7 +67,7 @@ def execute(
     if "run_dir" in declared and not passed.get("run_dir"):
         passed["run_dir"] = provenance.relative(folder)
     try:
-        _papermill(notebook, folder, passed, timeout)
+        _papermill(notebook, folder, passed, timeout, lesson)
         if not (folder / "result.json").is_file():
             raise RuntimeError(f"no result.json in {folder}: does the last cell call run.finish(...)?")
     except Exception as error:
@@ -76,17 +91,28 @@ def _progress(folder: Path) -> str:
     return f", {len(plan) - len(left) + 1} of {len(plan)}{about}"
 
 
-def _papermill(notebook: Path, folder: Path, given: dict[str, Any], timeout: float) -> None:
+def without_lesson(notebook: Path) -> nbformat.NotebookNode:
+    """The cells of a notebook that its benchmark needs."""
+    content = nbformat.read(notebook, as_version=4)
+    content.cells = [cell for cell in content.cells if MEASURED & set(cell.metadata.get("tags", []))]
+    return content
+
+
+def _papermill(notebook: Path, folder: Path, given: dict[str, Any], timeout: float, lesson: bool) -> None:
     import papermill
 
     connection = Path(tempfile.mkdtemp(prefix="nnc-"))
     processes.remove_at_end(connection)
+    executed = notebook
+    if not lesson and notebook.stem not in LESSON_IS_MEASURED:
+        executed = connection / notebook.name
+        nbformat.write(without_lesson(notebook), executed)
     settings = {"NNC_HEADLESS": "1", "NNC_NOTEBOOK": str(notebook), "TQDM_DISABLE": "1"}
     settings["NNC_CALLER"] = os.environ.get("NNC_CALLER") or os.getcwd()
     os.environ.update(folders.environment() | settings)
     try:
         papermill.execute_notebook(
-            _plain(notebook),
+            _plain(executed),
             _plain(folder / "executed.ipynb"),
             parameters=given,
             kernel_name="python3",
@@ -173,12 +199,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--timeout", type=float, default=CELL_TIMEOUT, help="seconds for one cell")
     kinds = "keep a finished result: any, or if its code is current"
     parser.add_argument("--keep", default="", choices=["any", "current"], help=kinds)
+    parser.add_argument("--no-lesson", action="store_true", help="run only what is measured")
     options = parser.parse_args(arguments)
     processes.die_with_parent()
     name, begin = f"{options.notebook.stem} ({options.out.name})", time.time()
     try:
         given, limits = _given(options.parameters), {"timeout": options.timeout, "keep": options.keep}
-        ran = execute(options.notebook, options.out, given, **limits)
+        ran = execute(options.notebook, options.out, given, lesson=not options.no_lesson, **limits)
     except (ParameterError, ResultError, LockedError, RuntimeError, OSError, ValueError) as error:
         print(f"{name}: {error}", flush=True)
         return 1

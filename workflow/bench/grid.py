@@ -1,7 +1,8 @@
 """The grid of a profile: which runs there are, what each builds on, which parameters it gets.
 
 A profile may divide a notebook's long benchmark: `parts` names shards, each a run of its own that builds on
-the first of them. What a shard says beside these options are parameters of its notebook.
+the first of them. What a shard says beside these options are parameters of its notebook. With `lessons` the
+notebooks run whole; otherwise without the cells that measure nothing, which need minutes on large networks.
 
 ======  ====================================================================================================
 runs    "first seed": it exists once, for all seeds
@@ -81,7 +82,7 @@ class Grid:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.profile, self.seeds, self.jobs = config["profile"], config["seeds"], config.get("jobs", 1)
-        self.given = config.get("parameters") or {}
+        self.given, self.lessons = config.get("parameters") or {}, bool(config.get("lessons"))
         self.stages = _checked(Stage, {"stages": config.get("stages") or STAGES})["stages"]
         self.shards = _checked(Shard, config.get("parts") or {})
         self.declared = {
