@@ -25,7 +25,7 @@ FLOORS = [
     {"rows"},
     {"scoring"},
     {"measure", "figures"},
-    {"inspect", "export", "budgets"},
+    {"inspect", "export", "budgets", "doctor"},
     {"pipeline"},
     {"exercises"},  # checkers of what notebooks ask for
 ]

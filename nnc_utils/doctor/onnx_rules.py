@@ -1,0 +1,125 @@
+"""How the rules on ONNX files are detected; what they mean stands in rules.csv."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto
+
+from nnc_utils.doctor.onnx_graph import KINDS, MOVING, Graph, Pair
+
+RELUS = ("Relu", "Clip")
+WITHOUT_KERNEL = ("ConvTranspose",)
+SIGNED = TensorProto.INT8
+
+
+def reasons(graph: Graph, node: NodeProto) -> tuple[str, ...]:
+    """The names of the rules that say why ONNX Runtime computes a layer in floats."""
+    if not any("Quantize" in other.op_type for other in graph.nodes):
+        return ("float-file",)
+    if node.op_type in WITHOUT_KERNEL:
+        return ("no-integer-kernel",)
+    inputs = [graph.original(name, MOVING) for name in node.input[:2]]
+    pairs = _pairs(graph, node, inputs)
+    if None in pairs[:2]:
+        return () if node.op_type == "Add" else ("no-quantizer-before",)
+    chain = graph.behind(node)
+    found = {
+        "batch-norm-behind": any(other.op_type == "BatchNormalization" for other in chain),
+        "zero-point-behind-relu": _middle_behind_relu(graph, chain),
+        "wide-activations": any(pair.zero_point.dtype.itemsize == 2 for pair in pairs if pair),
+        "scale-of-shape-1": node.op_type == "Add"
+        and any(pair.scale.ndim or pair.zero_point.ndim for pair in pairs if pair),
+        "float-bias": _float_bias(graph, node, chain),
+        "bias-of-another-scale": bias_of_another_scale(graph, node),
+        "operator-before": inputs != list(map(graph.original, node.input[:2])),
+        **_no_quantizer_behind(graph, node, chain),
+    }
+    names = tuple(name for name, shown in found.items() if shown)
+    return names or (("signed-activations",) if any(map(_is_signed, (pairs[0], *pairs[2:]))) else ())
+
+
+def _pairs(graph: Graph, node: NodeProto, inputs: list[str]) -> list[Pair | None]:
+    """Of the two things a layer computes with, then of its output where a quantizer follows."""
+    pairs = [graph.pair(name) for name in inputs]
+    chain = graph.behind(node)
+    if chain and chain[-1].op_type == "QuantizeLinear":
+        pairs.append(graph.parameters(chain[-1]))
+    return pairs
+
+
+def _is_signed(pair: Pair | None) -> bool:
+    return pair is not None and pair.zero_point.dtype.kind == "i"
+
+
+def _middle_behind_relu(graph: Graph, chain: list[NodeProto]) -> bool:
+    return len(chain) > 1 and chain[-2].op_type in RELUS and is_middle(graph.parameters(chain[-1]))
+
+
+def is_middle(pair: Pair | None) -> bool:
+    """Whether half of the codes stand for negative numbers."""
+    if pair is None or pair.zero_point.size != 1:
+        return False
+    return int(pair.zero_point.item()) == (0 if pair.zero_point.dtype.kind == "i" else 128)
+
+
+def _float_bias(graph: Graph, node: NodeProto, chain: list[NodeProto]) -> bool:
+    has_bias = node.op_type == "Gemm" and len(node.input) > 2
+    return has_bias and graph.pair(node.input[2]) is None and not _quantized(chain)
+
+
+def bias_of_another_scale(graph: Graph, node: NodeProto) -> bool:
+    """Whether a layer's int32 bias has not the scale of its sums."""
+    bias = graph.pair(node.input[2]) if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else None
+    scale = graph.bias_scale(node)
+    return bias is not None and scale is not None and not np.allclose(bias.scale, scale, rtol=0.01, atol=0)
+
+
+def _quantized(chain: list[NodeProto]) -> bool:
+    return bool(chain) and chain[-1].op_type == "QuantizeLinear"
+
+
+def _no_quantizer_behind(graph: Graph, node: NodeProto, chain: list[NodeProto]) -> dict[str, bool]:
+    """Why a runtime finds no codes for a convolution or an addition to write."""
+    if node.op_type in ("Gemm", "MatMul"):
+        return {}
+    if _quantized(chain):
+        between, output = chain[:-1], False
+    else:
+        between = [*chain, *graph.readers[(chain[-1] if chain else node).output[0]]]
+        output = any(name in graph.outputs for other in (node, *chain) for name in other.output)
+    allowed = (*RELUS, "BatchNormalization", "QuantizeLinear", *KINDS)
+    other = any(n.op_type not in allowed for n in between)
+    return {
+        "output-of-the-graph": output,
+        "operator-between": other,
+        "no-quantizer-behind": not (_quantized(chain) or output or other),
+    }
+
+
+def slow(kernel: NodeProto, types: dict[str, int]) -> tuple[str, ...]:
+    """The names of the rules that say why an integer kernel is a slow one."""
+    if kernel.op_type in ("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
+        return ("signed-dynamic-weights",) if types.get(kernel.input[1]) == SIGNED else ()
+    if len(kernel.input) > 2 and types.get(kernel.input[2]) == SIGNED:
+        return ("signed-kernels",)
+    return ()
+
+
+def notes(graph: Graph) -> tuple[str, ...]:
+    """The names of the rules that concern the whole file."""
+    return ("masks-left",) if any(is_mask(graph, node) for node in graph.nodes) else ()
+
+
+def is_mask(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node multiplies two constants of one shape, a weight and its zeros and ones."""
+    if node.op_type != "Mul":
+        return False
+    both = [_weight_or_mask(graph, name) for name in node.input]
+    return None not in both and both[0].dims == both[1].dims and len(both[0].dims) > 1
+
+
+def _weight_or_mask(graph: Graph, name: str) -> TensorProto | None:
+    node = graph.producers.get(name)
+    cast = node is not None and node.op_type == "Cast"  # masks are stored in a byte each
+    return graph.constants.get(node.input[0] if cast else name)
