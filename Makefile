@@ -6,6 +6,9 @@ CORES   ?= all
 PYTHON  ?= python3
 RERUN   ?=
 ONLY    ?=
+# of your own images: the folder, and what is in brackets in the README
+DATA    ?=
+OWN     := $(foreach name,WEIGHTS MODEL SIZE GOAL EPOCHS OUT,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) '$($(name))'))
 
 VENV_PYTHON := .venv/bin/python
 SETUP       := $(PYTHON) workflow/setup_env.py
@@ -17,14 +20,18 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: benchmark test lab notebooks course book report clean constraints help python profile
 
-benchmark: python profile ## measure everything and print the table; a stopped run goes on where it was
+benchmark: python profile ## measure everything and print the table, or with DATA=/FOLDER that of your own images
 	@$(SETUP) --peers
+ifneq ($(DATA),)
+	@$(VENV_PYTHON) -m bench own --data '$(DATA)' $(OWN)
+else
 ifneq ($(PROFILE),smoke)
 	@$(SETUP) --nncodec
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist
 endif
 	@set -f; $(VENV_PYTHON) -m bench benchmark --profile $(PROFILE) --cores $(CORES) \
 		$(if $(RERUN),--rerun $(RERUN)) $(if $(ONLY),--only $(ONLY))
+endif
 
 test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables
 	@$(SETUP)

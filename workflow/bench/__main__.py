@@ -8,6 +8,7 @@ import sys
 COMMANDS = """\
 python -m bench run NOTEBOOK OUT PARAMS      one notebook; PARAMS is a JSON file or object
 python -m bench benchmark --profile quick    everything of a profile, then its tables
+python -m bench own --data FOLDER            your own images, from a folder to a network that meets a goal
 python -m bench report [--profile quick]     tables, figures, report and README of what is committed
 python -m bench publish --profile quick      finished runs into the profile's tables
 python -m bench restore --profile quick      committed runs back into run folders
@@ -16,7 +17,7 @@ python -m bench course [--nbgrader]          the student edition in build/course
 python -m bench notebooks [NAME ...]         every notebook executed where it stands, outputs stored
 """
 MODULES = {"run": "execute", "benchmark": "workflow", "notebooks": "notebooks", "reference": "reference"}
-MODULES |= {"course": "course"}
+MODULES |= {"course": "course", "own": "own"}
 MODULES |= dict.fromkeys(("report", "publish", "restore"), "report")
 
 

@@ -31,15 +31,23 @@ RESTORED = "restored"  # in a run folder's mark: written from the tables
 COMMITTED_BYTES = 450_000  # larger artifacts stay out of the repository
 
 
-def publish(runs: list[Path], profile: str, *, keep: bool = False, attempts: Collection[str] = ()) -> Path:
-    """Write a profile's tables, predictions and small artifacts to ``results/<profile>``, in place of others.
+def publish(
+    runs: list[Path],
+    profile: str,
+    *,
+    keep: bool = False,
+    attempts: Collection[str] = (),
+    out: Path | None = None,
+) -> Path:
+    """Write a profile's tables, predictions and small artifacts to ``results/<profile>`` (or `out`), in place
+    of others.
 
     `runs` are run folders, a row's reference among them. `keep` lets committed rows stay of other runs, such
     as another machine's, if their references are in the tables and `runs` lack their configurations.
     `attempts` are committed runs that fell short: their rows stay beside those measured since. ResultError:
     a run is unfinished or not as it was measured, evidence is missing, or no such run is committed.
     """
-    out = root() / "results" / profile
+    out = out or root() / "results" / profile
     finished, committed = [read_run(folder) for folder in runs], committed_runs(out) if keep else []
     if unknown := set(attempts) - {run.run for run in committed}:
         raise ResultError(f"not committed: {', '.join(sorted(unknown))}; committed runs become attempts")

@@ -306,7 +306,6 @@ class Bench:
             model=f"resnet{depth}",
             technique="baseline",
             method=candidate.configuration.method,
-            control="" if depth == 18 else "teacher",
             train_images=candidate.built.train_images,
             train_seconds=candidate.built.train_seconds,
         )
