@@ -198,7 +198,7 @@ def run(asked: Asked, planned: dict[str, dict[str, Any]], seconds: dict[str, flo
         upstream = before if name == "07_deployment" else before[:1]  # else the uncompressed network
         given = given | {"profile": "own"} | ({"upstream": upstream} if upstream else {})
         notebook = root() / f"notebooks/{name}.ipynb"
-        command = [sys.executable, "-m", "bench", "run", str(notebook), str(folders[name])]
+        command = [sys.executable, "-m", "bench", "run", "--no-lesson", str(notebook), str(folders[name])]
         command += [json.dumps(given), "--keep", "current"]
         own = environment() | {"NNC_PLAN": json.dumps(plan)}
         if subprocess.run(command, cwd=root(), env=own).returncode != 0:
