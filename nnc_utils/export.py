@@ -1,6 +1,7 @@
 """Write an artifact as what a runtime loads: ``python -m nnc_utils.export FILE --to onnx --out net.onnx``.
 
-Beside it lies ``net.onnx.json`` with what a program needs to use it: preprocessing and class names.
+Beside it lies ``net.onnx.json`` with what a program needs to use it: preprocessing and class names. With
+``--to web --out site/`` it is a folder with a page in which the networks of one or more files run.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnc_utils import artifact as artifacts
-from nnc_utils import images, runtimes
+from nnc_utils import images, runtimes, web
 from nnc_utils.artifact import ArtifactError
 from nnc_utils.encoding import Uniform
 from nnc_utils.runtimes import qdq
+from nnc_utils.web import WebError
 
 TARGETS = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}
+WEB = "web"  # a page, of one or more files
 PRECISIONS = ("fp32", "int8")
+BOTH = "both"  # precisions, side by side in a page
 SATURATES = (
     "8-bit codes: on x86 without VNNI the usual kernels saturate; there use codes of 7 bits, or in "
     "ONNX Runtime the session option session.x64quantprecision=1"
@@ -49,9 +53,14 @@ def export(path: str | Path, *, to: str, out: str | Path, precision: str = "") -
         Before anything is written; also for a network that the runtime would not run in integers.
     """
     out = Path(out)
-    for what, value, allowed in (("target", to, TARGETS), ("precision", precision or "fp32", PRECISIONS)):
+    for what, value, allowed in (
+        ("target", to, (*TARGETS, WEB)),
+        ("precision", precision or "fp32", PRECISIONS),
+    ):
         if value not in allowed:
             raise ExportError(f"unknown {what} {value!r}: one of {', '.join(allowed)}")
+    if to == WEB:
+        raise ExportError("a page is written by export_page")
     runtime = TARGETS[to]
     if why := runtimes.available(runtime, precision):
         raise ExportError(
@@ -83,6 +92,41 @@ def export(path: str | Path, *, to: str, out: str | Path, precision: str = "") -
     return written
 
 
+def export_page(files: Sequence[str], *, out: str | Path, precision: str = "") -> list[Path]:
+    """Write a folder with a page in which networks run, see `web`; the files in it.
+
+    Parameters
+    ----------
+    files : artifacts; NAME=FILE gives one a name of its own in the page, otherwise it is the file's.
+    out : a folder that is not there yet, or empty.
+    precision : as in `export`; or "both": fp32, and int8 of the artifacts with activation ranges.
+
+    Raises
+    ------
+    ExportError, ArtifactError, WebError
+        Before anything is written.
+    """
+    web.check(Path(out))
+    if precision not in ("", BOTH, *PRECISIONS):
+        raise ExportError(f"unknown precision {precision!r}: one of {', '.join((*PRECISIONS, BOTH))}")
+    with tempfile.TemporaryDirectory() as scratch:
+        networks: list[tuple[Path, dict]] = []
+        for given in files:
+            name, _, path = given.partition("=")
+            if not path or len(Path(name).parts) > 1 or Path(given).exists():  # folders are called seed=1
+                name, path = "", given
+            label = name or Path(path).stem
+            both = ("fp32", "int8") if artifacts.read(path).ranges else ("fp32",)
+            for which in both if precision == BOTH else (precision,):
+                target = Path(scratch) / f"{len(networks)}.onnx"
+                _, described = export(path, to="onnx", out=target, precision=which)
+                usage = {"label": label} | json.loads(described.read_text(encoding="utf-8"))
+                if any(a["label"] == label and a["precision"] == usage["precision"] for _, a in networks):
+                    raise ExportError(f"two networks are called {label}: give them names, NAME={path}")
+                networks.append((target, usage))
+        return web.write(networks, Path(out))
+
+
 def _usage(network: artifacts.Artifact, precision: str) -> dict:
     """What a program has to know."""
     codes = [w.codes.abs().max() if isinstance(w, Uniform) else 127 for w in network.weights.values()]
@@ -104,14 +148,23 @@ def _usage(network: artifacts.Artifact, precision: str) -> dict:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export a file; exit code 2 and one line on stderr where that cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m nnc_utils.export", description=__doc__.partition(":")[0])
-    parser.add_argument("file", type=Path, help="an artifact")
-    parser.add_argument("--to", required=True, help=", ".join(TARGETS))
-    parser.add_argument("--out", required=True, type=Path, help="the file to write")
-    parser.add_argument("--precision", default="", help="fp32 or int8; int8 where the artifact allows it")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="an artifact; for a page several: NAME=FILE")
+    parser.add_argument("--to", required=True, help=", ".join((*TARGETS, WEB)))
+    parser.add_argument("--out", required=True, type=Path, help="the file to write; for a page a new folder")
+    parser.add_argument(
+        "--precision",
+        default="",
+        help="fp32 or int8; int8 where the artifact allows it; for a page also both",
+    )
     options = parser.parse_args(arguments)
     try:
-        written = export(options.file, to=options.to, out=options.out, precision=options.precision)
-    except (ExportError, ArtifactError, OSError) as error:
+        if options.to == WEB:
+            written = export_page(options.files, out=options.out, precision=options.precision)
+        elif len(options.files) > 1:
+            raise ExportError(f"one file at a time to {options.to}, {len(options.files)} given")
+        else:
+            written = export(options.files[0], to=options.to, out=options.out, precision=options.precision)
+    except (ExportError, ArtifactError, WebError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     for file in written:

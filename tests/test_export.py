@@ -123,7 +123,7 @@ def test_openvino_gets_both_files(tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"to": "tensorrt"}, "unknown target 'tensorrt': one of onnx, openvino, executorch"),
+        ({"to": "tensorrt"}, "unknown target 'tensorrt': one of onnx, openvino, executorch, web"),
         ({"precision": "int4"}, "unknown precision 'int4': one of fp32, int8"),
         ({"out": "net.pte"}, "has to end with .onnx"),
         ({"out": "nowhere/net.onnx"}, "cannot be written"),

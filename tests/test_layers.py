@@ -21,7 +21,7 @@ FLOORS = [
     {"peers"},  # lower as the runtimes do, and run in theirs
     {"candidates"},  # of each technique: what its benchmark builds may use the others
     # the fifth floor has steps: from processes and hashes over rows and tables to what runs notebooks
-    {"processes", "provenance"},
+    {"processes", "provenance", "web"},
     {"rows"},
     {"scoring"},
     {"measure", "figures"},
