@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantFormat, QuantType
 
+from nnc_utils import doctor
 from nnc_utils.doctor import fix, in_onnxruntime, rules
 from nnc_utils.doctor.__main__ import main
 from nnc_utils.doctor.in_onnxruntime import session
@@ -256,6 +257,20 @@ def test_the_command(tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     assert (document["integer_macs"], document["named"]) == (1, {})
     assert document["repaired"]["agreement"] == 1 and document["file"] == str(fixed)
+
+
+def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    onnx.save(made.static(made.network(), tmp_path), tmp_path / "net.onnx")
+    np.save(tmp_path / "images.npy", made.images(20))
+    before, after = tmp_path / "net.onnx", tmp_path / "fixed.onnx"
+    assert doctor.repair(before, after, inputs=str(tmp_path / "images.npy"))["agreement"] == 1
+    after.unlink()
+    monkeypatch.setattr(doctor, "AGREEMENT", 1.01)
+    with pytest.raises(doctor.DoctorError, match="less than 101.0%: nothing was written"):
+        doctor.repair(before, after)
+    with pytest.raises(doctor.DoctorError, match="writes another one"):
+        doctor.repair(before, before)
+    assert not list(tmp_path.glob("*fixed*"))
 
 
 def refusal(capsys, *arguments):

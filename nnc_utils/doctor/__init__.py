@@ -18,15 +18,14 @@ from typing import Any
 
 import psutil
 
-RUNTIMES = ("onnxruntime", "openvino", "executorch", "inductor")
-DEFAULTS = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch", ".pt2": "inductor"}
-DEFAULTS[".safetensors"] = "onnxruntime"  # an artifact: exported to the runtime's int8 first
-READS = {  # what a runtime is given
+READS = {  # runtime -> what it is given; an artifact is exported to the runtime's int8 first
     "onnxruntime": (".onnx", ".safetensors"),
     "openvino": (".xml", ".onnx", ".safetensors"),
     "executorch": (".pte", ".safetensors"),
     "inductor": (".pt2",),
 }
+RUNTIMES = tuple(READS)
+DEFAULTS = {suffix: runtime for runtime in reversed(RUNTIMES) for suffix in READS[runtime]}
 SECONDS, GIGABYTES = 120.0, 8.0  # what a process may take
 AGREEMENT = 0.995  # of a repaired file with the one before
 SHARE_OF_MEMORY = 6  # a file may have this fraction of the memory: reading and compiling copy it

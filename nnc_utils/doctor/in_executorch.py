@@ -1,0 +1,104 @@
+"""What ExecuTorch executes: XNNPACK's graphs in a program, and the operators outside them."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+from executorch.exir._serialize._program import deserialize_pte_binary
+
+from nnc_utils.doctor import Layer, Report
+from nnc_utils.runtimes.executorch import KINDS, xnnpack_graph
+
+OUTSIDE = {
+    "aten::convolution": "conv",
+    "aten::linear": "linear",
+    "aten::addmm": "linear",
+    "aten::mm": "linear",
+}
+
+
+def examine(path: Path, settings: dict[str, str]) -> Report:
+    """A .pte file; it has no settings."""
+    program = deserialize_pte_binary(path.read_bytes()).program
+    found: list[Layer] = []
+    for plan in program.execution_plan:
+        for delegate in plan.delegates:
+            if delegate.id == "XnnpackBackend":
+                data = program.backend_delegate_data[delegate.processed.index].data
+                found += _delegated(xnnpack_graph(data), len(found))
+        found += _outside(plan, len(found))
+    dynamic = any("dynamic" in layer.runs for layer in found)
+    quantized = dynamic or any(layer.integer for layer in found)
+    layers = [_with_reason(layer, dynamic=dynamic, quantized=quantized) for layer in found]
+    return Report(str(path), f"ExecuTorch {version('executorch')}", tuple(layers))
+
+
+def _delegated(graph: dict, before: int) -> list[Layer]:
+    """The layers of one of XNNPACK's graphs; a program does not hold their names, so they are numbered."""
+    values = [_value(value) for value in graph["xvalues"]]
+    found = []
+    for node in graph["xnodes"]:
+        operator, about = node["xnode_union_type"].removeprefix("_"), node["xnode_union"]
+        if operator not in KINDS:
+            continue
+        kind = KINDS[operator]
+        read = [values[about[key]] for key in ("input1_id", "input2_id", "filter_id") if key in about]
+        integer = all("qint" in name or "qcint" in name or "qdint" in name for name, _ in read)
+        source = read[0][0].removeprefix("xnn_datatype_")
+        runs = f"{operator} {'dynamic ' if 'qd' in source else ''}{source}"
+        macs = 0
+        if kind != "add":
+            kernel, output = values[about["filter_id"]][1], values[about["output_id"]][1]
+            # depthwise weights are (1, height, width, channels): each output has one channel of them
+            channels = kernel[-1] if "Depthwise" in operator else kernel[0]
+            macs = math.prod(output[1:]) * math.prod(kernel) // channels
+        found.append(Layer(f"{kind} {before + len(found) + 1}", kind, runs, integer, macs))
+    return found
+
+
+def _value(value: dict) -> tuple[str, list[int]]:
+    """Data type and shape of a tensor."""
+    value = value["xvalue_union"]
+    value = value.get("tensor_value", value)
+    return value["datatype"], value["dims"]
+
+
+def _outside(plan: object, before: int) -> list[Layer]:
+    """The layers that portable kernels compute, one by one as the program calls them."""
+    found = []
+    for chain in plan.chains:
+        for instruction in chain.instructions:
+            call = instruction.instr_args
+            operator = plan.operators[call.op_index].name if hasattr(call, "op_index") else ""
+            if operator in OUTSIDE:
+                kind = OUTSIDE[operator]
+                shapes = [_shape(plan.values[index].val) for index in call.args]
+                name = f"{kind} {before + len(found) + 1}"
+                found.append(Layer(name, kind, operator, False, _macs(operator, shapes)))
+    return found
+
+
+def _shape(value: object) -> list[int]:
+    return list(getattr(value, "sizes", None) or [])
+
+
+def _macs(operator: str, shapes: list[list[int]]) -> int:
+    tensors = [shape for shape in shapes if shape]
+    if operator == "aten::convolution":  # input, weight, ..., output
+        return math.prod(tensors[-1][1:]) * math.prod(tensors[1][1:])
+    inner = (tensors[1] if operator == "aten::addmm" else tensors[0])[-1]
+    return math.prod(tensors[-1][1:]) * inner
+
+
+def _with_reason(layer: Layer, *, dynamic: bool, quantized: bool) -> Layer:
+    if layer.integer:
+        return layer
+    if layer.runs in OUTSIDE:
+        rule = "not-delegated"
+    elif dynamic and layer.kind != "linear":
+        rule = "dynamic-quantization"
+    else:
+        rule = "no-quantizer-before" if quantized else "float-file"
+    return Layer(layer.name, layer.kind, layer.runs, layer.integer, layer.macs, (rule,))

@@ -1,0 +1,98 @@
+"""What Inductor compiles an exported program to, read from the code that it writes.
+
+torch.export's files can run code when they are loaded: examine those that you trust.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from nnc_utils.doctor import Layer, Report
+
+KINDS = {"conv2d": "conv", "convolution": "conv", "linear": "linear", "addmm": "linear", "mm": "linear"}
+# what calls in the code that Inductor writes are named after -> kind, whether it is of integers
+CALLS = {"qconv": ("conv", True), "qlinear": ("linear", True)}
+CALLS |= {"convolution": ("conv", False), "linear": ("linear", False), "addmm": ("linear", False)}
+CALLS |= {"mm": ("linear", False)}
+
+
+def examine(path: Path, settings: dict[str, str]) -> Report:
+    """A .pt2 file of `torch.export.save`; the settings are Inductor's, "freezing" among them."""
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401, registers integer kernels
+
+    program = torch.export.load(path)
+    config = {"force_disable_caches": True, "compile_threads": 1}  # else there is no code, or other processes
+    config |= {key: _literal(value) for key, value in settings.items()}
+    kernels: dict[str, list[tuple[str, bool]]] = {"conv": [], "linear": []}
+    for call in _calls(program, config):
+        kind, integer = next(CALLS[name] for name in CALLS if name in call)
+        kernels[kind].append((call, integer))
+    layers, quantized = [], any("dequantize" in str(node.target) for node in program.graph.nodes)
+    for node in program.graph.nodes:
+        kind = KINDS.get(getattr(node.target, "_opname", ""))
+        if kind:
+            # the code calls them in the graph's order; what is not called by name is fused into a float loop
+            call, integer = kernels[kind].pop(0) if kernels[kind] else ("a loop of its own", False)
+            rules = () if integer else _reasons(node, quantized, frozen=bool(config.get("freezing")))
+            layers.append(Layer(node.name, kind, call, integer, _macs(node), rules))
+    return Report(str(path), f"Inductor of torch {torch.__version__}", tuple(layers), _notes(program))
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _calls(program: torch.export.ExportedProgram, config: dict[str, object]) -> list[str]:
+    """The layers' kernels in the code that Inductor writes for the program, in order."""
+    arguments, keywords = program.example_inputs
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._inductor.config.patch(config):
+        compiled = torch.compile(program.module(), dynamic=False)
+        _, sources = run_and_get_code(compiled, *arguments, **keywords)
+    code = "\n".join(source.partition("def call(")[2] for source in sources)
+    names = re.findall(r"(?:torch\.ops\.\w+|extern_kernels)\.(\w+)(?=[.(])", code)
+    return [name for name in names if any(call in name for call in CALLS)]
+
+
+def _reasons(node: torch.fx.Node, quantized: bool, *, frozen: bool) -> tuple[str, ...]:
+    if not quantized:
+        return ("float-file",)
+    if not all("dequantize" in str(read.target) for read in node.args[:2]):
+        return ("no-quantizer-before",)
+    return () if frozen else ("no-freezing",)
+
+
+def _macs(node: torch.fx.Node) -> int:
+    output, weight = (tuple(n.meta["val"].shape) for n in (node, node.args[1]))
+    if KINDS[node.target._opname] == "linear":
+        return math.prod(output[1:]) * weight[-1]
+    return math.prod(output[1:]) * math.prod(weight[1:])
+
+
+def _notes(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """The rules that concern the file: what takes bytes."""
+    stored = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target}
+    nodes = {node.name: node for node in program.graph.nodes}
+    unread = [name for name in stored if name in nodes and not nodes[name].users]
+    masks = [node for node in program.graph.nodes if getattr(node.target, "_opname", "") == "mul"]
+    found = {
+        "unread-weights": any(nodes[name].meta["val"].ndim > 1 for name in unread),
+        "masks-left": any(_is_mask(node, stored) for node in masks),
+    }
+    return tuple(name for name, shown in found.items() if shown)
+
+
+def _is_mask(node: torch.fx.Node, stored: dict[str, str]) -> bool:
+    """Whether a product is that of two stored tensors of one shape."""
+    both = [getattr(n, "name", "") for n in node.args[:2]]
+    shapes = [n.meta["val"].shape for n in node.args[:2] if getattr(n, "name", "") in stored]
+    return len(both) == len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) > 1

@@ -1,0 +1,148 @@
+"""The int8 doctor on programs of PyTorch's export: ExecuTorch's .pte, and .pt2 compiled by Inductor."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+from small_networks import quantized, saved
+from torch import nn
+
+from nnc_utils import doctor, models, runtimes
+from nnc_utils.doctor import rules
+
+SHAPE = (2, 3, 12, 12)
+torchao = pytest.importorskip("torchao")
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # noqa: E402
+from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86  # noqa: E402
+
+needs_executorch = pytest.mark.skipif(bool(runtimes.available("executorch")), reason="no executorch")
+needs_compiler = pytest.mark.skipif(bool(runtimes.available("inductor", "int8")), reason="no C++ compiler")
+
+
+class Network(nn.Module):
+    """conv1, a block of conv2 and conv3 with its residual add, conv4, fc."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
+        self.conv2, self.conv3, self.conv4 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, images):
+        stem = self.conv1(images).relu()
+        inner = (self.conv3(self.conv2(stem).relu()) + stem).relu()
+        return self.fc(self.conv4(inner).relu().mean((-2, -1)))
+
+
+def exported(module=None):
+    return torch.export.export(module or Network().eval(), (torch.randn(SHAPE),))
+
+
+def converted(quantizer):
+    prepared = prepare_pt2e(exported().module(), quantizer)
+    prepared(torch.randn(SHAPE))
+    return convert_pt2e(prepared)
+
+
+def xnnpack(folder, *, partitioned=True, **settings):
+    """Quantized as ExecuTorch documents it, unless there are no settings."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnn
+    from executorch.exir import to_edge_transform_and_lower
+
+    config = xnn.get_symmetric_quantization_config(is_per_channel=True, **settings)
+    module = converted(xnn.XNNPACKQuantizer().set_global(config)) if settings else None
+    partitioners = [XnnpackPartitioner()] if partitioned else []
+    program = to_edge_transform_and_lower(exported(module), partitioner=partitioners)
+    (folder / "net.pte").write_bytes(program.to_executorch().buffer)
+    return folder / "net.pte"
+
+
+def examined(path, settings=None):
+    from nnc_utils.doctor import in_executorch, in_inductor
+
+    return (in_executorch if path.suffix == ".pte" else in_inductor).examine(path, settings or {})
+
+
+@needs_executorch
+def test_static_quantization_is_healthy_in_executorch(tmp_path):
+    report = examined(xnnpack(tmp_path, is_dynamic=False))
+    assert (report.named(), report.share, report.runtime) == (
+        {},
+        1,
+        rules.TABLE["dynamic-quantization"].runtime,
+    )
+    area, width = 12 * 12, 16
+    macs = [area * width * 3 * 9, *[area * width**2 * 9] * 3, width * 10]
+    assert sorted(layer.macs for layer in report.layers if layer.kind != "add") == sorted(macs)
+
+
+@needs_executorch
+def test_dynamic_quantization_leaves_convolutions_in_floats(tmp_path):
+    report = doctor.examine(xnnpack(tmp_path, is_dynamic=True))
+    floats = [layer for layer in report.layers if not layer.integer]
+    assert sorted(layer.kind for layer in floats) == ["add", "conv", "conv", "conv"]
+    assert report.named() == {"dynamic-quantization": [layer.name for layer in floats]}
+
+
+@needs_executorch
+def test_what_is_not_quantized_or_not_delegated(tmp_path):
+    assert list(examined(xnnpack(tmp_path)).named()) == ["float-file"]
+    report = examined(xnnpack(tmp_path, partitioned=False))
+    assert list(report.named()) == ["not-delegated"] and report.share == 0
+    assert sum(layer.macs for layer in report.layers) == sum(
+        layer.macs for layer in examined(xnnpack(tmp_path)).layers
+    )
+
+
+@needs_executorch
+def test_a_damaged_program_takes_one_line(tmp_path):
+    (tmp_path / "net.pte").write_bytes(b"no program" * 100)
+    with pytest.raises(doctor.DoctorError, match=r"net\.pte: ") as error:
+        doctor.examine(tmp_path / "net.pte")
+    assert "\n" not in str(error.value)
+
+
+def x86_program(folder, *, unread=True):
+    module = converted(
+        x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    )
+    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name, _ in [] if unread else list(module.named_parameters()):
+        if name not in used:
+            owner, _, attribute = name.rpartition(".")
+            delattr(module.get_submodule(owner), attribute)
+    torch.export.save(exported(module), folder / "net.pt2")
+    return folder / "net.pt2"
+
+
+@needs_compiler
+def test_inductor_takes_integer_kernels_only_when_it_freezes(tmp_path):
+    report = examined(x86_program(tmp_path))
+    assert report.share == 0 and report.notes == ("unread-weights",)
+    assert set(report.named()) == {"no-freezing", "unread-weights"}
+    assert len(report.named()["no-freezing"]) == len(report.layers) == 5
+    report = examined(x86_program(tmp_path, unread=False), {"freezing": "True"})
+    assert (report.named(), report.share) == ({}, 1)
+
+
+def test_an_artifact_is_exported_first(tmp_path):
+    """To ONNX Runtime's int8 unless another runtime is asked for."""
+    spec = models.resnet(18, channels=1, size=8, classes=10, stem="small", width=1 / 8)
+    saved(quantized(models.build(spec).eval()), tmp_path / "net.safetensors")
+    report = doctor.examine(tmp_path / "net.safetensors")
+    assert (report.named(), report.share, report.runtime) == (
+        {},
+        1,
+        rules.TABLE["signed-activations"].runtime,
+    )
+    assert sum(layer.macs for layer in report.layers) == models.macs(spec)
+    assert len([layer for layer in report.layers if layer.kind != "add"]) == 21
+
+
+def test_versions():
+    seen = f"torch {version('torch').partition('+')[0]}, torchao {version('torchao')}"
+    assert seen == rules.TABLE["no-freezing"].runtime, (
+        "another version: see whether it still does what these tests say"
+    )
