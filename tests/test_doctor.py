@@ -288,7 +288,7 @@ def test_what_is_no_network_takes_one_line(tmp_path, capsys):
     for name in ("cut", "foreign"):
         assert f"{name}.onnx" in refusal(capsys, tmp_path / f"{name}.onnx")
     assert "is no file" in refusal(capsys, tmp_path / "missing.onnx")
-    assert "has to end with one of .onnx" in refusal(capsys, tmp_path / "net.bin")
+    assert "has to end with one of .pt2, .pte" in refusal(capsys, tmp_path / "net.bin")
     assert "unknown runtime 'tensorrt'" in refusal(capsys, tmp_path / "net.onnx", "--runtime", "tensorrt")
     assert "executorch is given" in refusal(capsys, tmp_path / "net.onnx", "--runtime", "executorch")
     assert "KEY=VALUE" in refusal(capsys, tmp_path / "net.onnx", "--entry", "freezing")

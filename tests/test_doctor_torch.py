@@ -6,9 +6,10 @@ import pytest
 import torch
 from small_networks import quantized, saved
 from torch import nn
+from torch.nn import functional
 
 from nnc_utils import doctor, models, runtimes
-from nnc_utils.doctor import rules
+from nnc_utils.doctor import in_inductor, rules
 
 SHAPE = (2, 3, 12, 12)
 torchao = pytest.importorskip("torchao")
@@ -60,7 +61,7 @@ def xnnpack(folder, *, partitioned=True, **settings):
 
 
 def examined(path, settings=None):
-    from nnc_utils.doctor import in_executorch, in_inductor
+    from nnc_utils.doctor import in_executorch
 
     return (in_executorch if path.suffix == ".pte" else in_inductor).examine(path, settings or {})
 
@@ -125,6 +126,23 @@ def test_inductor_takes_integer_kernels_only_when_it_freezes(tmp_path):
     assert len(report.named()["no-freezing"]) == len(report.layers) == 5
     report = examined(x86_program(tmp_path, unread=False), {"freezing": "True"})
     assert (report.named(), report.share) == ({}, 1)
+
+
+class Masked(nn.Module):
+    """A convolution pruned as NNCF's `strip` leaves it: the mask is stored beside the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.register_buffer("mask", (self.weight > 0).to(torch.uint8))
+
+    def forward(self, images):
+        return functional.conv2d(images, self.weight * self.mask)
+
+
+def test_masks_and_unread_weights_are_notes():
+    assert in_inductor.notes(exported(Masked())) == ("masks-left",)
+    assert in_inductor.notes(exported()) == ()
 
 
 def test_an_artifact_is_exported_first(tmp_path):

@@ -41,7 +41,7 @@ def examine(path: Path, settings: dict[str, str]) -> Report:
             call, integer = kernels[kind].pop(0) if kernels[kind] else ("a loop of its own", False)
             rules = () if integer else _reasons(node, quantized, frozen=bool(config.get("freezing")))
             layers.append(Layer(node.name, kind, call, integer, _macs(node), rules))
-    return Report(str(path), f"Inductor of torch {torch.__version__}", tuple(layers), _notes(program))
+    return Report(str(path), f"Inductor of torch {torch.__version__}", tuple(layers), notes(program))
 
 
 def _literal(text: str) -> object:
@@ -78,7 +78,7 @@ def _macs(node: torch.fx.Node) -> int:
     return math.prod(output[1:]) * math.prod(weight[1:])
 
 
-def _notes(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+def notes(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """The rules that concern the file: what takes bytes."""
     stored = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target}
     nodes = {node.name: node for node in program.graph.nodes}
