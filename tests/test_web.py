@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from small_networks import network, saved
 
-from nnc_utils import artifact, data, evaluation, export, images, web
+from nnc_utils import artifact, data, evaluation, export, images, models, web
 from nnc_utils.web import WebError
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,9 @@ def sites(trained_digits, tmp_path_factory):
     try:
         export.export_page(files, out=out / "digits", precision="both")
         export.export_page([str(HEADLINE)], out=out / "headline")
+        spec = models.resnet(18, channels=3, size=16, classes=12, stem="small", width=1 / 8)
+        saved(network(spec), out / "colour.safetensors")
+        export.export_page([str(out / "colour.safetensors")], out=out / "colour")
     except WebError as error:
         pytest.skip(str(error))
     return out
@@ -156,6 +160,26 @@ def test_a_coloured_image_becomes_grey_before_it_is_resized(sites, opened, tmp_p
     assert np.array_equal(seen[..., 0], images.read_image(tmp_path / "grey.png", 8)[..., 0])
 
 
+def test_a_network_for_colours_sees_them_and_its_ten_likeliest_classes_are_shown(sites, opened, tmp_path):
+    page, file = opened(sites / "colour"), tmp_path / "colour.png"
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 33, 3), np.uint8)).save(file)
+    [answer] = page.evaluate(SHOW, [base64.b64encode(file.read_bytes()).decode()])
+    pixels = images.read_image(file, 16)
+    seen = np.array(page.evaluate(SEEN), np.uint8).reshape(16, 16, 4)
+    assert np.array_equal(seen[..., :3], pixels)
+    inputs = (torch.tensor(pixels).permute(2, 0, 1)[None] / 255 - 0.5) / 0.25
+    with torch.inference_mode():
+        probabilities = artifact.load(sites / "colour.safetensors")(inputs).softmax(1)[0].numpy()
+    assert np.allclose(answer, probabilities, atol=1e-4)
+    shown = page.locator("#classes .name").all_inner_texts()
+    assert shown == [str(which) for which in np.argsort(-probabilities)[:10]]
+    page.get_by_label("Light background").check()
+    page.locator("#pad").click()
+    page.locator("#classes li.best").wait_for()
+    seen = np.array(page.evaluate(SEEN), np.uint8).reshape(16, 16, 4)[..., :3]
+    assert (seen[0] == 255).all() and (seen[8, 8] < 200).all()  # a dot, black on white
+
+
 def test_a_drawing_gets_the_class_that_eager_gives_to_its_pixels(sites, opened, trained_digits, tmp_path):
     page, digits = opened(sites / "digits"), data.load("digits")
     assert "Draw something" in page.locator("#answer").inner_text()
@@ -234,9 +258,9 @@ def test_the_page_says_what_each_network_costs(sites, opened):
         ["int8", "fp32"],
         ["int8", "int8"],
     ]
-    for network, row in zip(described, cells):
-        content = gzip.decompress((sites / "digits" / network["file"]).read_bytes())
-        assert network["bytes"] == len(content) and row[2] == f"{len(content) / 1e6:.3f} MB"
+    for told, row in zip(described, cells):
+        content = gzip.decompress((sites / "digits" / told["file"]).read_bytes())
+        assert told["bytes"] == len(content) and row[2] == f"{len(content) / 1e6:.3f} MB"
         assert float(row[4].removesuffix(" ms")) > 0
     assert cells[0][5] == "1.00×" and all(row[5].endswith("×") for row in cells)
 
