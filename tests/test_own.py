@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import own, own_goal, own_result, parameters
+from bench import own, own_goal, own_result, parameters, publish
 from bench.candidates import TECHNIQUES
 from bench.committed import Tables
 from bench.own_goal import Goal, GoalError, Offer
@@ -225,7 +225,7 @@ def test_runs_are_kept_below_the_folder_and_a_failure_ends_them(asked, monkeypat
     upstream = [json.loads(command[6]).get("upstream", []) for command, _ in commands]
     assert upstream[0] == [] and upstream[1] == upstream[3] == [str(folders[0])]
     assert upstream[4] == [str(folder) for folder in folders[:4]]
-    assert all(command[-2:] == ["--keep", "current"] for command, _ in commands)
+    assert all(command[-3:] == ["--keep", "current", "--no-lesson"] for command, _ in commands)
     assert list(commands[0][1].values()) == [60.0] * 5
     with pytest.raises(own.ResultError, match="Call the same command again"):
         own.run(asked, planned, seconds)
@@ -306,3 +306,29 @@ def test_the_table_and_the_figure_show_what_was_measured(published, tmp_path):
     own_result.draw(points, tables, offer, tmp_path / "figures/own.png")
     assert Image.open(tmp_path / "figures/own.png").width > 500
     assert Path(own_result.PROGRAM).is_file()
+
+
+def test_it_ends_with_the_network_that_answers_the_goal(example, published, tmp_path, monkeypatch):
+    """From finished runs to the report, and every file that it names; the program on the test images."""
+    digits, out = data.load("digits"), tmp_path / "out"
+    files = [tmp_path / f"{number}.png" for number in range(len(digits.test))]
+    for file, image in zip(files, digits.test.images, strict=True):
+        Image.fromarray(image[0].numpy()).save(file)
+    kept = types.SimpleNamespace(files={"test": {"all": files}})
+    asked = own.Asked(replace(digits, folder=kept), Goal(2, points=50), out, 18, "small", "", (), 1)
+    monkeypatch.setattr(own_result, "publish", lambda runs, _, out: publish.publish(runs, "quick", out=out))
+    monkeypatch.setattr(own_result, "TRIED", 20)
+    before = {file: file.read_bytes() for file in published.rglob("*") if file.is_file()}
+    text = own_result.write(asked, example.folders)
+    assert {file: file.read_bytes() for file in before} == before  # committed results stay
+    assert (out / "report.md").read_text(encoding="utf-8").strip() == text
+    assert "Chosen on validation images: 8-bit weights, one scale a channel (" in text
+    assert "The 400 test images agree: at most 50 points are lost." in text
+    assert "names the table's class on 20 of 20 test images" in text
+    sha256 = json.loads((out / "net.onnx.json").read_text())["artifact_sha256"]
+    assert (
+        sha256
+        == artifact.read(out / "net.safetensors").sha256
+        == example.scores["02_quantization", 1]["sha256"]
+    )
+    assert (out / "figures/own.png").is_file() and (out / "classify.py").is_file()
