@@ -10,6 +10,7 @@ from onnxruntime.quantization import QuantType
 
 pytest.importorskip("openvino")
 from nnc_utils.doctor import examine, in_openvino, rules  # noqa: E402, before openvino: no telemetry
+from nnc_utils.runtimes.openvino import count_operators  # noqa: E402
 
 import openvino  # noqa: E402, isort: skip
 
@@ -95,6 +96,8 @@ def test_compressed_weights_compute_in_floats(tmp_path):
         found = report(path)
         assert (found.share, found.notes) == (0, notes)
         assert len(found.named()["weights-only"]) == 5
+        compiled = openvino.Core().compile_model(tmp_path / "net.xml", "CPU")
+        assert not {"conv", "linear"} & set(count_operators(compiled))
         sizes[mode] = path.with_suffix(".bin").stat().st_size
     assert sizes["INT8_ASYM"] == sizes["INT4_SYM"]
 

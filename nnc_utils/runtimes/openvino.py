@@ -76,7 +76,9 @@ def count_operators(compiled: openvino.CompiledModel) -> dict[str, int]:
         attributes = node.get_rt_info()
         kind = {"Convolution": "conv", "FullyConnected": "linear"}.get(_text(attributes["layerType"]))
         if kind:
-            integer = _text(attributes["runtimePrecision"]) in ("u8", "i8")
+            # a layer whose weights alone are codes says u8, too; its primitive is one of floats
+            floats = _text(attributes["primitiveType"]).lower().endswith(("_f32", "_f16", "_bf16"))
+            integer = _text(attributes["runtimePrecision"]) in ("u8", "i8") and not floats
             counts[kind if integer else f"float {kind}"] += 1
     return dict(counts)
 
