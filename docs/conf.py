@@ -1,6 +1,10 @@
 """The book: Sphinx over the repository as it lies there, without running a notebook (`make book`)."""
 
 import json
+import re
+from urllib.parse import unquote
+
+from myst_parser.slugs import github_slugify
 
 project = "Neural-network compression, measured"
 author = "the authors of the suite"
@@ -12,6 +16,7 @@ exclude_patterns += ["results/smoke", "results/*/history.md", "tests"]
 
 nb_execution_mode = "off"  # the outputs are those that are stored
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # an output that is Markdown may hold a table
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
@@ -20,18 +25,27 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True}
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["book.css"]
 
 
-def _fold_solutions(app, name, source):
-    """In the book the solution of an exercise is folded; in the notebook it stands open."""
+def _for_the_book(app, name, source):
+    """Solutions are folded, links to headings get the names that they have here, badges need a network."""
+    source[0] = re.sub(r"(?m)^.*img\.shields\.io.*$", "", source[0])
     if name.startswith("notebooks/"):
         notebook = json.loads(source[0])
         for cell in notebook["cells"]:
             if "exercise" in cell["metadata"].get("tags", []):
                 cell["metadata"]["tags"].append("hide-input")
+            if cell["cell_type"] == "markdown":
+                cell["source"] = re.sub(r"\]\(#(.*?)\)", _link, "".join(cell["source"]))
         source[0] = json.dumps(notebook)
+
+
+def _link(match):
+    return f"](#{github_slugify(unquote(match[1]))})"
 
 
 def setup(app):
     """Called by Sphinx."""
-    app.connect("source-read", _fold_solutions)
+    app.connect("source-read", _for_the_book)

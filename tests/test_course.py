@@ -1,9 +1,11 @@
-"""nbgrader's own autograder gives the points that a submission deserves."""
+"""Contents lead to headings, and nbgrader's own autograder gives the points that a submission deserves."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -12,6 +14,14 @@ from nbformat.v4 import new_code_cell, new_notebook
 from bench import course
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks/01_baseline.ipynb"
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_contents_of_a_notebook_link_to_its_headings(path):
+    prose = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    headings = re.findall(r"(?m)^## (.*)", "\n".join(prose))
+    links = [unquote(link) for link in re.findall(r"\]\(#(.*?)\)", prose[0])]
+    assert links == [heading.replace(" ", "-") for heading in headings]  # JupyterLab's names of headings
 
 
 @pytest.fixture(scope="module")

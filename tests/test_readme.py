@@ -1,4 +1,6 @@
-"""The README shows the tables that are committed."""
+"""The README and the notebooks' summaries show the tables that are committed."""
+
+import shutil
 
 import pandas as pd
 import pytest
@@ -13,6 +15,27 @@ ROOT = provenance.PACKAGE.parent
 def test_the_readme_shows_the_committed_tables(monkeypatch):
     monkeypatch.setenv("NNC_ROOT", str(ROOT))
     assert readme.said(ROOT) == readme.blocks(ROOT), "run `make report`"
+
+
+def test_the_summaries_of_the_notebooks_show_the_committed_tables(monkeypatch):
+    monkeypatch.setenv("NNC_ROOT", str(ROOT))
+    sources = sorted((ROOT / "notebooks/src").glob("*.py"))
+    sentences = readme.sentences(ROOT)
+    assert sorted(sentences) == [source.stem for source in sources]
+    for source in sources:
+        text = source.read_text(encoding="utf-8").replace("\n# ", "\n")
+        told = text.split("<!-- numbers:begin -->\n")[1].split("\n<!-- numbers:end -->")[0]
+        assert told == sentences[source.stem] != "", "run `make report`"
+
+
+def test_a_summary_follows_its_tables(published):
+    root = published.parents[1]
+    shutil.copytree(ROOT / "notebooks", root / "notebooks", dirs_exist_ok=True)
+    assert readme.update(root) and not readme.update(root)
+    ratios = [f"{ratio:.2f}×" for ratio in pd.read_csv(published / "summary.csv")["size_ratio"]]
+    for place in ("notebooks/src/02_quantization.py", "notebooks/02_quantization.ipynb"):
+        before, told = ((r / place).read_text(encoding="utf-8").split("numbers:")[1] for r in (ROOT, root))
+        assert told != before and any(ratio in told for ratio in ratios)
 
 
 @pytest.mark.parametrize("changed", ["0.500", "4.00×"])

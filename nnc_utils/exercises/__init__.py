@@ -6,7 +6,7 @@ Each notebook has a module of checkers here. Wrong answers that each has to noti
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def same(given: Any, wanted: Any, otherwise: str, *, tolerance: float = 1e-4) ->
     """
     expect(given is not None, "Your function returns nothing: does it end in `return`?")
     try:
-        given = torch.as_tensor(given, dtype=torch.float64)
+        given = torch.as_tensor(given, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         raise Wrong(f"Your answer is a {type(given).__name__}: a number or a tensor is asked for.") from None
     wanted = torch.as_tensor(wanted, dtype=torch.float64)
@@ -79,3 +79,23 @@ def same(given: Any, wanted: Any, otherwise: str, *, tolerance: float = 1e-4) ->
     expect(bool(torch.isfinite(given).all()), f"{otherwise} It holds numbers that are not finite.")
     largest = max(float(wanted.abs().max()) if wanted.numel() else 0.0, 1e-12)
     expect(bool(((given - wanted).abs() <= tolerance * largest).all()), otherwise)
+
+
+def tell(given: Any, known: Iterable[tuple[Any, str]]) -> None:
+    """Raise `Wrong` with the sentence of the known wrong answer that an answer is."""
+    for wrong, said in known:
+        expect(not near(given, wrong), said)
+
+
+def judge(given: Any, wanted: Any, otherwise: str, known: Iterable[tuple[Any, str]], **how: float) -> None:
+    """As `same`, but known wrong answers have sentences of their own, unless one is right here."""
+    tell(given, [(wrong, said) for wrong, said in known if not near(wrong, wanted)])
+    same(given, wanted, otherwise, **how)
+
+
+def parts(given: Any, names: str) -> tuple[Any, ...]:
+    """An answer of several parts, or `Wrong` where it has another number of them than there are names."""
+    expect(given is not None, "Your function returns nothing: does it end in `return`?")
+    right = isinstance(given, tuple | list) and len(given) == len(names.split(", "))
+    expect(right, f"In this order, please: {names}.")
+    return tuple(given)

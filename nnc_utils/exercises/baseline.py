@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nnc_utils import models
-from nnc_utils.exercises import exercise, expect, same
+from nnc_utils.exercises import exercise, expect, judge, parts, same
 
 SPEC = models.resnet(18, channels=3, size=20, classes=7, stem="small", width=1 / 8)
 LAYERS = {layer.name: layer for layer in models.layers(SPEC)}
@@ -90,15 +90,14 @@ def how_sure(half_width: Callable) -> None:
     """`half_width` (accuracy in percent, images) -> half of the 95 % interval, in percentage points."""
     deviation = 100 * (0.9 * 0.1) ** 0.5
     given = half_width(90.0, 400)
-    for wrong, said in (
+    known = [
         (deviation / 20, "That is one standard error: a 95 % interval takes 1.96 of them."),
         (1.96 * deviation, "That is the spread of one image: the mean of n images varies √n times less."),
         (1.96 * deviation / 400, "The standard error falls with the root of n, not with n."),
         (2 * 1.96 * deviation / 20, "That is the whole width: half of it is asked for."),
         (1.96 * deviation / 2000, "In percentage points, please: multiply by 100."),
-    ):
-        expect(abs(given - wrong) > 1e-6 * wrong, said)
-    same(given, 1.96 * deviation / 20, "1.96 · √(p (1 − p) / n), in percentage points, is asked for.")
+    ]
+    judge(given, 1.96 * deviation / 20, "1.96 · √(p (1 − p) / n), in percentage points, is asked for.", known)
     same(half_width(50.0, 10_000), 0.98, "At 50 % of 10,000 images it is 0.98 percentage points.")
 
 
@@ -108,9 +107,7 @@ def paired(interval: Callable) -> None:
     before = np.arange(1000) < 900
     right = before.copy()
     right[:30], right[900:920] = False, True  # 30 lost, 20 won
-    given = interval(right, before)
-    expect(len(given) == 3, "Three numbers are asked for: lower end, mean and upper end.")
-    low, mean, high = map(float, given)
+    low, mean, high = map(float, parts(interval(right, before), "lower end, mean, upper end"))
     expect(
         abs(mean - 1.0) > 1e-9, "Compressed minus reference: the network lost more than it won, so below 0."
     )

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils import models
-from nnc_utils.exercises import Wrong, exercise, expect, same
+from nnc_utils.exercises import exercise, expect, judge, parts, same, tell
 from nnc_utils.runtimes import qdq
 
 SPEC = models.resnet(18, channels=3, size=20, classes=7, stem="small", width=1 / 8)
 STEPS = qdq.steps(SPEC)
-
-
-def tell(given: Any, mistakes: Iterable[tuple[Any, str]]) -> None:
-    """Raise `Wrong` with the sentence of the first mistake whose result this is."""
-    for wrong, said in mistakes:
-        try:
-            same(given, wrong, said)
-        except Wrong:
-            continue
-        raise Wrong(said)
-
-
-def parts(given: Any, names: str, count: int) -> tuple[Any, ...]:
-    """An answer of several parts, or `Wrong` where it has another number of them."""
-    expect(given is not None, "Your function returns nothing: does it end in `return`?")
-    expect(isinstance(given, tuple | list) and len(given) == count, f"In this order, please: {names}.")
-    return tuple(given)
 
 
 def column(vector: Tensor) -> Tensor:
@@ -49,7 +31,7 @@ def folding(fold: Callable) -> None:
     norm.bias.copy_(torch.tensor([0.4, -0.2]))
     norm.running_mean.copy_(torch.tensor([0.8, -0.5]))
     norm.running_var.copy_(torch.tensor([0.3, 2.0]))
-    folded, bias = parts(fold(weight, norm), "weight, bias", 2)
+    folded, bias = parts(fold(weight, norm), "weight, bias")
 
     variance = norm.running_var + norm.eps
     factor = norm.weight / variance.sqrt()
@@ -66,18 +48,16 @@ def folding(fold: Callable) -> None:
             "That multiplies the input channels: c counts the outputs, axis 0.",
         ),
     ]
-    tell(folded, mistakes)
-    same(folded, weight * column(factor), "The folded weight is w · γ / √(σ² + ε), for each output channel.")
+    said = "The folded weight is w · γ / √(σ² + ε), for each output channel."
+    judge(folded, weight * column(factor), said, mistakes)
     mean = norm.running_mean
-    tell(
-        bias,
-        [
-            (norm.bias, "The running mean is missing in the bias: β − μ · factor."),
-            (norm.bias + mean * factor, "The running mean is subtracted, not added."),
-            (norm.bias - mean, "The mean goes through batch-norm as well: multiply μ by the factor."),
-            ((norm.bias - mean) * factor, "β is added behind the multiplication: it has no factor."),
-        ],
-    )
+    known = [
+        (norm.bias, "The running mean is missing in the bias: β − μ · factor."),
+        (norm.bias + mean * factor, "The running mean is subtracted, not added."),
+        (norm.bias - mean, "The mean goes through batch-norm as well: multiply μ by the factor."),
+        ((norm.bias - mean) * factor, "β is added behind the multiplication: it has no factor."),
+    ]
+    tell(bias, known)
     images = torch.linspace(-1, 1, 50).view(1, 2, 5, 5)
     wanted = norm(functional.conv2d(images, weight))
     said = "The bias is β − μ · γ / √(σ² + ε)."
@@ -91,43 +71,31 @@ def integer_layer(integers: Callable) -> None:
     scale, input_scale = torch.tensor([0.1, 0.2, 0.05]), 0.04
     factor, bias = torch.tensor([2.0, -0.5, 1.5]), torch.tensor([0.31, -1.0, 0.77])
     given = integers(codes.clone(), scale, factor, bias, input_scale)
-    own_codes, own_scale, own_bias = parts(given, "codes, scale of the sums, bias", 3)
+    own_codes, own_scale, own_bias = parts(given, "codes, scale of the sums, bias")
 
     wanted = input_scale * scale * factor.abs()
-    tell(
-        own_scale,
-        [
-            (
-                input_scale * scale * factor,
-                "A scale is positive: the sign of the factor goes into the codes.",
-            ),
-            (scale * factor.abs(), "The input's scale is missing: the sums are products of both codes."),
-            (input_scale * scale, "The factor of batch-norm is missing in the scale: the codes stay."),
-        ],
-    )
-    same(own_scale, wanted, "The scale of the sums is s_x · s_w · |factor|, one for each output channel.")
-    tell(
-        own_codes,
-        [
-            (codes, "Where the factor is negative the codes change their signs; yours do not."),
-            (codes * column(factor), "Codes stay whole numbers: only the sign of the factor is theirs."),
-        ],
-    )
-    same(own_codes, codes * column(factor.sign()), "The codes are those of the file, with the factor's sign.")
-    tell(
-        own_bias,
-        [
-            (bias / wanted, "The bias is added to whole numbers: round it."),
-            (
-                (bias / (scale * factor.abs())).round(),
-                "The bias is added to the sums: divide by s_x as well.",
-            ),
-            ((bias / (input_scale * scale)).round(), "Divide the bias by the folded scale, with |factor|."),
-            ((bias / wanted * factor.sign()).round(), "The bias is folded already: its sign stays."),
-            ((bias * wanted).round(), "To get codes, divide the bias by the scale; do not multiply."),
-        ],
-    )
-    same(own_bias, (bias / wanted).round(), "The bias in codes is round(b' / (s_x · s_w · |factor|)).")
+    known = [
+        (input_scale * scale * factor, "A scale is positive: the sign of the factor goes into the codes."),
+        (scale * factor.abs(), "The input's scale is missing: the sums are products of both codes."),
+        (input_scale * scale, "The factor of batch-norm is missing in the scale: the codes stay."),
+    ]
+    said = "The scale of the sums is s_x · s_w · |factor|, one for each output channel."
+    judge(own_scale, wanted, said, known)
+    known = [
+        (codes, "Where the factor is negative the codes change their signs; yours do not."),
+        (codes * column(factor), "Codes stay whole numbers: only the sign of the factor is theirs."),
+    ]
+    said = "The codes are those of the file, with the factor's sign."
+    judge(own_codes, codes * column(factor.sign()), said, known)
+    known = [
+        (bias / wanted, "The bias is added to whole numbers: round it."),
+        ((bias / (scale * factor.abs())).round(), "The bias is added to the sums: divide by s_x as well."),
+        ((bias / (input_scale * scale)).round(), "Divide the bias by the folded scale, with |factor|."),
+        ((bias / wanted * factor.sign()).round(), "The bias is folded already: its sign stays."),
+        ((bias * wanted).round(), "To get codes, divide the bias by the scale; do not multiply."),
+    ]
+    said = "The bias in codes is round(b' / (s_x · s_w · |factor|))."
+    judge(own_bias, (bias / wanted).round(), said, known)
 
 
 @exercise("7.3")
@@ -143,21 +111,15 @@ def border(multiply: Callable) -> None:
     correction = 100 * codes.sum((1, 2, 3)).view(-1, 1, 1)
     wanted = functional.conv2d(inputs - 100, codes, bias, 2, 1)
     border = "Right inside, wrong along the border: the code 0 is not the number 0 there."
-    tell(
-        given,
-        [
-            (zeros - correction, border),
-            (plain, "The zero-point is never subtracted: z_x · Σ q_w is missing."),
-            (zeros, "Pad with the zero-point, and subtract z_x · Σ q_w."),
-            (plain + correction, "z_x · Σ q_w is subtracted, not added."),
-            (
-                plain - 100 * codes.sum(),
-                "Each output channel has a sum of its own codes: sum over three axes.",
-            ),
-            (wanted - bias.view(-1, 1, 1), "The bias is missing."),
-        ],
-    )
-    same(given, wanted, "Σ (q_x − z_x) q_w + q_b is asked for, at each pixel.")
+    known = [
+        (zeros - correction, border),
+        (plain, "The zero-point is never subtracted: z_x · Σ q_w is missing."),
+        (zeros, "Pad with the zero-point, and subtract z_x · Σ q_w."),
+        (plain + correction, "z_x · Σ q_w is subtracted, not added."),
+        (plain - 100 * codes.sum(), "Each output channel has a sum of its own codes: sum over three axes."),
+        (wanted - bias.view(-1, 1, 1), "The bias is missing."),
+    ]
+    judge(given, wanted, "Σ (q_x − z_x) q_w + q_b is asked for, at each pixel.", known)
     given = multiply(inputs, codes[:, :, :1, :1], bias, 0, 1, 0)
     wanted = torch.einsum("oi,nihw->nohw", codes[:, :, 0, 0], inputs) + bias.view(-1, 1, 1)
     same(given, wanted, "It has to hold for a 1 × 1 kernel with zero-point 0 and no padding, too.")
@@ -197,19 +159,17 @@ def ratios(speedup: Callable) -> None:
 
     median = statistics.median
     given = speedup(own, fp32)
-    tell(
-        given,
-        [
-            (median(within(fp32["eager"])), "That is against eager: the fastest fp32 runtime is asked for."),
-            (1 / median(within(quick)), "Turned round: the fp32 time stands above, the compressed below."),
-            (median(quick) / median(own), "Those are medians divided: divide within each round first."),
-            (sum(quick) / sum(own), "One slow round rules a sum or a mean of times."),
-            (statistics.mean(within(quick)), "One odd round moves a mean: take the median of the ratios."),
-            (median(within(map(min, quick, other))), "One runtime for all rounds: choose it by its median."),
-            (median(within(other)), "That runtime had one quick round: the fastest has the lowest median."),
-        ],
-    )
-    same(given, median(within(quick)), "The median, over the rounds, of fp32 ÷ compressed is asked for.")
+    known = [
+        (median(within(fp32["eager"])), "That is against eager: the fastest fp32 runtime is asked for."),
+        (1 / median(within(quick)), "Turned round: the fp32 time stands above, the compressed below."),
+        (median(quick) / median(own), "Those are medians divided: divide within each round first."),
+        (sum(quick) / sum(own), "One slow round rules a sum or a mean of times."),
+        (statistics.mean(within(quick)), "One odd round moves a mean: take the median of the ratios."),
+        (median(within(map(min, quick, other))), "One runtime for all rounds: choose it by its median."),
+        (median(within(other)), "That runtime had one quick round: the fastest has the lowest median."),
+    ]
+    said = "The median, over the rounds, of fp32 ÷ compressed is asked for."
+    judge(given, median(within(quick)), said, known)
     two = speedup([1.0, 2.0], {"eager": [2.0, 8.0]})
     same(two, 3.0, "Of two rounds the median is their mean.")
     same(speedup([2.0], {"eager": [1.0]}), 0.5, "A network that became slower has a speed-up below 1.")
@@ -229,21 +189,13 @@ def memory(peak: Callable) -> None:
         if given != wanted:
             pairs = max(sum(sizes[name] for name in {*s.inputs, s.output}) for s in STEPS)
             waiting = max(_needed(number, sizes, reading=False) for number in range(len(STEPS)))
-            tell(
-                given,
-                [
-                    (
-                        sum(sizes.values()),
-                        "That keeps every tensor to the end: free what nobody reads again.",
-                    ),
-                    (
-                        max(sizes.values()),
-                        "That is one tensor: a step needs its inputs and its output at once.",
-                    ),
-                    (pairs, skip_said),
-                    (waiting, "A step reads while it writes: free its inputs after its output is counted."),
-                ],
-            )
+            known = [
+                (sum(sizes.values()), "That keeps every tensor to the end: free what nobody reads again."),
+                (max(sizes.values()), "That is one tensor: a step needs its inputs and its output at once."),
+                (pairs, skip_said),
+                (waiting, "A step reads while it writes: free its inputs after its output is counted."),
+            ]
+            tell(given, known)
         same(given, wanted, second, tolerance=0)
 
 
@@ -260,15 +212,13 @@ def widths(most_bits: Callable) -> None:
     """`most_bits` (bits of the accumulator, products) -> most bits of a weight's code."""
     cases = [(16, 2), (16, 1), (16, 4), (16, 9), (20, 9), (16, 86), (32, 4608), (16, 200)]
     given = [most_bits(accumulator, products) for accumulator, products in cases]
-    tell(
-        given,
-        [
-            ([8] * len(cases), "You look at one product: several are added."),
-            ([8, 8, 7, 5, 8, 2, 8, 2], "The accumulator has a sign: its largest number is 2^(bits − 1) − 1."),
-            ([8, 8, 7, 5, 8, 3, 8, 2], "Inputs are unsigned: they reach 255, not 127."),
-            ([6, 7, 5, 3, 7, 0, 8, 0], "Weights have a sign: b bits reach 2^(b − 1) − 1, not 2^b − 1."),
-            ([8, 9, 7, 5, 9, 3, 9, 2], "That is the first width that overflows: one bit less fits."),
-        ],
-    )
+    known = [
+        ([8] * len(cases), "You look at one product: several are added."),
+        ([8, 8, 7, 5, 8, 2, 8, 2], "The accumulator has a sign: its largest number is 2^(bits − 1) − 1."),
+        ([8, 8, 7, 5, 8, 3, 8, 2], "Inputs are unsigned: they reach 255, not 127."),
+        ([6, 7, 5, 3, 7, 0, 8, 0], "Weights have a sign: b bits reach 2^(b − 1) − 1, not 2^b − 1."),
+        ([8, 9, 7, 5, 9, 3, 9, 2], "That is the first width that overflows: one bit less fits."),
+    ]
+    tell(given, known)
     for own, wanted, case in zip(given, [7, 8, 6, 4, 8, 2, 8, 0], cases):
         same(own, wanted, f"{case[0]} bits for {case[1]} products: {wanted} bits fit at most, of 2 to 8.")

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nnc_utils.distillation import soft_labels as package
-from nnc_utils.exercises import exercise, expect, near, same
+from nnc_utils.exercises import exercise, expect, judge, same, tell
 
 DRAW = torch.Generator().manual_seed(0)
 OURS, THEIRS = (2 * torch.randn(3, 5, generator=DRAW) for _ in range(2))  # logits of student and teacher
 FEATURES = torch.randn(3, 2, 3, 5, generator=DRAW)  # some are negative; height and width differ
 FEATURES[1] = 0
-
-
-def tell(given: Any, wrong: dict[str, Any]) -> None:
-    """Raise `Wrong` with the sentence of the known wrong result that an answer is."""
-    for sentence, result in wrong.items():
-        expect(not near(given, result), sentence)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -35,26 +28,36 @@ def soft_term(soft_labels: Callable) -> None:
     """`soft_labels` (student logits, teacher logits, T) -> T² times the divergence."""
     q, p = ((logits.double() / 4).softmax(1) for logits in (OURS, THEIRS))
     right = 16 * divergence(p, q)
-    wrong = {
-        "T² is missing: without it the teacher's weight falls as T grows.": right / 16,
-        "That is T times the divergence: the gradient shrinks with T², not with T.": right / 4,
-        "You divide by the number of classes, too: sum over them, and average over the images.": right / 5,
-        "That is the sum over the images: their mean is asked for.": right * 3,
-        "Teacher and student are swapped: the teacher's p weighs the logarithms.": 16 * divergence(q, p),
-        "`kl_div` takes the logarithm of the student's probabilities, then the teacher's probabilities.": 16
-        * (p * (p.log() - q)).sum(1).mean(),
-        "That is the cross-entropy: the divergence has the teacher's p log p, too.": -16
-        * (p * q.log()).sum(1).mean(),
-        "The temperature softens both networks: your teacher is as sure as before.": 16
-        * divergence(THEIRS.double().softmax(1), q),
-        "You multiply by T², but divide no logits by T.": 16
-        * divergence(THEIRS.double().softmax(1), OURS.double().softmax(1)),
-        "Your softmax runs over the images: dimension 1 holds the classes.": 16
-        * divergence((THEIRS.double() / 4).softmax(0), (OURS.double() / 4).softmax(0)),
-    }
+    wrong = [
+        (right / 16, "T² is missing: without it the teacher's weight falls as T grows."),
+        (right / 4, "That is T times the divergence: the gradient shrinks with T², not with T."),
+        (right / 5, "You divide by the number of classes, too: sum over them, and average over the images."),
+        (right * 3, "That is the sum over the images: their mean is asked for."),
+        (16 * divergence(q, p), "Teacher and student are swapped: the teacher's p weighs the logarithms."),
+        (
+            16 * (p * (p.log() - q)).sum(1).mean(),
+            "`kl_div` takes the logarithm of the student's probabilities, then the teacher's probabilities.",
+        ),
+        (
+            -16 * (p * q.log()).sum(1).mean(),
+            "That is the cross-entropy: the divergence has the teacher's p log p, too.",
+        ),
+        (
+            16 * divergence(THEIRS.double().softmax(1), q),
+            "The temperature softens both networks: your teacher is as sure as before.",
+        ),
+        (
+            16 * divergence(THEIRS.double().softmax(1), OURS.double().softmax(1)),
+            "You multiply by T², but divide no logits by T.",
+        ),
+        (
+            16 * divergence((THEIRS.double() / 4).softmax(0), (OURS.double() / 4).softmax(0)),
+            "Your softmax runs over the images: dimension 1 holds the classes.",
+        ),
+    ]
     given = soft_labels(OURS, THEIRS, 4.0)
-    tell(given, wrong)
-    same(given, right, "T² times the sum over classes of p · log(p / q), mean over images, is asked for.")
+    said = "T² times the sum over classes of p · log(p / q), mean over images, is asked for."
+    judge(given, right, said, wrong)
     sure = torch.tensor([[200.0, 0, 0], [0, 0, 0]])
     given = torch.as_tensor(soft_labels(sure, sure.roll(1, 1), 1.0))
     expect(
@@ -98,16 +101,15 @@ def whole_loss(distillation_loss: Callable) -> None:
         "A gradient flows into the teacher: its pass belongs under `torch.no_grad()`.",
     )
     given = given.detach()
-    wrong = {
-        "α is on the wrong term: it is the share of the soft labels.": 0.7 * hard + 0.3 * soft,
-        "The label term has T = 1: do not divide its logits.": 0.3 * softened + 0.7 * soft,
-        "Student and teacher are swapped in the soft term.": 0.3 * hard + 0.7 * swapped,
-        "The soft term has its T² already: `soft_labels` multiplies by it.": 0.3 * hard + 0.7 * 9 * soft,
-        "The label term has no weight: it is 1 − α.": hard + 0.7 * soft,
-        "The label term is missing.": 0.7 * soft,
-    }
-    tell(given, wrong)
-    same(given, 0.3 * hard + 0.7 * soft, "(1 − α) · label term + α · soft term is asked for.")
+    wrong = [
+        (0.7 * hard + 0.3 * soft, "α is on the wrong term: it is the share of the soft labels."),
+        (0.3 * softened + 0.7 * soft, "The label term has T = 1: do not divide its logits."),
+        (0.3 * hard + 0.7 * swapped, "Student and teacher are swapped in the soft term."),
+        (0.3 * hard + 0.7 * 9 * soft, "The soft term has its T² already: `soft_labels` multiplies by it."),
+        (hard + 0.7 * soft, "The label term has no weight: it is 1 − α."),
+        (0.7 * soft, "The label term is missing."),
+    ]
+    judge(given, 0.3 * hard + 0.7 * soft, "(1 − α) · label term + α · soft term is asked for.", wrong)
     given = distillation_loss(*networks(), inputs, labels, 3.0, 1.0).detach()
     same(given, soft, "With α = 1 the teacher alone speaks.")
 
@@ -120,16 +122,15 @@ def without_the_label(other_classes: Callable) -> None:
     p = (logits / 2).softmax(1)
     right = p.masked_fill(mask, 0) / (1 - p[[0, 1], labels])[:, None]
     at_one = logits.softmax(1).masked_fill(mask, 0)
-    wrong = {
-        "The label's class is still there: its probability is to be 0.": p,
-        "Each row is to sum to 1: after the label's class is gone, the others share the whole.": p * ~mask,
-        "A logit of 0 does not remove a class: e⁰ is 1.": (logits / 2).masked_fill(mask, 0).softmax(1),
-        "Your mask is inverted: only the label's class is left.": mask,
-        "The temperature is missing.": at_one / at_one.sum(1, keepdim=True),
-    }
+    wrong = [
+        (p, "The label's class is still there: its probability is to be 0."),
+        (p * ~mask, "Each row is to sum to 1: after the label's class is gone, the others share the whole."),
+        ((logits / 2).masked_fill(mask, 0).softmax(1), "A logit of 0 does not remove a class: e⁰ is 1."),
+        (mask, "Your mask is inverted: only the label's class is left."),
+        (at_one / at_one.sum(1, keepdim=True), "The temperature is missing."),
+    ]
     given = other_classes(logits, labels, 2.0)
-    tell(given, wrong)
-    same(given, right, "The softmax of logits / T over all classes but the label's is asked for.")
+    judge(given, right, "The softmax of logits / T over all classes but the label's is asked for.", wrong)
     given = other_classes(torch.tensor([[200.0, 0, 0]]), torch.tensor([0]), 1.0)
     expect(
         bool(torch.as_tensor(given).isfinite().all()),
@@ -145,23 +146,24 @@ def rows_correlate(pearson: Callable) -> None:
     right = torch.stack([torch.corrcoef(torch.stack(rows))[0, 1] for rows in zip(a, b)])
     left_a, left_b = (x - x.mean(1, keepdim=True) for x in (a, b))
     columns = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a.T, b.T)]
-    wrong = {
-        "Subtract each row's mean first: that is the cosine of the rows as they are.": (
-            functional.cosine_similarity(a, b, dim=1)
+    wrong = [
+        (
+            functional.cosine_similarity(a, b, dim=1),
+            "Subtract each row's mean first: that is the cosine of the rows as they are.",
         ),
-        "Each row has a mean of its own: you subtract that of the whole tensor.": (
-            functional.cosine_similarity(a - a.mean(), b - b.mean(), dim=1)
+        (
+            functional.cosine_similarity(a - a.mean(), b - b.mean(), dim=1),
+            "Each row has a mean of its own: you subtract that of the whole tensor.",
         ),
-        "You correlate the columns: each row of a goes with the same row of b.": torch.stack(columns),
-        "That is the covariance: divide by the deviations.": (left_a * left_b).mean(1),
-        "The sum of the products has no scale yet: give both rows length 1.": (left_a * left_b).sum(1),
-        "Your mean divides by n, your deviations by n − 1: divide all by the same.": right * 4 / 5,
-        "That is the loss: r itself is asked for.": 1 - right,
-        "A number for each row is asked for, not their mean.": right.mean(),
-    }
+        (torch.stack(columns), "You correlate the columns: each row of a goes with the same row of b."),
+        ((left_a * left_b).mean(1), "That is the covariance: divide by the deviations."),
+        ((left_a * left_b).sum(1), "The sum of the products has no scale yet: give both rows length 1."),
+        (right * 4 / 5, "Your mean divides by n, your deviations by n − 1: divide all by the same."),
+        (1 - right, "That is the loss: r itself is asked for."),
+        (right.mean(), "A number for each row is asked for, not their mean."),
+    ]
     given = pearson(a, b)
-    tell(given, wrong)
-    same(given, right, "Pearson's r of each row of a with the same row of b is asked for.")
+    judge(given, right, "Pearson's r of each row of a with the same row of b is asked for.", wrong)
     alike = torch.tensor([[1.0, 1, 1, 1], [1, 2, 3, 4]])
     given = pearson(alike, torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1]]))
     expect(
@@ -179,24 +181,26 @@ def alike(relations: Callable) -> None:
     lengths = dot.square().sum(1).sqrt()
     pooled = features.mean((2, 3)) @ features.mean((2, 3)).T
     columns = features.flatten(1).T @ features.flatten(1)
-    wrong = {
-        "G has no lengths yet: divide each row by its length.": dot,
-        "You give the features length 1: the rows of G are to have it.": (
-            dot / (dot.diag()[:, None] * dot.diag()).sqrt()
+    wrong = [
+        (dot, "G has no lengths yet: divide each row by its length."),
+        (
+            dot / (dot.diag()[:, None] * dot.diag()).sqrt(),
+            "You give the features length 1: the rows of G are to have it.",
         ),
-        "Each column has length 1: each row is asked for.": dot / lengths,
-        "The whole matrix has length 1: each row is asked for.": dot / dot.square().sum().sqrt(),
-        "You average over the pixels: each pixel of each channel is a number of Q.": (
-            functional.normalize(pooled, dim=1)
+        (dot / lengths, "Each column has length 1: each row is asked for."),
+        (dot / dot.square().sum().sqrt(), "The whole matrix has length 1: each row is asked for."),
+        (
+            functional.normalize(pooled, dim=1),
+            "You average over the pixels: each pixel of each channel is a number of Q.",
         ),
-        "That is QᵀQ, features with features: images with images is QQᵀ.": functional.normalize(
-            columns, dim=1
+        (
+            functional.normalize(columns, dim=1),
+            "That is QᵀQ, features with features: images with images is QQᵀ.",
         ),
-        "Each row sums to 1: the sum of its squares is to be 1.": dot / dot.sum(1, keepdim=True),
-    }
+        (dot / dot.sum(1, keepdim=True), "Each row sums to 1: the sum of its squares is to be 1."),
+    ]
     given = relations(features)
-    tell(given, wrong)
-    same(given, dot / lengths[:, None], "G = QQᵀ, each row divided by its length, is asked for.")
+    judge(given, dot / lengths[:, None], "G = QQᵀ, each row divided by its length, is asked for.", wrong)
     given = torch.as_tensor(relations(FEATURES))
     expect(
         bool(given.isfinite().all()), "An image whose features are all 0 has a row of zeros: you divide by 0."
@@ -209,24 +213,28 @@ def where_active(attention: Callable) -> None:
     """`attention` (features) -> maps of pixels, length 1."""
     features = FEATURES[[0, 2]].double()
     squares = features.square().mean(1).flatten(1)
-    wrong = {
-        "You average signed values: +1 and −1 are both active. Square first.": (
-            functional.normalize(features.mean(1).flatten(1), dim=1)
+    wrong = [
+        (
+            functional.normalize(features.mean(1).flatten(1), dim=1),
+            "You average signed values: +1 and −1 are both active. Square first.",
         ),
-        "That is the mean of absolute values: A has squares.": (
-            functional.normalize(features.abs().mean(1).flatten(1), dim=1)
+        (
+            functional.normalize(features.abs().mean(1).flatten(1), dim=1),
+            "That is the mean of absolute values: A has squares.",
         ),
-        "The maps have no length 1 yet.": squares,
-        "Each map sums to 1: the sum of its squares is to be 1.": squares / squares.sum(1, keepdim=True),
-        "That is a softmax: divide each map by its length.": squares.softmax(1),
-        "You give length 1 over the images: each image's own map is to have it.": (
-            functional.normalize(squares, dim=0)
+        (squares, "The maps have no length 1 yet."),
+        (squares / squares.sum(1, keepdim=True), "Each map sums to 1: the sum of its squares is to be 1."),
+        (squares.softmax(1), "That is a softmax: divide each map by its length."),
+        (
+            functional.normalize(squares, dim=0),
+            "You give length 1 over the images: each image's own map is to have it.",
         ),
-        "You average over the pixels: the channels are to go.": (
-            functional.normalize(features.square().mean((2, 3)), dim=1)
+        (
+            functional.normalize(features.square().mean((2, 3)), dim=1),
+            "You average over the pixels: the channels are to go.",
         ),
-        "All maps together have length 1: each has to.": squares / squares.square().sum().sqrt(),
-    }
+        (squares / squares.square().sum().sqrt(), "All maps together have length 1: each has to."),
+    ]
     given = attention(features)
     tell(given, wrong)
     lengths = squares.square().sum(1, keepdim=True).sqrt()
@@ -251,13 +259,13 @@ def within_budget(choose: Callable) -> None:
         return given[0], float(given[1])
 
     way, epochs = chosen(900)  # 900 / (30 + 60) = 10 online; (900 - 4 * 60) / 30 = 22 cached
-    for wrong, said in (
+    known = [
         (30, "The teacher is not free: it sees each copy once, or online each image in each epoch."),
         (28, "The teacher sees each of the copies once, not one of them."),
         (66, "The student goes forward and backward: about three times its MACs."),
         (10, "A cache is paid for once, and leaves more epochs here than an online teacher."),
-    ):
-        expect(abs(epochs - wrong) > 1e-6, said)
+    ]
+    tell(epochs, known)
     expect(way == "cached", "The cache leaves more epochs here: name it.")
     same(epochs, 22.0, "What the cache leaves of the budget, divided by the student's epoch, is asked for.")
     way, epochs = chosen(270)  # 3 online, 1 cached

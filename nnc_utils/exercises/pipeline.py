@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nnc_utils import batch_norm, models
-from nnc_utils.exercises import exercise, expect, same
+from nnc_utils.exercises import exercise, expect, same, tell
 from nnc_utils.pruning import channels, structured
 
 SPEC = models.three_stage(1, channels=1, size=6, classes=3, width=0.5)
@@ -156,7 +156,7 @@ def product(promised: Callable) -> None:
         sizes = {name: nbytes + header for name, nbytes in sizes.items()}
         dense, half, pruned, rounded, joined = sizes.values()
         given = promised(sizes)
-        for wrong, said in (
+        known = [
             (dense / rounded * dense / pruned, "The step to float16 is in both factors: it counts twice."),
             (
                 half / rounded * half / pruned,
@@ -165,8 +165,8 @@ def product(promised: Callable) -> None:
             (dense / rounded + half / pruned, "Factors multiply: you add them."),
             (rounded / dense * pruned / half, "Times smaller, please: the old size by the new one."),
             (dense / joined, "That is measured: promised is what the two alone would give."),
-        ):
-            expect(abs(given - wrong) > 1e-9, said)
+        ]
+        tell(given, known)
         halved = dense / rounded * dense / pruned / 2
         expect(
             not header or abs(given - halved) > 1e-9,

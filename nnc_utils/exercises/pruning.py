@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnc_utils import models
-from nnc_utils.exercises import Wrong, exercise, expect, same
+from nnc_utils.exercises import Wrong, exercise, expect, judge, parts, same
 
 
 @exercise("3.1")
@@ -110,11 +110,7 @@ def repair(in_own_deviations: Callable) -> None:
             ([0.3, 0.2, 3.0], [4.0, 1.0, 0.0]),
         )
     )
-    given = in_own_deviations(memory, before, after, 1e-5)
-    expect(
-        isinstance(given, tuple | list) and len(given) == 2, "Two tensors are asked for: mean and variance."
-    )
-    mean, variance = given
+    mean, variance = parts(in_own_deviations(memory, before, after, 1e-5), "mean, variance")
     surplus, ratio = memory[0] - before[0], after[1] / before[1]
     for wrong, said in (
         (after[0] + surplus, "That is the faulty line: the surplus still counts in old deviations."),
@@ -177,7 +173,7 @@ def ratio(times_smaller: Callable) -> None:
     """`times_smaller` (share of zeros) -> how many times smaller than float32 the file is."""
     given = times_smaller(0.75)
     bits = 2 - 0.75 * math.log2(3)  # the entropy of 3 to 1
-    for wrong, said in (
+    known = [
         (8.0, "You forget the mask: where the values stand takes bits, too."),
         (32 / (1 + 4), "A bit for each weight is more than the mask needs: an entropy coder takes H(z)."),
         (32 / (bits * math.log(2) + 4), "That is the natural logarithm: bits have the one to base 2."),
@@ -185,9 +181,8 @@ def ratio(times_smaller: Callable) -> None:
         (32 / (bits + 12), "z is the share of zeros: the values that stay are 1 − z."),
         ((bits + 4) / 32, "Your ratio is upside down: the file before, divided by the file behind."),
         (16 / (bits + 4), "Compared with float32, please: 32 bits a weight."),
-    ):
-        expect(given is None or abs(given - wrong) > 1e-4 * wrong, said)
-    same(given, 32 / (bits + 4), "32 / (H(z) + 16 (1 − z)) is asked for.")
+    ]
+    judge(given, 32 / (bits + 4), "32 / (H(z) + 16 (1 − z)) is asked for.", known)
     try:
         dense = times_smaller(0.0)
     except (ValueError, ZeroDivisionError):

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnc_utils.exercises import exercise, expect, near, same
-
-
-def judge(given: Any, wanted: Any, otherwise: str, known: Iterable[tuple[Any, str]]) -> None:
-    """Raise `Wrong` unless an answer is the wanted one; known wrong answers have sentences of their own."""
-    for wrong, said in known:
-        expect(near(wrong, wanted) or not near(given, wrong), said)
-    same(given.detach() if isinstance(given, Tensor) else given, wanted, otherwise)
+from nnc_utils.exercises import exercise, expect, judge, near, parts, same
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -29,9 +21,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def scale_and_zero_point(answer: Callable) -> None:
     """`answer` (weights, bits, symmetric) -> scale and zero-point."""
     weights = torch.tensor([[-1.4, 0.2], [0.35, 0.7]])
-    given = answer(weights, 4, True)
-    two = isinstance(given, tuple | list) and len(given) == 2
-    expect(two, "Return two numbers: the scale and the zero-point.")
+    given = parts(answer(weights, 4, True), "scale, zero-point")
     known = [
         (0.1, "The largest weight without its sign is asked for: here it is negative. Take abs() first."),
         (1.4 / 8, "The last symmetric code is 2^(b−1) − 1, so that codes reach as far down as up."),
@@ -110,9 +100,8 @@ def kmeans_round(answer: Callable) -> None:
         ([2.3 / 5, 2.6, 4.0], "You give each value the next level below it, not the nearest one."),
     ]
     given = answer(values, importance, codebook)
-    judge(
-        given, [0.3, 1.85, 4.0], "Each level moves to the weighted mean of the values nearest to it.", known
-    )
+    said = "Each level moves to the weighted mean of the values nearest to it."
+    judge(given, [0.3, 1.85, 4.0], said, known)
     kept = codebook.tolist() == [0.0, 2.0, 4.0]
     expect(kept, "You change the codebook that was given: k-means compares it with the moved one.")
     codebook = torch.tensor([0.1, 0.5, 1.0, 9.0], dtype=torch.float64)  # nothing is near to 9

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnc_utils import models
-from nnc_utils.exercises import exercise, expect, near, same
+from nnc_utils.exercises import exercise, expect, judge, near, same, tell
 from nnc_utils.search.costs import COSTS, terms
 from nnc_utils.search.space import Space
 
@@ -22,13 +22,13 @@ from nnc_utils.search.space import Space
 def count(stage_choices: Callable) -> None:
     """`stage_choices` (widths, ways of each block, whether it may be missing) -> how many stages."""
     given = stage_choices(2, (4, 3))
-    for wrong, said in (
+    known = [
         (2 * 12, "You count the deepest stages alone: a stage of one block is a choice, too."),
         (2 * (4 + 3), "A stage of two blocks has both: their ways multiply, 4 · 3, they do not add."),
         (2 * 2 * 12, "A stage of one block decides nothing about a second: you count it several times."),
         (4 + 12, "The stage also has a width, and each filling goes with each width."),
-    ):
-        expect(not near(given, wrong), said)
+    ]
+    tell(given, known)
     wanted = sum(1 for depth in (1, 2) for _ in itertools.product(range(2), *map(range, (4, 3)[:depth])))
     same(given, wanted, "2 widths · (4 + 4 · 3) fillings is asked for.", tolerance=0)
     same(stage_choices(3, (5,)), 15, "A stage of one block has widths · ways choices.", tolerance=0)
@@ -61,7 +61,7 @@ def cost(look_up: Callable) -> None:
         )
 
     given = look_up(parts, shallow)
-    for wrong, said in (
+    known = [
         (total(shallow, lambda n, when: True), "You add all tables: blocks that are not there cost nothing."),
         (total(shallow, lambda n, when: n not in when), "You add the parts that the network does not have."),
         (
@@ -72,9 +72,9 @@ def cost(look_up: Callable) -> None:
             sum(term.values.mean() for term in parts if shallow[term.depth] in term.when),
             "You take the mean of each table: the entry at the architecture's numbers is asked for.",
         ),
-    ):
-        expect(not near(given, wrong), said)
-    same(given, models.macs(space.spec(shallow)), "Those are not the MACs of a network of three stages.")
+    ]
+    said = "Those are not the MACs of a network of three stages."
+    judge(given, models.macs(space.spec(shallow)), said, known)
     given = look_up(parts, space.largest)
     twice = total(space.largest, lambda n, when: n >= when.start)
     expect(not near(given, twice), "A range also ends: a network has one of the two classifiers.")
@@ -136,7 +136,7 @@ def sandwich(sandwich_by_hand: Callable) -> None:
     largest, rest = losses(others, soft)
     given = sandwich_by_hand(network, images, labels, others)
     entropy = functional.cross_entropy(network(images), soft(network(images)))
-    for wrong, said in (
+    known = [
         (largest, "The others learn nothing: their losses are missing."),
         (rest, "The largest network learns nothing: its loss from the labels is missing."),
         (
@@ -161,9 +161,8 @@ def sandwich(sandwich_by_hand: Callable) -> None:
             sum(losses(others, lambda z: z.detach().softmax(0))),
             "The softmax runs over the images: the classes of an image are to add up to 1.",
         ),
-    ):
-        expect(not near(torch.as_tensor(given).detach(), wrong.detach()), said)
-    same(torch.as_tensor(given).detach(), (largest + rest).detach(), "Another loss than L comes out.")
+    ]
+    judge(torch.as_tensor(given).detach(), (largest + rest).detach(), "Another loss than L comes out.", known)
     expect(torch.as_tensor(given).requires_grad, "The loss has no gradient: detach the soft labels alone.")
     [gradient] = torch.autograd.grad(given, weights)
     [wanted] = torch.autograd.grad(largest + rest, weights)
@@ -181,14 +180,14 @@ def sandwich(sandwich_by_hand: Callable) -> None:
 def budget(queries_needed: Callable) -> None:
     """`queries_needed` (top, sure) -> the fewest random draws; chances are added up by their cases."""
     given = queries_needed(0.1, 0.95)
-    for wrong, said in (
+    known = [
         (10, "So many draws hold one of the best 10 % on average, but in 35 of 100 searches they hold none."),
         (28, "Round up: 28 draws are not sure enough."),
         (2, "All draws have to miss for a failure: with (1 − top)ⁿ, not topⁿ."),
         (1, "One draw finds the best 10 % in 10 of 100 searches: did you swap `top` and `sure`?"),
         (30, "29 draws suffice: the smallest number is asked for."),
-    ):
-        expect(not near(given, wrong), said)
+    ]
+    tell(given, known)
     expect(not near(given, np.log(0.05) / np.log(0.9)), "Queries are whole: round up.")
     same(given, 29, "The smallest n with (1 − 0.1)ⁿ ≤ 1 − 0.95 is asked for.", tolerance=0)
     given = queries_needed(0.5, 0.75)
@@ -218,7 +217,7 @@ def reinforce(policy_gradient: Callable) -> None:
     arrays = (tensor.numpy() for tensor in (chances, chosen, matters, advantages))
     given = policy_gradient(*arrays)
     one_hot = functional.one_hot(chosen, 3).double() * matters[..., None]
-    for wrong, said in (
+    known = [
         (-wanted, "The sign is turned around: what did better than usual is to become likelier."),
         (gradient(of_chosen), "Decisions that do not matter get a gradient: multiply by `matters`."),
         (4 * wanted, "That is the sum over the samples: their mean is asked for."),
@@ -238,8 +237,8 @@ def reinforce(policy_gradient: Callable) -> None:
             torch.autograd.grad((of_chosen * matters).sum(1).mean(), logits)[0],
             "The advantages are not in it: good and bad samples push the same way.",
         ),
-    ):
-        expect(not near(given, wrong), said)
+    ]
+    tell(given, known)
     otherwise = "The mean over all samples of advantage · (one-hot − p), where it matters, is asked for."
     same(given, wanted, otherwise)
     nothing = policy_gradient(chances.numpy(), chosen.numpy(), np.zeros((4, 2), bool), advantages.numpy())
@@ -251,7 +250,7 @@ def ranks(tau: Callable) -> None:
     """`tau` (x, y: (networks,)) -> Kendall's tau-b; SciPy's."""
     x, y = np.array([1.0, 2, 3, 10]), np.array([1.0, 3, 2, 4])  # no ties; 5 of 6 pairs concordant
     given = tau(x, y)
-    for wrong, said in (
+    known = [
         (4 / 3, "More than 1: the outer difference holds each pair twice, above and below."),
         (-2 / 3, "The sign is turned around: the same order is 1."),
         (8 / 12**2, "The root is missing: √(n_x n_y)."),
@@ -262,18 +261,16 @@ def ranks(tau: Callable) -> None:
             scipy.stats.spearmanr(x, y).statistic,
             "That is the correlation of the ranks: pairs are to be counted.",
         ),
-    ):
-        expect(not near(given, wrong), said)
-    same(given, 4 / 6, "Without ties 5 concordant and 1 discordant of 6 pairs give 4/6.")
+    ]
+    judge(given, 4 / 6, "Without ties 5 concordant and 1 discordant of 6 pairs give 4/6.", known)
     x, y = np.array([1.0, 1, 2, 3, 0]), np.array([1.0, 2, 3, 3, 3])  # 9 and 7 pairs are not tied
     given, pairs = tau(x, y), np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))
-    for wrong, said in (
+    known = [
         (pairs.sum() / 20, "Ties still count below: only pairs that are not tied belong there."),
         (
             pairs.sum() / (pairs**2).sum(),
             "You drop a pair if either score ties: count the pairs of each alone.",
         ),
-    ):
-        expect(not near(given, wrong), said)
-    same(given, scipy.stats.kendalltau(x, y).statistic, "With ties another τ is asked for.")
+    ]
+    judge(given, scipy.stats.kendalltau(x, y).statistic, "With ties another τ is asked for.", known)
     same(tau(x, x), 1.0, "τ of a score with itself is 1.")

@@ -26,14 +26,21 @@
 # | 3 | distill a ResNet-50 into a ResNet-18, by the divergence of their outputs | 10× smaller, "high accuracy" |
 #
 # We rewrite it, run it, and look at what each step leaves: bytes of a file, milliseconds, accuracy. Lines that fail are
-# run all the same, and their messages are shown: you will meet them again. Each is mended in one step, and the notebook
-# that teaches that step is named.
+# run all the same, and their messages are shown: you will meet them again. One step repairs each of them, and the notebook
+# that teaches the step is named.
 #
-# **You will be able to** check a compression claim: by the file, by the clock, and by what the network still does.
+# **You will be able to** check a compression claim: by its file, by milliseconds, and by what the network still does.
 # **You need** Python and a rough idea of a convolution. **Time:** about a minute with the defaults, on scikit-learn's
 # digits.
 #
-# **Contents.** 1 · Quantize. 2 · Prune. 3 · Distill. Then the table: claimed, as published, done right.
+# **Contents.**
+# [1 · Quantize](#1-·-%22Quantize-to-int8%22:-on-which-backend?).
+# [2 · Prune](#2-·-%22Prune-the-quantized-network%22:-which-weight?).
+# [3 · Distill](#3-·-%22Distill%22:-what-is-left-of-the-first-two-steps?).
+# Then [claimed, as published, done right](#Claimed,-as-published,-done-right),
+# [the committed results](#The-committed-results),
+# [a summary](#Summary)
+# and [a questionnaire](#Questionnaire).
 
 # %% tags=["parameters"]
 amount: float = 0.65  # [0.05, 0.9] share of each layer's filters that step 2 removes
@@ -127,7 +134,7 @@ provoke(1, "engine = 'qint8'", lambda: setattr(torch.backends.quantized, "engine
 provoke(1, "get_default_qconfig('qint8')", lambda: quantization.get_default_qconfig("qint8"))
 
 # %% [markdown]
-# The second message lists the real names. **The step that mends it:** ask which of them this machine has. What a backend
+# The second message lists the real names. **The step that repairs it:** ask which of them this machine has. What a backend
 # is, and which is fast where, is in [07_deployment](07_deployment.ipynb).
 
 # %% tags=["machine-dependent"]
@@ -159,7 +166,7 @@ print(f"{integer} of {len(models.layers(spec)) - 1} convolutions became integers
 
 # %% [markdown]
 # `fuse_modules` wants names, of *layers*, in eval mode. `prepare` without a `qconfig` inserts nothing, and `convert` then
-# converts nothing: the network is fp32, and it works. **The step that mends it:** the pairs follow from the
+# converts nothing: the network is fp32, and it works. **The step that repairs it:** the pairs follow from the
 # [Spec](../nnc_utils/models.py). Why folding is exact is shown in [07_deployment](07_deployment.ipynb).
 
 # %%
@@ -194,7 +201,7 @@ provoke(1, "the converted network, an image", lambda: converted(model)(one))
 provoke(1, "the same between two stubs", lambda: converted(model, stubs=True)(one))
 
 # %% [markdown]
-# "QuantizedCPU" has no kernel for the plain `+`. **The step that mends it:** the sum becomes a module of its own, with a
+# "QuantizedCPU" has no kernel for the plain `+`. **The step that repairs it:** the sum becomes a module of its own, with a
 # range of its own. [02_quantization](02_quantization.ipynb) teaches where ranges are needed and how they are chosen.
 
 
@@ -328,8 +335,8 @@ provoke(2, "float.load_state_dict(int8.state_dict())", lambda: fresh.load_state_
 provoke(2, "the same with strict=False", lambda: fresh.load_state_dict(state, strict=False))
 
 # %% [markdown]
-# These tools lead nowhere from the quantized network, and its state_dict does not lead back into a float one. Who
-# "prunes the quantized model" has gone back to fp32, and step 1 is lost. **The step that mends it:** prune first,
+# These tools lead nowhere from the quantized network, and its state_dict does not lead back into a float one. Whoever
+# "prunes the quantized model" has gone back to fp32, and step 1 is lost. **The step that repairs it:** prune first,
 # quantize last, and name layers, which the Spec lists. [03_pruning](03_pruning.ipynb) teaches both.
 #
 # ### Is a masked network smaller?
@@ -501,7 +508,7 @@ print(f"times smaller: predicted {predicted:.0f}, measured {fp32['bytes'] / righ
 # ## Claimed, as published, done right
 #
 # Everything once more, all networks in turn, on one thread. "As published" is the recipe after its failing lines were
-# mended. Of the networks done right, accuracy is that of the integer runtime, from the file.
+# repaired. Where a network is done right, its accuracy is that of the integer runtime, which reads the file.
 
 # %%
 titles = {1: "1 · int8", 2: "2 · pruned", 3: "3 · distilled"}
@@ -601,7 +608,14 @@ for technique in ("quantization", "pruning", "distillation", "pipeline"):
 # - The name of a data type is no backend; `convert` may convert nothing and say nothing.
 # - A mask is not a smaller network. A zero takes as many bytes and milliseconds as any other number.
 # - Three steps in a row compress only if each keeps what the one before has done.
-# - Ask the file, the clock, and the labels, after each step.
+# - Three good ideas in the wrong order undo each other: prune, distill, and quantize last.
+# - After each step, ask the file, the milliseconds, and the labels.
+#
+# <!-- numbers:begin -->
+# **In numbers.** Of 14 published lines 12 raise an error as printed. Step 1 · int8: 4× smaller is claimed, 3.96× is
+# left as published, 4.44× done right. Step 2 · pruned: 8× smaller is claimed, 1.00× is left as published, 34.73×
+# done right. Step 3 · distilled: 10× smaller is claimed, 1.00× is left as published, 67.31× done right.
+# <!-- numbers:end -->
 #
 # ## Questionnaire
 #

@@ -25,8 +25,20 @@
 # and how fast it is, and how sure you are. **You need** Python and a rough idea of a convolution. **Time:** about a
 # minute with the defaults, which use scikit-learn's digits: 8×8 images that come with the library.
 #
-# **Contents.** 1 · The images. 2 · The network. 3 · Parameters. 4 · MACs. 5 · Training. 6 · Bytes. 7 · Milliseconds. 8
-# · Accuracy. Then the benchmark, and the committed results.
+# **Contents.**
+# [1 · The images](#1-·-What-are-the-images?).
+# [2 · The network](#2-·-What-is-the-network?).
+# [3 · Parameters](#3-·-How-many-parameters,-and-where?).
+# [4 · MACs](#4-·-What-does-one-image-cost?).
+# [5 · Training](#5-·-How-is-it-trained,-and-has-it-converged?).
+# [6 · Bytes](#6-·-How-many-bytes?).
+# [7 · Milliseconds](#7-·-How-fast-is-it?).
+# [8 · Accuracy](#8-·-How-accurate-is-it,-and-how-sure-are-we?).
+# Then [the benchmark](#Benchmark),
+# [the committed results](#The-committed-results),
+# [your predictions](#Your-predictions),
+# [a summary](#Summary)
+# and [a questionnaire](#Questionnaire).
 
 # %% tags=["parameters"]
 dataset: str = "digits"  # name: digits, fashion_mnist, cifar10, cifar100 or imagefolder:PATH
@@ -177,9 +189,9 @@ predictions.measured("parameters in the last stage (%)", last)
 #
 # ## 4 · What does one image cost?
 #
-# Work is counted in **MACs**, multiply-accumulate operations of convolutions and linear layers for one image. A convolution with an
-# output of $h \times w$ pixels takes $c \cdot d \cdot k^2 \cdot h \cdot w$ of them. PyTorch's own counter reports
-# floating-point operations, two for each MAC.
+# Work is counted in **MACs**, multiply-accumulate operations of convolutions and linear layers for one image. A
+# convolution with an output of $h \times w$ pixels takes $c \cdot d \cdot k^2 \cdot h \cdot w$ of them. PyTorch's own
+# counter reports floating-point operations, two for each MAC.
 #
 # ### Exercise 1.2 · MACs of a layer
 #
@@ -416,8 +428,8 @@ check("1.4", accuracy)
 # %% [markdown]
 # ### Exercise 1.5 · How sure is an accuracy?
 #
-# With $n$ test images an accuracy $p$, as a share, has the standard error $\sqrt{p(1-p)/n}$. A 95 % interval reaches 1.96 of
-# them to either side. Return half its width in percentage points, for an accuracy in percent.
+# With $n$ test images an accuracy $p$, as a share, has the standard error $\sqrt{p(1-p)/n}$. A 95 % interval reaches
+# 1.96 of them to either side. Return half its width in percentage points, for an accuracy in percent.
 #
 # <details><summary>Hint 1</summary>Divide the accuracy by 100 first, and multiply the result by 100.</details>
 
@@ -569,7 +581,14 @@ figures.show(
 # - Parameters are in the last stages, work is spread: bytes and MACs are different goals.
 # - A baseline has to have converged, or every later comparison flatters compression.
 # - The size is the length of a file that a fresh process can load. The accuracy is that of the file.
+# - Choices are made on validation images. The test set is scored once, for the number that is reported.
 # - Paired intervals on the same images tell networks apart that unpaired ones cannot.
+#
+# <!-- numbers:begin -->
+# **In numbers.** On Fashion-MNIST the uncompressed network has 11.2 million parameters and 122 million MACs. Its
+# file takes 44.7 MB. It is right on 94.20 % of 10,000 test images. Its fastest fp32 runtime, ExecuTorch, takes 3.12
+# ms for an image.
+# <!-- numbers:end -->
 #
 # ## Questionnaire
 #

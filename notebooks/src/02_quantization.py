@@ -23,10 +23,24 @@
 # count the bytes that are left. **You need** [01](01_baseline.ipynb). **Time:** an hour to read, an hour for the seven
 # exercises, a minute to run.
 #
-# **Contents.** 1 · What do weights look like? 2 · The uniform quantizer. 3 · Which range? 4 · One scale for each
-# channel. 5 · Levels by k-means. 6 · Which errors matter? 7 · Errors that cancel. 8 · How many bits does a code take? 9
-# · Which layer gets how many bits? 10 · Activations. 11 · Repair batch-norm. 12 · Train with the rounding. Then the
-# benchmark, the committed results and a questionnaire.
+# **Contents.**
+# [1 · What do weights look like?](#1-·-What-do-the-weights-look-like?)
+# [2 · The uniform quantizer](#2-·-What-is-the-uniform-quantizer?).
+# [3 · Which range?](#3-·-Which-range?)
+# [4 · One scale for each channel](#4-·-One-scale-for-the-layer,-or-one-for-each-channel?).
+# [5 · Levels by k-means](#5-·-Must-levels-be-evenly-spaced?).
+# [6 · Which errors matter?](#6-·-Which-errors-matter?)
+# [7 · Errors that cancel](#7-·-Can-errors-cancel?).
+# [8 · How many bits does a code take?](#8-·-How-many-bits-does-a-code-take?)
+# [9 · Which layer gets how many bits?](#9-·-Which-layer-gets-how-many-bits?)
+# [10 · Activations](#10-·-What-flows-between-the-layers?).
+# [11 · Repair batch-norm](#11-·-Can-batch-norm-be-repaired-without-training?).
+# [12 · Train with the rounding](#12-·-Can-the-network-learn-to-live-with-the-rounding?).
+# Then [the benchmark](#Benchmark:-which-configurations-keep-the-accuracy?),
+# [the committed results](#The-committed-results),
+# [your predictions](#Your-predictions),
+# [a summary](#Summary)
+# and [a questionnaire](#Questionnaire).
 #
 # Each section builds a method in a few lines, measures it, and checks that the package does the same. Write down your
 # prediction before you run a cell.
@@ -108,9 +122,9 @@ predictions.measured("weights beyond 3 deviations (%)", beyond)
 #
 # ### Exercise 2.1 · Scale and zero-point
 #
-# Return the scale and the zero-point for a tensor of any shape. Symmetric: the weight with the largest absolute value gets the
-# last code. Affine: the smallest weight gets code 0, the largest gets $2^b-1$; the zero-point is a code, and the range must
-# hold 0 even where all weights have the same sign. Both may be numbers or tensors of one number.
+# Return the scale and the zero-point for a tensor of any shape. Symmetric: the weight with the largest absolute value
+# gets the last code. Affine: the smallest weight gets code 0, the largest gets $2^b-1$; the zero-point is a code, and
+# the range must hold 0 even where all weights have the same sign. Both may be numbers or tensors of one number.
 #
 # <details><summary>Hint 1</summary>A scale is a width divided by a number of steps. Between n codes there are n − 1 steps.</details>
 # <details><summary>Hint 2</summary>Symmetric: <code>weights.abs().max()</code> is as wide as 2<sup>b−1</sup> − 1 steps.</details>
@@ -188,7 +202,7 @@ for symmetric in (True, False):
 # %% [markdown]
 # ### How large is the error?
 #
-# Inside a step every place is about as likely as another. The error is then spread evenly over one step, and its root mean
+# Inside a step every value is about as likely as any other. The error is then uniform over one step, and its root mean
 # square is $s / \sqrt{12}$. *Predict*: down to how many bits does this hold?
 
 # %%
@@ -273,9 +287,9 @@ for clip in uniform.CLIPS:
 #
 # ### Exercise 2.2 · A scale for each output channel
 #
-# A weight of a convolution has the shape (out, in, height, width), that of the classifier (out, in). Round it by symmetric
-# codes, with one scale for each *output* channel. Return the rounded weights in the shape that they had. Pruned networks have
-# channels of zeros: they stay zeros.
+# A weight of a convolution has the shape (out, in, height, width), that of the classifier (out, in). Round it by
+# symmetric codes, with one scale for each *output* channel. Return the rounded weights in the shape that they had.
+# Pruned networks have channels of zeros: they stay zeros.
 #
 # <details><summary>Hint 1</summary><code>weights.flatten(1)</code> is a matrix with a row for each output channel.</details>
 # <details><summary>Hint 2</summary><code>amax(1, keepdim=True)</code> gives a column: one number for each row.</details>
@@ -322,13 +336,14 @@ print(
 #
 # ## 5 · Must levels be evenly spaced?
 #
-# A **codebook** of $2^b$ values can put its levels where the weights are. [Deep Compression](https://arxiv.org/abs/1510.00149)
-# finds them by k-means: give each weight its nearest level, move each level to the mean of its weights, repeat.
+# A **codebook** of $2^b$ values can put its levels where the weights are. [Deep
+# Compression](https://arxiv.org/abs/1510.00149) finds them by k-means: give each weight its nearest level, move each
+# level to the mean of its weights, repeat.
 #
 # ### Exercise 2.3 · One round of k-means
 #
-# Give each of the `values` (n,) its nearest level of the `codebook` (levels,), which ascends. Then move each level to the mean
-# of its values, each weighted by its `importance` (n,). A level stays where it is if it has no values, or if
+# Give each of the `values` (n,) its nearest level of the `codebook` (levels,), which ascends. Then move each level to
+# the mean of its values, each weighted by its `importance` (n,). A level stays where it is if it has no values, or if
 # the importances of its values add up to 0. Return the moved [codebook](../docs/glossary.md#codebook).
 #
 # <details><summary>Hint 1</summary>Nearest: the borders lie in the middle between neighbouring levels.
@@ -354,7 +369,7 @@ check("2.3", moved)
 
 # %% [markdown]
 # K-means repeats this round until nothing moves. Here all weights count the same; the next section changes that. *Predict*: how
-# much smaller is the error than that of even steps?
+# much smaller is the error than that of uniform steps?
 
 
 # %%
@@ -406,14 +421,14 @@ print(f"({errors[0] / errors[1]:.2f} times smaller)")
 #
 # ## 6 · Which errors matter?
 #
-# A change $\delta_i$ of a weight changes the loss by about $\tfrac12 h_i \delta_i^2$, with $h_i$ the diagonal of the Hessian.
-# At a minimum that is approximately the **Fisher information**: the mean squared gradient, with labels drawn from the
-# network's own predictions. [Choi et al., 2017](https://arxiv.org/abs/1612.01543) weight k-means by it.
+# A change $\delta_i$ of a weight changes the loss by about $\tfrac12 h_i \delta_i^2$, with $h_i$ the diagonal of the
+# Hessian. At a minimum that is approximately the **Fisher information**: the mean squared gradient, with labels drawn
+# from the network's own predictions. [Choi et al., 2017](https://arxiv.org/abs/1612.01543) weight k-means by it.
 #
 # ### Exercise 2.4 · Find the bug: the mean squared gradient
 #
-# These lines are meant to return, for each entry of `weight`, the mean over the images of the *squared gradient* of one image's
-# cross-entropy. With one image they are right, with more they are not:
+# These lines are meant to return, for each entry of `weight`, the mean over the images of the *squared gradient* of one
+# image's cross-entropy. With one image they are right, with more they are not:
 #
 # ```python
 # loss = functional.cross_entropy(model(images), labels)
@@ -546,13 +561,13 @@ for name, given in (ways | {"Hessian-weighted, balanced": {"importance": informa
 # **What it means.** The predicted loss is least without the balance: that is what k-means was told to minimize. The network need
 # not agree. Digits and small networks forgive much, so that you may see no difference here; on a converged network of
 # Fashion-MNIST the four levels of the stem alone decide between a working network and a broken one
-# (`python workflow/experiments.py` measures it). **What fooled us.** For a long time importances were not balanced here, and the
+# (`workflow/experiments.py` measures it). **What fooled us.** For a long time importances were not balanced here, and the
 # better formula gave the worse network. A prediction that improves while the measurement falls has left the range where it holds.
 #
 # ## 7 · Can errors cancel?
 #
-# A layer's sum $w^\top x$ does not mind an error in one weight if another compensates it, where their inputs rise and fall
-# together. With $H = \mathbb{E}[x x^\top]$ the square error of the sum is $\delta^\top H \delta$. Take two weights whose inputs
+# Where two inputs of a layer rise and fall together, an error in the weight of one can be compensated by the weight of the
+# other: the sum $w^\top x$ hardly changes. With $H = \mathbb{E}[x x^\top]$ the square error of the sum is $\delta^\top H \delta$. Take two weights whose inputs
 # correlate by 0.9. Round the first, then *move the second's target* by what the first one's error does to the sum.
 # *Predict* both errors by hand.
 
@@ -707,10 +722,10 @@ print(f"measured / predicted: second order {ratio['second order']:.2f}, nearest 
 table.map("{:.3g}".format)
 
 # %% [markdown]
-# **What it means.** The formula takes pixels as independent, and inputs and gradients, too. Errors of neighbouring pixels add
+# **What it means.** The formula takes pixels as independent of each other, and inputs as independent of gradients. Errors of neighbouring pixels add
 # up, so the prediction is too low. It ranks roundings; it is no measurement.
 #
-# **What would fool you.** The more a rounding makes of the curvature, the more its own prediction flatters it: read
+# **What would fool you.** The harder a rounding exploits the curvature, the more its own prediction flatters it: read
 # *measured*. And images that are too few: some directions look free, and errors run away there. **Damping** gives every
 # direction a price.
 #
@@ -775,9 +790,10 @@ table.round(3)
 #
 # ## 9 · Which layer gets how many bits?
 #
-# Each layer has a cost (bytes) and a loss at each width. Choose one width for each layer: the least loss within a budget of
-# bytes. The idea of the price $\lambda$ works here, too ([Shoham and Gersho, 1988](https://doi.org/10.1109/29.90373)): each layer
-# alone takes the width with the least loss + $\lambda \cdot$ bytes; raise $\lambda$ until the budget is kept.
+# Each layer has a cost (bytes) and a loss at each width. Choose one width for each layer: the least loss within a
+# budget of bytes. The idea of the price $\lambda$ works here, too ([Shoham and Gersho,
+# 1988](https://doi.org/10.1109/29.90373)): each layer alone takes the width with the least loss + $\lambda \cdot$
+# bytes; raise $\lambda$ until the budget is kept.
 #
 # ### Exercise 2.6 · Choose widths under a budget
 #
@@ -986,8 +1002,8 @@ pd.DataFrame(lines).set_index("bits").round(1)
 #
 # ### Exercise 2.7 · Find the bug: rounding that can be trained
 #
-# These lines round `weights` of any shape to codes from −Q to Q (`last`), times `scale` $s$, a tensor of one number. The values
-# are right. But no weight is ever trained, and $s$ gets the wrong gradient:
+# These lines round `weights` of any shape to codes from −Q to Q (`last`), times `scale` $s$, a tensor of one number.
+# The values are right. But no weight is ever trained, and $s$ gets the wrong gradient:
 #
 # ```python
 # codes = (weights / scale).round().clamp(-last, last)
@@ -1082,10 +1098,11 @@ print(
 # In a layer of a million weights such a sum is huge. The package's `codebook.trainable` divides it by the root of the weights a
 # level, as LSQ divides the gradient of its step. `{"method": "kmeans", "bits": 3, "train": "finetune"}` is measured so.
 #
-# **What it means.** The gradient of the step alone finds the range that section 3 had to search. In **quantization-aware
-# training** (`qat`) all steps and weights descend the loss of the task. Batch-norm stays unfolded (*folding* multiplies its scale into the weights): weights are rounded before
-# it, exactly as in the file, so that the integers that were trained are the integers that run. The first convolution and the
-# classifier stay at 8 bits; the bytes count them, too.
+# **What it means.** The gradient of the step alone finds the range that section 3 had to search. In
+# **quantization-aware training** (`qat`) all steps and weights descend the loss of the task. Batch-norm stays unfolded
+# (*folding* multiplies its scale into the weights): weights are rounded before it, exactly as in the file, so that the
+# integers that were trained are the integers that run. The first convolution and the classifier stay at 8 bits; the
+# bytes count them, too.
 #
 # **What would fool you.** A network that rounds and then multiplies floats is *fake-quantized*: right for training, no faster,
 # no proof. Convert a file for ONNX Runtime and count the operators that run in integers. *Predict*: one for each convolution, each
@@ -1178,6 +1195,13 @@ figures.show(predictions.show(), shown)
 #   of a bit joins loss and bytes.
 # - Bits are what the entropy coder takes. Measure the file.
 # - Re-estimate batch-norm before you train.
+# - Fake quantization is right for training and proves nothing about speed: count the operators that run in integers.
+#
+# <!-- numbers:begin -->
+# **In numbers.** For integers that run fast, without training: 8-bit weights, one scale a channel; 4.45× smaller, at
+# -0.05 [-0.11, +0.00] pp. For the smallest file within 0.3 pp, without training: second-order rounding, λ = 1e-10,
+# float activations, batch-norm re-estimated; 33.6× smaller, at -0.14 [-0.24, -0.03] pp.
+# <!-- numbers:end -->
 #
 # ## Questionnaire
 #

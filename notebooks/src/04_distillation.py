@@ -24,9 +24,21 @@
 # [01](01_baseline.ipynb), and to know softmax and cross-entropy. **Time:** the cells run for about a minute with the
 # defaults; with the seven exercises plan an hour and a half.
 #
-# **Contents.** 1 · What does a teacher know? 2 · Soft labels. 3 · Silent bugs. 4 · Decoupled soft labels. 5 ·
-# Standardized logits and correlations. 6 · Features. 7 · Attention. 8 · Is it the teacher that helps? 9 · What does a
-# teacher cost? Then the benchmark, the committed results and a questionnaire.
+# **Contents.**
+# [1 · What does a teacher know?](#1-·-What-does-a-teacher-know-that-a-label-does-not-say?)
+# [2 · Soft labels](#2-·-How-does-a-student-learn-from-probabilities?).
+# [3 · Silent bugs](#3-·-Which-bugs-raise-no-error?).
+# [4 · Decoupled soft labels](#4-·-Can-the-other-classes-get-a-weight-of-their-own?).
+# [5 · Standardized logits and correlations](#5-·-Must-the-student-be-as-sure-as-its-teacher?).
+# [6 · Features](#6-·-Can-a-student-compute-what-the-teacher-computes?).
+# [7 · Attention](#7-·-Where-does-a-network-look?).
+# [8 · Is it the teacher that helps?](#8-·-Is-it-the-teacher-that-helps?)
+# [9 · What does a teacher cost?](#9-·-What-does-a-teacher-cost?)
+# Then [the benchmark](#Benchmark),
+# [the committed results](#The-committed-results),
+# [your predictions](#Your-predictions),
+# [a questionnaire](#Questionnaire)
+# and [a summary](#Summary).
 
 # %% tags=["parameters"]
 width: float = 0.25  # (0, 1] of the student, as a share of ResNet-18's channels
@@ -743,6 +755,11 @@ figures.show(predictions.show(), shown)
 # - Features of different widths can be compared by a regressor, or by what has no channels: similarities and attention.
 # - Wrong distillation trains without an error: compare gradients, and keep a [control](../docs/glossary.md#control) that must fail.
 # - A teacher costs time. Cached logits make it cheap, with fixed augmentations.
+#
+# <!-- numbers:begin -->
+# **In numbers.** A student (width 0.125, soft labels of all seeds, compressed, cached) gains +0.58 [+0.34, +0.82] pp
+# over the same student alone. Its file is 123.8× smaller than the uncompressed network's.
+# <!-- numbers:end -->
 #
 # **Try it.** (1) Add `{"method": "kd", "width": 0.25, "alpha": 0.5}` to `configurations`: does the student gain? (2) Add `{"method": "dist", "width": 0.25}` and
 # `{"method": "kd", "width": 0.25, "standardize": True, "temperature": 2, "gain": 10}` to `configurations`. (3) Add

@@ -24,8 +24,20 @@
 # toughest fair rival. **You need** [02](02_quantization.ipynb), [03](03_pruning.ipynb) and [04](04_distillation.ipynb).
 # **Time:** about a minute with the defaults.
 #
-# **Contents.** 1 · Where do we start? 2 · Prune. 3 · Distill. 4 · Round. 5 · Do the gains multiply? 6 · Does the order
-# matter? 7 · The narrow rival. 8 · All steps in one picture. Then the benchmark, the committed results, and questions.
+# **Contents.**
+# [1 · Where do we start?](#1-·-Where-do-we-start?)
+# [2 · Prune](#2-·-Prune:-how-much-is-left-at-16-times-fewer-MACs?).
+# [3 · Distill](#3-·-Distill:-how-much-comes-back?).
+# [4 · Round](#4-·-Round:-what-is-a-bit-worth?).
+# [5 · Do the gains multiply?](#5-·-Do-the-gains-multiply?)
+# [6 · Does the order matter?](#6-·-Does-the-order-matter?)
+# [7 · The narrow rival](#7-·-The-narrow-rival).
+# [8 · All steps in one figure](#8-·-All-steps-in-one-figure).
+# Then [the benchmark](#Benchmark),
+# [the committed results](#The-committed-results),
+# [your predictions](#Your-predictions),
+# [a questionnaire](#Questionnaire)
+# and [a summary](#Summary).
 # Seven exercises on the way check themselves.
 
 # %% tags=["parameters"]
@@ -555,7 +567,7 @@ print("pipeline against the narrow rival:", between("pruned, distilled, rounded"
 print("pipeline against the dense network:", between("pruned, distilled, rounded", "dense"))
 
 # %% [markdown]
-# ## 8 · All steps in one picture
+# ## 8 · All steps in one figure
 #
 # Right is smaller, up is better.
 
@@ -694,9 +706,16 @@ figures.show(predictions.show(), shown)
 #
 # ## Summary
 #
+# - Judge every step by a file that was saved and loaded again: its bytes, its MACs, its accuracy.
+# - The step from float32 to float16 belongs to no method. Count it once.
 # - Pruning and rounding both profit from the same weights, those that hardly matter: their gains overlap.
 # - Training after rounding needs the rounding in the loop, and a second rounding.
 # - The rival is a narrow network with an equal training budget and the same rounding. Say what you gain over *it*.
+#
+# <!-- numbers:begin -->
+# **In numbers.** The pipeline's file is 133.8× smaller than the uncompressed network's, at -0.11 [-0.298, +0.09] pp.
+# Of 9 rivals of equal training it beats 3 and loses to none; 6 differences are too small to tell.
+# <!-- numbers:end -->
 #
 # **Experiments.** (1) Set `lambda_ = 1e-8`: what is left? `python -m nnc_utils.inspect FILE` shows each layer. (2) Give
 # the pipeline `"sparsity": 0.5`, so that half of the weights it keeps become 0: does the file shrink by half? (3) Add

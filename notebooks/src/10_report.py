@@ -24,8 +24,19 @@
 # is and why it is not chosen on the test set, and read a comparison without being fooled by it. **You need** notebook
 # [01](01_baseline.ipynb). **Time:** about a minute, once the runs of 01, 02, 03 and 07 are there.
 #
-# **Contents.** 1 · A row. 2 · An interval. 3 · Is the interval honest? 4 · Seeds. 5 · A verdict. 6 · A claim. 7 · A
-# race against rivals. 8 · Times. Then the benchmark: the tables of your runs.
+# **Contents.**
+# [1 · A row](#1.-A-row).
+# [2 · An interval](#2.-An-interval).
+# [3 · Is the interval honest?](#3.-Is-the-interval-honest?)
+# [4 · Seeds](#4.-Seeds).
+# [5 · A verdict](#5.-A-verdict).
+# [6 · A claim](#6.-A-claim).
+# [7 · A race against rivals](#7.-A-race-against-rivals).
+# [8 · Times](#8.-Times).
+# Then [the benchmark](#Benchmark:-the-tables-of-your-runs),
+# [what you can now do](#What-you-can-now-do),
+# [a summary](#Summary)
+# and [a questionnaire](#Questionnaire).
 
 # %% tags=["parameters"]
 limit: float = -0.3  # [-10, 0] percentage points below the uncompressed network that still count as good
@@ -267,6 +278,19 @@ print(f"{run.finish().run} is finished; the rest is in {folder.name}/report.md")
 # **Try it.** (1) Set `limit` to −0.1: how many verdicts change, and which claim would fall? Predict first. (2) Section 3
 # with `differ` ten times as large: does the share change, and does the width of the interval? (3) Take the row of
 # `hessian_rounding` with the smallest file and find out which images it loses: are they of one class?
+#
+# ## Summary
+#
+# - A row is one measurement of one file. The predictions that it was computed from lie beside it.
+# - Pairing removes the noise that both networks share, so that the interval is narrow.
+# - A network is within a limit if the whole interval is. "Cannot tell" is an answer.
+# - A claim is chosen on validation images, and judged once on the test set.
+# - In a race count seeds, sizes and trainings on both sides. "Not below" means undecided.
+#
+# <!-- numbers:begin -->
+# **In numbers.** Of 7 claims 2 are within 0.3 pp, and of 2 the images cannot tell. Of 62 comparisons 14 are decided
+# for the first of the pair and 11 against it; 37 are undecided.
+# <!-- numbers:end -->
 #
 # ## Questionnaire
 #

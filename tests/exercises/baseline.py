@@ -96,6 +96,6 @@ WRONG = {
         (unpaired, "ignores the pairs"),
         (lambda right, before: ends(right, before, root=False), "divide by"),
         (lambda right, before: ends(right, before, added=()), "one image that is won"),
-        (lambda right, before: ends(right, before)[:2], "Three numbers"),
+        (lambda right, before: ends(right, before)[:2], "In this order"),
     ],
 }

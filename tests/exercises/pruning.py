@@ -185,7 +185,7 @@ WRONG = {
         (lambda *given: statistics(*given, sign=-1), "sign is wrong"),
         (lambda *given: (statistics(*given)[0], given[0][1]), "variance was right"),
         (lambda *given: statistics(*given, safe=False), "divides by 0"),
-        (lambda *given: statistics(*given)[0], "Two tensors"),
+        (lambda *given: statistics(*given)[0], "In this order"),
     ],
     "3.5": [
         (lambda cost, harm, budget: dict.fromkeys(cost, 0.0), "bytes, the budget is"),

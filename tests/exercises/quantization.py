@@ -208,7 +208,7 @@ WRONG = {
         (quantizer(rounded=float), "round it to a whole number"),
         (quantizer(rounded=int), "cut it off"),
         (quantizer(widen=False), "No code stands for 0"),
-        (lambda weights, bits, symmetric: affine(weights, bits)[0], "Return two numbers"),
+        (lambda weights, bits, symmetric: affine(weights, bits)[0], "In this order"),
     ],
     "2.2": [
         (by((0, 1, 2, 3)), "one for the tensor"),

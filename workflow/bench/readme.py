@@ -1,12 +1,14 @@
-"""The README's generated parts, each between markers of its name, and the figures of a profile."""
+"""What is generated of the README and the notebooks' summaries, between markers; a profile's figures."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import nbformat
 import yaml
 
 from bench import report
@@ -19,6 +21,8 @@ from nnc_utils.provenance import write_atomically
 from nnc_utils.rows import notebook_of
 
 BLOCKS = ("headline", "usual", "recipes", "times")
+FILES = {"README.md": BLOCKS, "README.zh.md": ("zh",)}
+NUMBERS = "numbers"  # the marker in a notebook's summary
 
 
 def draw(profile_dir: Path) -> None:
@@ -33,17 +37,30 @@ def draw(profile_dir: Path) -> None:
 
 
 def blocks(folder: Path) -> dict[str, str]:
-    """What the README of a clone shall say between its markers: of the best profile that is timed."""
+    """What the READMEs of a clone shall say between their markers: of the best profile that is timed."""
+    rendered = _rendered(folder, "readme.md.j2")
+    return {name: rendered.get(name, "") for name in said(folder)}
+
+
+def sentences(folder: Path) -> dict[str, str]:
+    """What the summary of each notebook shall say in numbers, of the README's tables: notebook -> text."""
+    told = _rendered(folder, "sentences.md.j2")
+    wrap = textwrap.TextWrapper(115, break_long_words=False, break_on_hyphens=False)
+    return {name.removeprefix("of_"): wrap.fill(" ".join(text.split())) for name, text in told.items()}
+
+
+def _rendered(folder: Path, name: str) -> dict[str, str]:
+    """The blocks of a template, of the best committed tables; {} without any."""
     profile_dir = committed_profile(folder, timed=True) or committed_profile(folder)
     if profile_dir is None:
-        return dict.fromkeys(BLOCKS, "")
+        return {}
     tables, quick = Tables(profile_dir), folder / "results/quick"
     known = Tables(quick).provenance if (quick / "provenance.json").is_file() else {}
-    template = report.template("readme.md.j2", tables)
+    template = report.template(name, tables)
     values = {"t": tables, "place": f"results/{profile_dir.name}/", "files": _kept_files(tables)}
     values |= {"recipes": recipes, "usual": lambda: _usual(known), "timed_notebooks": lambda: _seconds(known)}
     context = template.new_context(values)
-    return {name: report.tidy("".join(template.blocks[name](context))) for name in BLOCKS}
+    return {name: report.tidy("".join(block(context))) for name, block in template.blocks.items()}
 
 
 def recipes(tables: Tables) -> list[dict[str, Any]]:
@@ -88,27 +105,53 @@ def _kept_files(tables: Tables) -> dict[str, list[tuple[int, str]]]:
 
 
 def said(folder: Path) -> dict[str, str]:
-    """What the README says between its markers now; a ResultError where a marker is missing."""
-    text, told = (folder / "README.md").read_text(encoding="utf-8"), {}
-    for name in BLOCKS:
-        begin, end = _markers(name)
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ResultError(f"README.md needs the lines {begin} and {end} once each, in this order")
-        told[name] = text.split(begin)[1].split(end)[0].strip()
-    return told
+    """What the READMEs say between their markers now; a ResultError where a marker is missing."""
+    return {name: _said(path, name) for path, name in _places(folder)}
+
+
+def _places(folder: Path) -> list[tuple[Path, str]]:
+    """Each block's file and name."""
+    places = [(folder / file, name) for file, names in FILES.items() for name in names]
+    return [(path, name) for path, name in places if path.is_file()]
+
+
+def _said(path: Path, name: str) -> str:
+    text, (begin, end) = path.read_text(encoding="utf-8"), _markers(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ResultError(f"{path.name} needs the lines {begin} and {end} once each, in this order")
+    return text.split(begin)[1].split(end)[0].strip()
 
 
 def update(folder: Path) -> bool:
-    """Write the blocks into the README; True where that changed it."""
-    said(folder)
-    path = folder / "README.md"
-    text = before = path.read_text(encoding="utf-8")
-    for name, block in blocks(folder).items():
-        begin, end = _markers(name)
-        text = f"{text.split(begin)[0]}{begin}\n{block}\n{end}{text.split(end)[1]}"
-    if text != before:
+    """Write the blocks into the READMEs and the sentences into the notebooks; True where that changed one."""
+    changed, wanted = False, blocks(folder)
+    for path, name in _places(folder):
+        changed |= _write(path, _between(path.read_text(encoding="utf-8"), name, wanted[name]))
+    for name, sentence in sentences(folder).items():
+        source, notebook = folder / f"notebooks/src/{name}.py", folder / f"notebooks/{name}.ipynb"
+        if source.is_file():
+            text = _between(source.read_text(encoding="utf-8"), NUMBERS, sentence, "# ")
+            content = nbformat.read(notebook, as_version=4)
+            for cell in content.cells:
+                if _markers(NUMBERS)[0] in cell.source:
+                    cell.source = _between(cell.source, NUMBERS, sentence)
+            changed |= _write(source, text) | _write(notebook, nbformat.writes(content) + "\n")
+    return changed
+
+
+def _write(path: Path, text: str) -> bool:
+    """Write a file unless it says so already; True where it was written."""
+    changed = text != path.read_text(encoding="utf-8")
+    if changed:
         write_atomically(path, text)
-    return text != before
+    return changed
+
+
+def _between(text: str, name: str, block: str, prefix: str = "") -> str:
+    """A text with other lines between the markers of a name, each with a prefix."""
+    begin, end = _markers(name)
+    lines = f"\n{prefix}".join([begin, *block.splitlines(), end])
+    return text.split(begin)[0] + lines + text.split(end)[1]
 
 
 def _markers(name: str) -> tuple[str, str]:
