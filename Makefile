@@ -6,6 +6,7 @@ CORES   ?= all
 PYTHON  ?= python3
 RERUN   ?=
 ONLY    ?=
+SLOW    ?=
 # of your own images: the folder, and what is in brackets in the README
 DATA    ?=
 OWN     := $(foreach name,WEIGHTS MODEL SIZE GOAL EPOCHS OUT,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) '$($(name))'))
@@ -33,12 +34,12 @@ endif
 		$(if $(RERUN),--rerun $(RERUN)) $(if $(ONLY),--only $(ONLY))
 endif
 
-test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables
+test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables; SLOW=1 adds what compiles for long
 	@$(SETUP)
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist || echo "going on without: what needs it is skipped"
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest notebooks tests -n 2 \
+	@OMP_NUM_THREADS=1 NNC_SLOW=$(SLOW) $(VENV_PYTHON) -m pytest notebooks tests -n 2 \
 		--no-loadscope-reorder --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 

@@ -46,6 +46,9 @@ class _NotebooksInOrder(LoadFileScheduling):
 
 def pytest_collection_modifyitems(items):
     """Notebooks 04 to 06 come amid the tests, when 01 is finished, and at the end what builds on all."""
+    if not os.environ.get("NNC_SLOW"):
+        for item in (item for item in items if item.get_closest_marker("slow")):
+            item.add_marker(pytest.mark.skip(reason="slow: make test SLOW=1"))
     files = list(dict.fromkeys(item.nodeid.split("::")[0] for item in items if not _group(item.nodeid)))
     early = set(files[: len(files) // 2])
 

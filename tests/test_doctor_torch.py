@@ -80,6 +80,7 @@ def test_static_quantization_is_healthy_in_executorch(tmp_path):
 
 
 @needs_executorch
+@pytest.mark.slow
 def test_dynamic_quantization_leaves_convolutions_in_floats(tmp_path):
     report = doctor.examine(xnnpack(tmp_path, is_dynamic=True))
     floats = [layer for layer in report.layers if not layer.integer]
@@ -119,6 +120,7 @@ def x86_program(folder, *, unread=True):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_inductor_takes_integer_kernels_only_when_it_freezes(tmp_path):
     report = examined(x86_program(tmp_path))
     assert report.share == 0 and report.notes == ("unread-weights",)

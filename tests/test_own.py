@@ -267,6 +267,7 @@ def test_the_program_is_the_one_of_the_readme():
     assert f"```python\n{program}```" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_program_names_the_classes_of_the_artifact(trained_digits, tmp_path):
     """Beside the exported network, called from another folder, on images as files."""
     digits = data.load("digits")

@@ -304,6 +304,17 @@ def test_a_broken_environment_is_made_anew(clone, damage):
     assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_what_a_link_leads_to_is_not_emptied(clone, tmp_path, capsys):
+    """The environment of another clone says that it stands there, which looks moved from here."""
+    others = tmp_path / "other/.venv"
+    others.mkdir(parents=True)
+    (others / "pyvenv.cfg").touch()
+    setup_env.VENV.symlink_to(others)
+    assert setup_env.main([]) == 1 and "remove the link" in capsys.readouterr().err
+    assert (others / "pyvenv.cfg").exists() and not clone.asked
+
+
 def test_too_little_disk_an_old_python_and_no_venv_module_are_one_line_each(clone, monkeypatch, capsys):
     def refused(message):
         assert setup_env.main([]) == 1 and re.fullmatch(f"set-up: {message}\n", capsys.readouterr().err)

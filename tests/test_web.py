@@ -106,6 +106,7 @@ def _expected(path, file, digits):
         return pixels[..., 0], artifact.load(path)(inputs).softmax(1)[0].numpy()
 
 
+@pytest.mark.slow
 def test_two_hundred_images_get_the_classes_of_eager(sites, opened, trained_digits):
     page, digits = opened(sites / "digits"), data.load("digits")
     for label, precision in (("base", "fp32"), ("int8", "int8")):

@@ -52,7 +52,7 @@ def two_stages(place):
 
 def seconds(place, **stages):
     content = {"seeds": [1], "stages": STAGES, "parameters": {n: {"seconds": s} for n, s in stages.items()}}
-    place.profile.write_text(yaml.safe_dump(content))
+    place.profile.write_text(yaml.safe_dump(content | {"lessons": True}))
 
 
 def launch():
@@ -177,7 +177,7 @@ def test_jobs_say_what_they_need(two_stages, capsys, monkeypatch):
     assert wanted == ["first", "first", "second"]
     assert said.count("--exclusive") == 1 and said.count("threads: 2") == 1  # what is timed has the machine
     [command] = [line for line in said.splitlines() if "bench run notebooks/second.ipynb" in line]
-    assert "results/runs/tiny/second/seed=1 " in command and command.endswith("--keep any")
+    assert "results/runs/tiny/second/seed=1 " in command and command.endswith("--keep any --no-lesson")
     monkeypatch.setattr(sys, "executable", "/a{b}/python")  # a clone may lie in such a folder
     assert "'/a{b}/python' -m bench run" in jobs(two_stages, capsys, monkeypatch, "", "--printshellcmds")[1]
 

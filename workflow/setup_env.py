@@ -97,6 +97,10 @@ def make_venv(venv=None):
     # what pip and venv write names the folder: a copied or moved one runs what is in the old place
     here = config.exists() and config.read_text(errors="replace").rstrip().endswith(f" {venv}")
     intact = here and python.exists() and _quiet([str(python), "-m", "pip", "--version"])
+    if not intact and venv.is_symlink():
+        raise SetupError(
+            f"{venv} links to {venv.resolve()}, which is not emptied: remove the link, then try again"
+        )
     if not intact and not _quiet([sys.executable, "-m", "venv", "--clear", str(venv)]):
         raise SetupError(f"{sys.executable} -m venv {venv} failed: run it yourself to see why")
     for packages in venv.glob("Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages"):

@@ -327,6 +327,87 @@ except RuntimeError as error:
 # **What it means.** Whatever writes the tensor and whatever reads it lost its integer kernel. The network still gives the same
 # classes. Only the count tells.
 #
+# ### Ship int8, run float
+#
+# You will not always write the file yourself. Here are five ways to get "int8" for ONNX Runtime, all of the same network. Each
+# file loads, each gives the right classes, and no warning says what it runs in. *Predict* for each how many of its 21 convolutions and linear
+# layers run in integers.
+
+# %%
+guesses = {"static, defaults": 21, "static, uint8 activations": 21, "static, 16-bit activations": 21}
+guesses |= {"dynamic, defaults": 21, "this suite": 21}
+for way, layers in guesses.items():
+    predictions.predict(f"integer layers: {way}", layers)
+
+# %%
+import logging
+
+import numpy as np
+from onnxruntime import quantization
+from onnxruntime.quantization import QuantType
+
+from nnc_utils import doctor
+from nnc_utils.doctor import text
+
+
+class Reader(quantization.CalibrationDataReader):
+    """Gives the calibration images once."""
+
+    def __init__(self):
+        self.batches = iter([{"images": batch.numpy()}])
+
+    def get_next(self):
+        return next(self.batches, None)
+
+
+logging.getLogger().setLevel(logging.ERROR)  # it warns of batch-norm, which is folded here
+
+# %%
+folder = bench.path("scratch/int8")
+folder.mkdir(parents=True, exist_ok=True)
+onnx.save(qdq.onnx_model(fp32, "fp32"), folder / "fp32.onnx")
+onnx.save(qdq.onnx_model(int8, "int8"), folder / "this suite.onnx")
+quantization.quantize_dynamic(folder / "fp32.onnx", folder / "dynamic, defaults.onnx")
+activations = {"defaults": QuantType.QInt8, "uint8 activations": QuantType.QUInt8}
+for name, kind in (activations | {"16-bit activations": QuantType.QUInt16}).items():
+    target = folder / f"static, {name}.onnx"
+    quantization.quantize_static(folder / "fp32.onnx", target, Reader(), activation_type=kind)
+
+# %% [markdown]
+# The doctor lets the runtime compile each file, and reads the graph that it then executes.
+
+# %% tags=["nbval-check-output"]
+reports = {way: doctor.examine(folder / f"{way}.onnx") for way in guesses}
+for way, report in reports.items():
+    layers = [layer for layer in report.layers if layer.macs]
+    predictions.measured(f"integer layers: {way}", sum(layer.integer for layer in layers))
+    print(f"  {text.summary(report)}; {', '.join(report.named()) or 'healthy'}")
+
+# %% [markdown]
+# Which layers did the defaults lose? Look where a tensor has two readers: at each block's input, which the addition reads, too.
+
+# %% tags=["nbval-check-output"]
+lines = text.render(reports["static, defaults"]).splitlines()
+print(*(line for line in lines if " floats " in line), sep="\n")
+
+# %% [markdown]
+# Signed codes less −128 are unsigned codes: the same numbers under other names. `--fix` rewrites them, and checks both files on
+# the same images.
+
+# %% tags=["nbval-check-output"]
+np.save(folder / "images.npy", images.normalize(images.validation.images[:200]).numpy())
+before, after = folder / "static, defaults.onnx", folder / "repaired.onnx"
+found = doctor.repair(before, after, inputs=str(folder / "images.npy"))
+print(text.repaired(found))
+print(text.summary(doctor.examine(folder / "repaired.onnx")))
+
+# %% [markdown]
+# **What it means.** "Quantized" is a property of a file, "runs in integers" one of a file, a runtime and a processor. A share of
+# MACs belongs beside each int8 latency: `python -m nnc_utils.doctor FILE --least 0.95` fails a build that loses it.
+#
+# **What would fool you.** Dynamic quantization is in integers throughout, and may still be slower than floats: signed weights
+# take the slow kernel. And a share of 100 % on this processor says nothing about yours.
+#
 # ## 5 · What does one timing say?
 #
 # *Predict*: how much longer than the median does the first prediction take? And is the mean above or below the median?
