@@ -7,9 +7,10 @@ PYTHON  ?= python3
 RERUN   ?=
 ONLY    ?=
 SLOW    ?=
-# of your own images: the folder, and what is in brackets in the README
-DATA    ?=
-OWN     := $(foreach name,WEIGHTS MODEL SIZE GOAL EPOCHS OUT,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) '$($(name))'))
+# of your own images: DATA and what is in brackets in the README, on the command line, not from the environment
+given    = $(if $(filter command,$(origin $(1))),$($(1)))
+quoted   = '$(subst ','\'',$(call given,$(1)))'
+OWN      = $(foreach name,WEIGHTS MODEL SIZE GOAL EPOCHS OUT,$(if $(call given,$(name)),--$(shell echo $(name) | tr A-Z a-z) $(call quoted,$(name))))
 
 VENV_PYTHON := .venv/bin/python
 SETUP       := $(PYTHON) workflow/setup_env.py
@@ -23,8 +24,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 benchmark: python profile ## measure everything and print the table, or with DATA=/FOLDER that of your own images
 	@$(SETUP) --peers
-ifneq ($(DATA),)
-	@$(VENV_PYTHON) -m bench own --data '$(DATA)' $(OWN)
+ifneq ($(call given,DATA),)
+	@$(VENV_PYTHON) -m bench own --data $(call quoted,DATA) $(OWN)
 else
 ifneq ($(PROFILE),smoke)
 	@$(SETUP) --nncodec

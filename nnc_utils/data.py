@@ -365,15 +365,15 @@ def main(name: str) -> None:
             warnings.filterwarnings("ignore", message="imagefolder:")  # it is printed below
             data = load(name)
     except DataError as error:
-        sys.exit(_printable(str(error)))
+        sys.exit(printable(str(error)))
     parts = ", ".join(f"{len(getattr(data, which)):,} {which}" for which in SPLITS)
     shape, classes = f"{data.channels} x {data.size} x {data.size}", ", ".join(data.classes)
     lines = [f"{data.name}: {parts}; images {shape}; {len(data.classes)} classes: {classes}"]
     lines += data.folder.report() if data.folder else []
-    print(_printable("\n  ".join(lines)))
+    print(printable("\n  ".join(lines)))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text with escapes for what the console's alphabet lacks."""
     alphabet = sys.stdout.encoding or "utf-8"
     return text.encode(alphabet, "backslashreplace").decode(alphabet)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def asked(folder, tmp_path):
         ("0.5 points", Goal(points=0.5)),
         ("1 percentage point", Goal(points=1)),
         ("20x smaller, 3x faster and 1 pp", Goal(20, 3, 1)),
+        ("20x smaller,3x faster", Goal(20, 3)),
         ("0 points", Goal(points=0)),
     ],
 )
@@ -113,8 +115,8 @@ def test_the_goal_is_answered_by_the_right_network(goal, name, missed):
 
 
 def test_the_test_images_say_yes_no_or_how_many_would_be_needed():
-    assert "agree" in own_goal.can_tell(0.5, -0.4, 0.4, 1000)
-    assert "otherwise" in own_goal.can_tell(0.5, -3.0, -0.6, 1000)
+    assert "say: at most 0.5" in own_goal.can_tell(0.5, -0.4, 0.4, 1000)
+    assert "say: more than 0.5" in own_goal.can_tell(0.5, -3.0, -0.6, 1000)
     assert "48 test images cannot tell: at least 600" in own_goal.can_tell(0.5, -6.25, 6.25, 48)
     assert "cannot tell" in own_goal.can_tell(0, -6.25, 6.25, 48)
 
@@ -208,6 +210,8 @@ def test_the_notebooks_accept_what_they_get(asked):
     timed = planned["07_deployment"]["networks"]
     assert all(network in measured for network in timed)
     assert any(c.get("macs") == 20 for c in timed)  # as many times fewer as times faster are asked
+    beyond = own.notebooks(replace(asked, goal=Goal(faster=500)))["06_pipeline"]["configurations"]
+    assert max(c["macs"] for c in beyond) == own.MOST_MACS  # where pruning ends, 06 would refuse
 
 
 def test_runs_are_kept_below_the_folder_and_a_failure_ends_them(asked, monkeypatch):
@@ -225,7 +229,7 @@ def test_runs_are_kept_below_the_folder_and_a_failure_ends_them(asked, monkeypat
     upstream = [json.loads(command[6]).get("upstream", []) for command, _ in commands]
     assert upstream[0] == [] and upstream[1] == upstream[3] == [str(folders[0])]
     assert upstream[4] == [str(folder) for folder in folders[:4]]
-    assert all(command[-3:] == ["--keep", "current", "--no-lesson"] for command, _ in commands)
+    assert all(command[7:10] == ["--keep", "current", "--no-lesson"] for command, _ in commands)
     assert list(commands[0][1].values()) == [60.0] * 5
     with pytest.raises(own.ResultError, match="Call the same command again"):
         own.run(asked, planned, seconds)
@@ -241,8 +245,21 @@ def test_other_images_or_weights_measure_everything_again(asked, capsys, monkeyp
     images = replace(asked.images, test=data.Split(asked.images.test.images + 1, asked.images.test.labels))
     own.claim_folder(replace(asked, images=images))
     assert not (asked.out / "runs").exists() and "measured again" in capsys.readouterr().out
+    assert len(list(asked.out.glob("runs-before-*"))) == 1  # hours of work are not removed
     with pytest.raises(own.OwnError, match="is about imagefolder:"):
         own.claim_folder(replace(asked, images=replace(images, name="imagefolder:/elsewhere")))
+    renamed = replace(images, classes=[name.upper() for name in images.classes])
+    own.claim_folder(replace(asked, images=renamed))
+    assert "measured again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "mine", '{"data": 1}'])
+def test_a_file_of_somebody_else_is_no_mark(asked, content):
+    asked.out.mkdir(parents=True)
+    (asked.out / own.INPUTS).write_text(content)
+    with pytest.raises(own.OwnError, match="files of something else"):
+        own.claim_folder(asked)
+    assert (asked.out / own.INPUTS).read_text() == content
 
 
 def test_make_passes_everything_on():
@@ -255,7 +272,14 @@ def test_make_passes_everything_on():
         in done.stdout
     )
     assert "bench benchmark" not in done.stdout
-    plain = subprocess.run(["make", "-n", "benchmark"], cwd=ROOT, capture_output=True, text=True).stdout
+    quoted = subprocess.run(
+        ["make", "-n", "benchmark", "DATA=/Bob's"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert r"--data '/Bob'\''s'" in quoted.stdout
+    elsewhere = os.environ | {"DATA": "/data", "MODEL": "gpt2"}  # as clusters have them
+    plain = subprocess.run(
+        ["make", "-n", "benchmark"], cwd=ROOT, capture_output=True, text=True, env=elsewhere
+    ).stdout
     assert "bench benchmark --profile quick" in plain and "bench own" not in plain
 
 
@@ -324,7 +348,7 @@ def test_it_ends_with_the_network_that_answers_the_goal(example, published, tmp_
     assert {file: file.read_bytes() for file in before} == before  # committed results stay
     assert (out / "report.md").read_text(encoding="utf-8").strip() == text
     assert "Chosen on validation images: 8-bit weights, one scale a channel (" in text
-    assert "The 400 test images agree: at most 50 points are lost." in text
+    assert "The 400 test images say: at most 50 points are lost." in text
     assert "names the table's class on 20 of 20 test images" in text
     sha256 = json.loads((out / "net.onnx.json").read_text())["artifact_sha256"]
     assert (

@@ -16,8 +16,9 @@ def predict(what: str, value: float) -> None:
 
 def measured(what: str, value: float) -> None:
     """Print a measured value beside its prediction, and the ratio of the two."""
-    if not _PREDICTED.get(what):
-        print(f"{what}: measured {value:.4g}; you predicted nothing")
+    if not _PREDICTED.get(what):  # a ratio needs another number than 0
+        said = "0" if what in _PREDICTED else "nothing"
+        print(f"{what}: measured {value:.4g}; you predicted {said}")
         return
     _RATIOS[what] = float(value) / _PREDICTED[what]
     print(f"{what}: you predicted {_PREDICTED[what]:.4g}, measured {value:.4g}: ratio {_RATIOS[what]:.2f}")

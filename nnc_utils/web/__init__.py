@@ -28,7 +28,10 @@ from pathlib import Path
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 WASM = "ort-wasm-simd-threaded.wasm"
-SCRIPTS = ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs")
+SCRIPTS = {  # names in the package, and in the folder: some servers call .mjs no script
+    "ort.wasm.min.js": "ort.wasm.min.js",
+    "ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.js",
+}
 PAGE = ("index.html", "page.css", "image.js", "page.js")
 NETWORKS = "networks.json"
 
@@ -67,8 +70,8 @@ def write(networks: Sequence[tuple[Path, dict]], out: Path) -> list[Path]:
         site.mkdir()
         for name in PAGE:
             shutil.copyfile(Path(__file__).with_name(name), site / name)
-        for name in SCRIPTS:
-            (site / name).write_bytes(runtime[name])
+        for name, target in SCRIPTS.items():
+            (site / target).write_bytes(runtime[name])
         described = [
             about | _packed(file.read_bytes(), site / f"network{number}.onnx.gz")
             for number, (file, about) in enumerate(networks, 1)

@@ -13,7 +13,10 @@ async function decode(file) {
   context.fillStyle = "white";
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0);
-  return context.getImageData(0, 0, canvas.width, canvas.height);
+  bitmap.close();
+  const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
+  if (pixels.data[3] !== 255) throw new Error("larger than this browser's canvas");
+  return pixels;
 }
 
 /** The image's channels, one array of bytes each: grey, or red, green and blue. */

@@ -11,6 +11,8 @@ const pad = $("pad").getContext("2d", { willReadFrequently: true });
 let networks = []; // as in networks.json, each with `session`, once it is loaded, and its row
 let chosen = null; // the network that answers
 let image = null; // ImageData of what was drawn or chosen
+let asked = 0; // images so far: an answer for an earlier one is not shown
+let fault = null; // why the chosen network does not answer
 let turn = Promise.resolve();
 
 /** One thing at a time: nothing is computed while something is loaded or timed. */
@@ -20,9 +22,11 @@ function inTurn(work) {
   return result;
 }
 
+/** Say what went wrong; without an error what is still wrong with the chosen network, or nothing. */
 function complain(error) {
-  $("message").textContent = error ? error.message || String(error) : "";
-  $("message").hidden = !error;
+  const said = error ?? fault;
+  $("message").textContent = said ? said.message || String(said) : "";
+  $("message").hidden = !said;
 }
 
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e6 ? 3 : 2)} MB`;
@@ -33,7 +37,7 @@ const median = (values) => values.toSorted((a, b) => a - b)[values.length >> 1];
 
 /** The content of a gzipped file of this folder, once its length is right; an Error that says what to do. */
 async function unpacked({ file, bytes }) {
-  const response = await fetch(file).catch(() => ({ status: "no answer" }));
+  const response = await fetch(file, { cache: "no-cache" }).catch(() => ({ status: "no answer" }));
   if (!response.ok) throw new Error(`${file} is missing on the server (${response.status}). ${AGAIN}`);
   const nothing = () => new ArrayBuffer(0); // where the connection ends early, or gzip's checksum is wrong
   let content = await response.arrayBuffer().catch(nothing);
@@ -57,11 +61,14 @@ async function start() {
     throw new Error("A browser opens no networks from a file: run `python -m http.server` in this folder, " +
       "then open http://localhost:8000");
   }
-  const response = await fetch("networks.json");
+  if (!window.DecompressionStream || ![].toSorted) {
+    throw new Error("This browser is too old: Chrome or Edge 110, Firefox 115 or Safari 16.4 is needed.");
+  }
+  const response = await fetch("networks.json", { cache: "no-cache" }).catch(() => ({}));
   if (!response.ok || !window.ort) {
     throw new Error(`${window.ort ? "networks.json" : "ort.wasm.min.js"} is missing on the server. ${AGAIN}`);
   }
-  const described = await response.json();
+  const described = await response.json().catch(() => { throw new Error(`networks.json is damaged. ${AGAIN}`); });
   networks = described.networks;
   networks.forEach(addRow);
   $("faster").hidden = networks.length === 1;
@@ -72,7 +79,9 @@ async function start() {
   $("light").checked = bright > 0.5; // draw on what the training images have most of
   clear();
   ort.env.wasm.numThreads = 1;
+  ort.env.wasm.wasmPaths = { mjs: new URL("ort-wasm-simd-threaded.js", document.baseURI).href };
   ort.env.wasm.wasmBinary = await unpacked(described.runtime);
+  document.querySelectorAll("#networks input").forEach((radio) => (radio.disabled = false));
   await choose(networks[0]);
 }
 
@@ -83,27 +92,32 @@ async function choose(network) {
   chosen = network;
   networks.forEach((other) => other.row.classList.toggle("chosen", other === network));
   $("measure").disabled = true;
-  complain(null);
+  complain((fault = null));
   forget("Loading the network …");
   try {
-    await inTurn(() => opened(network));
+    await inTurn(() => chosen === network && opened(network));
     if (chosen !== network) return; // another one was chosen meanwhile
     await classify();
-    await inTurn(() => measure([network]));
+    await inTurn(() => network.time.textContent || measure([network]));
   } catch (error) {
+    notTimed();
     if (chosen !== network) return;
     forget("This network cannot be loaded.");
-    complain(error);
+    complain((fault = error));
   }
-  $("measure").disabled = false;
+  if (chosen === network) $("measure").disabled = false;
 }
 
 /** Take an image file; where it cannot be read, say so. */
 async function show(file) {
   complain(null);
+  const mine = ++asked;
   try {
-    image = await decode(file);
+    const decoded = await decode(file);
+    if (mine !== asked) return; // another image came meanwhile
+    image = decoded;
   } catch {
+    if (mine !== asked) return;
     clear();
     complain(`${file.name || "This"} is no image that this browser can read: PNG, JPEG, WebP and GIF are.`);
     return;
@@ -123,7 +137,7 @@ async function classify() {
     forget(chosen?.session ? "Draw something, or choose an image." : $("answer").textContent);
     return null;
   }
-  const [network, { channels, size }] = [chosen, chosen];
+  const [network, given, { channels, size }] = [chosen, image, chosen];
   const planes = read(image, channels, size);
   const input = new ort.Tensor("float32", normalized(planes, network), [1, channels, size, size]);
   const { logits } = await inTurn(() => network.session.run({ images: input }));
@@ -131,7 +145,7 @@ async function classify() {
   const powers = Array.from(logits.data, (logit) => Math.exp(logit - largest));
   const sum = powers.reduce((a, b) => a + b, 0);
   const probabilities = powers.map((power) => power / sum);
-  if (network === chosen) {
+  if (network === chosen && given === image) {
     showSeen(planes, size);
     showClasses(network.classes, probabilities);
   }
@@ -180,7 +194,7 @@ function showClasses(names, probabilities) {
 function addRow(network, place) {
   network.row = $("networks").insertRow();
   const label = document.createElement("label");
-  const radio = Object.assign(document.createElement("input"), { type: "radio", name: "network", checked: place === 0 });
+  const radio = Object.assign(document.createElement("input"), { type: "radio", name: "network", checked: place === 0, disabled: true });
   radio.addEventListener("change", () => choose(network));
   label.append(radio, network.label);
   const head = Object.assign(document.createElement("th"), { scope: "row", role: "rowheader" });
@@ -232,11 +246,15 @@ async function measure(those, rounds = ROUNDS) {
   return timed.map(({ ms }) => ms);
 }
 
+function notTimed() {
+  networks.forEach(({ time }) => { if (time.textContent === "measuring …") time.textContent = ""; });
+}
+
 $("measure").addEventListener("click", async () => {
   $("measure").disabled = true;
   complain(null);
   await inTurn(() => measure(networks)).catch((error) => {
-    networks.forEach(({ time }) => { if (time.textContent === "measuring …") time.textContent = ""; });
+    notTimed();
     complain(error);
   });
   $("measure").disabled = false;
@@ -257,6 +275,7 @@ function blank() {
 
 function clear() {
   blank();
+  asked++;
   image = null;
   pen.down = false;
   showPen();
@@ -284,6 +303,7 @@ function lineTo(x, y) {
 }
 
 function drawn() {
+  asked++;
   image = pad.getImageData(0, 0, pad.canvas.width, pad.canvas.height);
   return classify();
 }
@@ -294,6 +314,7 @@ function placeOf(event) {
 }
 
 pad.canvas.addEventListener("pointerdown", (event) => {
+  if (event.button || !event.isPrimary) return; // the other buttons, and a second finger
   pad.canvas.setPointerCapture(event.pointerId);
   [pen.x, pen.y] = placeOf(event);
   pen.dragged = true;

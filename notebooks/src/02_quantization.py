@@ -20,7 +20,7 @@
 #
 # **You will be able to** build a quantizer with its scale and zero-point, choose its range, put its levels where the
 # weights are, let rounding errors cancel, spend bits where they matter, repair batch-norm, train with the rounding, and
-# count the bytes that are left. **You need** [01](01_baseline.ipynb). **Time:** an hour to read, an hour for the seven
+# count the bytes that are left. **You need** [01](01_baseline.ipynb). **Time:** 75 minutes to read, an hour for the seven
 # exercises, a minute to run.
 #
 # **Contents.**

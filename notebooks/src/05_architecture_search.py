@@ -1105,8 +1105,8 @@ figures.show(predictions.show(), shown)
 # <!-- numbers:begin -->
 # **In numbers.** A searched network (16× fewer MACs, random search, each trained alone, distilled from the
 # compressed network) is held against a rival (16× fewer MACs, a narrow ResNet-18 by hand, distilled from the
-# compressed network): the difference is +0.15 [-0.03, +0.34] pp, and the verdict "not below, in a larger file". Its
-# file is 23.4× smaller than the uncompressed network's.
+# compressed network): the difference is +0.15 [-0.03, +0.34] pp, and the verdict "undecided, in a larger file". The
+# searched network's file is 23.4× smaller than the uncompressed network's.
 # <!-- numbers:end -->
 #
 # **Experiments.** (1) Set `macs = 64`: which stage does the winner narrow first? Predict, then read its Spec. (2)

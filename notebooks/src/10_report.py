@@ -288,8 +288,8 @@ print(f"{run.finish().run} is finished; the rest is in {folder.name}/report.md")
 # - In a race count seeds, sizes and trainings on both sides. "Not below" means undecided.
 #
 # <!-- numbers:begin -->
-# **In numbers.** Of 7 claims 2 are within 0.3 pp, and of 2 the images cannot tell. Of 62 comparisons 14 are decided
-# for the first of the pair and 11 against it; 37 are undecided.
+# **In numbers.** Of 7 claims 2 are within 0.3 pp; for 2 the images cannot tell. Of 62 comparisons 14 are decided for
+# the first of the pair and 11 against it; 37 are undecided.
 # <!-- numbers:end -->
 #
 # ## Questionnaire

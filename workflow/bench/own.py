@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,17 +21,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench.execute import CELL_TIMEOUT
 from bench.folder import environment
 from bench.own_goal import Goal, GoalError, parse
 from bench.tables import ResultError
 from nnc_utils import data, models, processes, training
-from nnc_utils.data import Data, DataError, Split
+from nnc_utils.data import Data, Split
 from nnc_utils.pretrained import load_pretrained
-from nnc_utils.processes import LockedError
 from nnc_utils.provenance import file_sha256, relative, root, write_atomically
 
 DEPTHS = {f"resnet{depth}": depth for depth in models.RESNETS}
 SMALL = 32  # pixels up to which the first convolution keeps the resolution
+MOST_MACS = 50.0  # times fewer multiplications that channels can be removed to, in each of the networks
 INPUTS = "inputs.json"  # in the folder: of which images and weights its runs are
 SECONDS = {  # of a notebook apart from its trainings: on two cores, ResNet-18, 64 pixels
     "01_baseline": 40,
@@ -81,7 +81,10 @@ def check(options: argparse.Namespace) -> Asked:
     if weights and weights != "imagenet":
         weights = str(Path(weights).expanduser().resolve())
     depth, stem, fresh = architecture(images, weights, options.model)
-    epochs = options.epochs or length(len(images.train), trained=bool(weights))
+    count = len(images.train)
+    epochs = options.epochs or length(count, trained=bool(weights))
+    if epochs < (least := 4 * batch_size(count) / count):  # a quarter of them trains the compressed networks
+        raise OwnError(f"epochs is {epochs:g}: {least:.2g} or more are needed for {count} training images")
     out = Path(options.out or root() / "results/own" / folder.name).expanduser().resolve()
     if out.is_relative_to(folder):
         raise OwnError(f"{out} lies in the folder of images: give another one with --out")
@@ -116,6 +119,11 @@ def length(images: int, *, trained: bool) -> float:
     return round(epochs / 3 if trained else epochs, 1)
 
 
+def batch_size(images: int) -> int:
+    """Images a step."""
+    return min(images, 32 if images >= 256 else 16)
+
+
 def found(asked: Asked) -> list[str]:
     """What the folder and the weights hold, in lines for the screen."""
     images = asked.images
@@ -139,9 +147,8 @@ def found(asked: Asked) -> list[str]:
 
 def notebooks(asked: Asked) -> dict[str, dict[str, Any]]:
     """Notebook -> its parameters, in the order in which they run."""
-    count, again = len(asked.images.train), asked.epochs / 4
-    batch = min(count, 32 if count >= 256 else 16)
-    strong, int8 = max(8.0, asked.goal.faster), {"method": "uniform", "bits": 7}
+    batch, again = batch_size(len(asked.images.train)), asked.epochs / 4
+    strong, int8 = min(max(8.0, asked.goal.faster), MOST_MACS), {"method": "uniform", "bits": 7}
     pruned = [
         {"method": "weights", "sparsity": 0.9, "train": "finetune"},
         {"method": "channels", "macs": 3, "compensate": True, "train": "finetune", "int8": True},
@@ -200,6 +207,7 @@ def run(asked: Asked, planned: dict[str, dict[str, Any]], seconds: dict[str, flo
         notebook = root() / f"notebooks/{name}.ipynb"
         command = [sys.executable, "-m", "bench", "run", str(notebook), str(folders[name])]
         command += [json.dumps(given), "--keep", "current", "--no-lesson"]
+        command += ["--timeout", f"{max(CELL_TIMEOUT, 5 * seconds[name]):.0f}"]
         own = environment() | {"NNC_PLAN": json.dumps(plan)}
         if subprocess.run(command, cwd=root(), env=own).returncode != 0:
             raise ResultError("Call the same command again to go on: what is finished stays.")
@@ -207,11 +215,17 @@ def run(asked: Asked, planned: dict[str, dict[str, Any]], seconds: dict[str, flo
 
 
 def claim_folder(asked: Asked) -> None:
-    """Make the folder this command's own; runs of other images or weights in it are removed, and told."""
+    """Make the folder this command's own; runs of other images or weights in it are put aside, and told."""
     inputs = {"data": asked.images.name, "images": asked.images.digests()}
+    inputs["classes"] = list(asked.images.classes)
     inputs["weights"] = file_sha256(Path(asked.weights)) if os.path.isfile(asked.weights) else asked.weights
     mark, runs = asked.out / INPUTS, asked.out / "runs"
-    before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
+    try:
+        before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or before.keys() != inputs.keys():
+        before = None  # somebody else's file of this name
     others = asked.out.is_dir() and any(not entry.name.startswith(".") for entry in asked.out.iterdir())
     if before is None and others:
         raise OwnError(f"{asked.out} holds files of something else: give another folder with --out")
@@ -220,8 +234,11 @@ def claim_folder(asked: Asked) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     processes.lock(asked.out / ".own.lock", wait=1, what=f"the folder {asked.out}")
     if before and before != inputs:
-        print("images, their size or the weights have changed: everything is measured again", flush=True)
-        shutil.rmtree(runs, ignore_errors=True)
+        aside = asked.out / f"runs-before-{time.strftime('%Y%m%d-%H%M%S')}"
+        print("images, their size, classes or the weights have changed: everything is measured again")
+        print(f"what was measured before goes to {aside}", flush=True)
+        if runs.is_dir():
+            runs.rename(aside)
     write_atomically(mark, json.dumps(inputs, indent=1))
 
 
@@ -241,21 +258,21 @@ def main(arguments: Sequence[str]) -> int:
     begin = time.time()
     try:
         asked = check(options)
-        print("\n".join(found(asked)), flush=True)
+        print(data.printable("\n".join(found(asked))), flush=True)
         claim_folder(asked)
-    except (OwnError, GoalError, DataError, LockedError, OSError) as error:
-        print(error, file=sys.stderr)
+    except (OwnError, GoalError, RuntimeError, OSError) as error:  # DataError, LockedError are of the third
+        print(data.printable(str(error)), file=sys.stderr)
         return 2
     planned = notebooks(asked)
     seconds = estimate(asked, planned)
     print(f"about {sum(seconds.values()) / 60:.0f} minutes, if nothing is finished yet\n", flush=True)
     try:
         folders = run(asked, planned, seconds)
+        from bench import own_result  # draws and exports, which what comes before does not need
+
+        print("\n" + own_result.write(asked, folders))
     except ResultError as error:
         print(error, file=sys.stderr)
         return 1
-    from bench import own_result  # draws and exports, which what comes before does not need
-
-    print("\n" + own_result.write(asked, folders))
     print(f"\n{asked.out / 'report.md'} says the same ({(time.time() - begin) / 60:.0f} min)")
     return 0

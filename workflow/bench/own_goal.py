@@ -40,7 +40,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class Offer:
-    """A measured network. `lost`: percentage points on validation images; `faster` None: not timed."""
+    """A measured network; `faster` None: not timed.
+
+    `lost`: percentage points on validation images, against the better of the uncompressed network and the
+    same trained on: one reference for all.
+    """
 
     name: str
     sha256: str
@@ -57,7 +61,7 @@ def parse(text: str) -> Goal:
     Goal(smaller=20.0, faster=0, points=0.5)
     """
     asked: dict[str, float] = {}
-    for part in re.split(r",(?!\d)|;|\band\b", text.strip().lower()):
+    for part in re.split(r"(?<!\d),|,(?!\d)|;|\band\b", text.strip().lower()):
         match = PART.fullmatch(part.strip())
         if not match:
             raise GoalError(f"no goal in {part.strip() or text!r}: {GIVEN}")
@@ -107,8 +111,8 @@ def verdict(goal: Goal, offer: Offer) -> list[str]:
 def can_tell(points: float, low: float, high: float, images: int) -> str:
     """What the test images say of "at most so many points lost", from the difference's interval."""
     if low >= -points:
-        return f"The {images:,} test images agree: at most {points:g} points are lost."
+        return f"The {images:,} test images say: at most {points:g} points are lost."
     if high < -points:
-        return f"The {images:,} test images say otherwise: more than {points:g} points are lost."
+        return f"The {images:,} test images say: more than {points:g} points are lost."
     needed = f"at least {max(300 / points, images + 1):,.0f} are needed" if points else "no number can show 0"
     return f"Whether at most {points:g} points are lost, {images:,} test images cannot tell: {needed}."
