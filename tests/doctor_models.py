@@ -114,6 +114,37 @@ def with_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     return model
 
 
+def with_function(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The last layer becomes a call of a function that the model holds."""
+    gemm = model.graph.node.pop()
+    own = helper.make_opsetid("own", 1)
+    ends = gemm.input, gemm.output
+    model.functions.append(helper.make_function("own", "Last", *ends, [gemm], model.opset_import))
+    model.opset_import.append(own)
+    model.graph.node.append(helper.make_node("Last", *ends, domain="own"))
+    return model
+
+
+def with_fused_convolution(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The first convolution as ONNX Runtime writes it down."""
+    model.graph.node[0].op_type, model.graph.node[0].domain = "FusedConv", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def four_bits(accuracy_level: int) -> onnx.ModelProto:
+    """A linear layer of 32 inputs whose weights have 4 bits."""
+    random = np.random.default_rng(0)
+    arrays = {"codes": random.integers(0, 256, (CLASSES, 1, 16)).astype(np.uint8)}
+    arrays["scales"] = np.ones(CLASSES, np.float32)
+    sizes = {"K": 32, "N": CLASSES, "bits": 4, "block_size": 32, "accuracy_level": accuracy_level}
+    node = helper.make_node("MatMulNBits", ["x", *arrays], ["logits"], "fc", domain="com.microsoft", **sizes)
+    stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph([node], "small", [_value("x", 32)], [_value("logits", CLASSES)], stored)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
 def with_scales_of_shape_1(model: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in model.graph.initializer:
         if tensor.name.endswith("_scale") and not tensor.dims:

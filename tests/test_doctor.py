@@ -13,9 +13,10 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantFormat, QuantType
 
 from nnc_utils import doctor
-from nnc_utils.doctor import fix, in_onnxruntime, rules
+from nnc_utils.doctor import fix, in_onnxruntime, onnx_rules, rules
 from nnc_utils.doctor.__main__ import main
 from nnc_utils.doctor.in_onnxruntime import session
+from nnc_utils.doctor.onnx_graph import Graph
 
 ALLOWING_SIGNED = {"session.qdqisint8allowed": "1"}
 BEFORE_RELUS = ("conv1", "conv2", "conv4")  # conv3 goes into the add
@@ -147,10 +148,10 @@ def examined(model, folder, entries=None):
     return in_onnxruntime.examine(folder / "net.onnx", entries or {})
 
 
-def outputs(model):
+def outputs(model, count=64):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return session(model, options).run(["logits"], {"images": made.images(64)})[0]
+    return session(model, options).run(["logits"], {"images": made.images(count)})[0]
 
 
 @pytest.mark.parametrize("rule", CASES)
@@ -176,6 +177,59 @@ def test_and_is_silent_without(rule, tmp_path):
 def test_masks_are_a_note(tmp_path):
     assert examined(made.network(mask=True), tmp_path).notes == ("masks-left",)
     assert examined(made.network(), tmp_path).notes == ()
+
+
+def test_other_multiplications_are_a_note(tmp_path):
+    model = made.network()
+    model.graph.node.append(helper.make_node("Einsum", ["logits"], ["sums"], equation="ij->i"))
+    assert examined(model, tmp_path).notes == ("not-counted",)
+
+
+@pytest.mark.parametrize("change", [made.with_fused_convolution, made.with_function])
+def test_layers_of_another_form_count(change, tmp_path):
+    whole = sum(layer.macs for layer in examined(made.network(), tmp_path).layers)
+    assert sum(layer.macs for layer in examined(change(made.network()), tmp_path).layers) == whole
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_weights_of_four_bits(level, tmp_path):
+    """ONNX Runtime decompresses them, unless it is asked to quantize activations as well."""
+    (layer,) = examined(made.four_bits(level), tmp_path).layers
+    assert (layer.integer, layer.rules) == ((True, ()) if level else (False, ("weights-only",)))
+    assert layer.macs == 32 * made.CLASSES
+
+
+def test_pairs_of_weights_alone_are_no_float_file(tmp_path):
+    model = healthy(tmp_path)
+    activations = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert set(examined(made.bypassed(model, *activations), tmp_path).named()) == {"no-quantizer-before"}
+
+
+def small_graph(nodes, **constants):
+    stored = [onnx.numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
+    return Graph(onnx.ModelProto(graph=onnx.GraphProto(node=nodes, initializer=stored)))
+
+
+def test_long_graphs():
+    """Each addition reads the one before twice: 2^600 paths lead to the last."""
+    names = ["start", *(f"sum{number}" for number in range(600))]
+    nodes = [helper.make_node("Add", [one] * 2, [other]) for one, other in zip(names, names[1:])]
+    assert len(small_graph(nodes).layers()) == 600
+    assert small_graph(nodes, start=1.0).layers() == []
+
+
+def test_a_clip_is_a_relu_where_its_lowest_value_is_0():
+    for inputs, relu in ((["x", "zero"], True), (["x", "below"], False), (["x", "", "zero"], False)):
+        node = helper.make_node("Clip", inputs, ["y"])
+        assert onnx_rules.is_relu(small_graph([node], zero=0.0, below=-1.0), node) == relu
+
+
+def test_weights_are_called_dynamic_only_in_dynamic_files():
+    kernel = helper.make_node("MatMulIntegerToFloat", ["x", "weight"], ["y"])
+    types = {"weight": TensorProto.INT8}
+    assert onnx_rules.slow(small_graph([]), kernel, types) == ()
+    dynamic = small_graph([helper.make_node("DynamicQuantizeLinear", ["x"], ["codes", "scale", "zero"])])
+    assert onnx_rules.slow(dynamic, kernel, types) == ("signed-dynamic-weights",)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +264,29 @@ def test_a_fixed_batch(tmp_path):
     found = fix.fix(tmp_path / "net.onnx", tmp_path / "fixed.onnx", "")
     assert found["agreement"] == 1
     assert in_onnxruntime.examine(tmp_path / "fixed.onnx", {}).share == 1
+    np.save(tmp_path / "few.npy", made.images(3))
+    with pytest.raises(ValueError, match="3 inputs are fewer than the 4"):
+        fix.fix(tmp_path / "net.onnx", tmp_path / "fixed.onnx", str(tmp_path / "few.npy"))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = fix.INPUTS + 1
+    onnx.save(model, tmp_path / "net.onnx")
+    assert fix.fix(tmp_path / "net.onnx", tmp_path / "fixed.onnx", "")["agreement"] == 1
+
+
+def test_what_is_compared(tmp_path, monkeypatch):
+    """Every output; all inputs of an open batch; of a single value how near it is."""
+    one = np.linspace(-1, 1, 200)[:, None]
+    assert fix.agreement_of(one, one + 0.01) == 1 and fix.agreement_of(one, -one) < 0.1
+    two = np.hstack([one, -one])
+    assert fix.agreement_of(two, 2 * two) == 1 and fix.agreement_of(two, -two) == 0
+    model = made.static(made.network(), tmp_path)
+    (logits,) = fix._outputs(model, {"images": made.images(70)})
+    assert logits.shape == (70, made.CLASSES) and np.allclose(
+        logits[64:], outputs(model, 70)[64:], atol=0.05 * logits.std()
+    )
+    onnx.save(model, tmp_path / "net.onnx")
+    answers = iter([[two, two], [two, -two]])
+    monkeypatch.setattr(fix, "_outputs", lambda model, fed: next(answers))
+    assert fix.fix(tmp_path / "net.onnx", tmp_path / "fixed.onnx", "")["agreement"] == 0
 
 
 def test_versions():
@@ -223,14 +300,32 @@ def test_versions():
 def test_what_fix_changes(rule, tmp_path):
     sick, _, _, _ = CASES[rule]
     model = sick(tmp_path)
-    before = outputs(model)
+    before, size = outputs(model), model.ByteSize()
     assert fix.repair(model)[rule]
+    assert model.ByteSize() < 1.1 * size
     onnx.checker.check_model(model)
     report = examined(model, tmp_path)
     assert (report.named(), report.share) == ({}, 1)
     after = outputs(model)
     assert np.abs(before - after).max() < 0.05 * before.std()
-    assert rules.TABLE[rule].fix
+
+
+def test_the_table_says_what_fix_changes():
+    assert {rule.name for rule in rules.TABLE.values() if rule.fix} == set(CHANGED)
+
+
+def test_what_fix_leaves(tmp_path):
+    """Batch-norm behind an output; a layer whose weight is in floats; what a graph within a node reads."""
+    model = made.with_output(left_batch_norm(tmp_path), "conv1")
+    assert fix.repair(model)["batch-norm-behind"] == len(made.CONVOLUTIONS) - 1
+    onnx.checker.check_model(model)
+    model = made.static(made.network(), tmp_path, **made.UNSIGNED, nodes_to_exclude=["fc"])
+    assert not fix.repair(made.bypassed(model, "features"))["operator-before"]
+    inner = helper.make_graph([helper.make_node("Identity", ["kept"], ["y"])], "inner", [], [])
+    node = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
+    graph = small_graph([node], kept=1.0, dropped=1.0).model.graph
+    fix._drop_unread(graph)
+    assert [tensor.name for tensor in graph.initializer] == ["kept"]
 
 
 def test_fix_leaves_a_healthy_file_alone(tmp_path):
@@ -270,6 +365,8 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatc
         doctor.repair(before, after)
     with pytest.raises(doctor.DoctorError, match="writes another one"):
         doctor.repair(before, before)
+    with pytest.raises(doctor.DoctorError, match="writes another one"):
+        doctor.repair(before, tmp_path / ".." / tmp_path.name / "net.onnx")
     assert not list(tmp_path.glob("*fixed*"))
 
 
@@ -292,6 +389,10 @@ def test_what_is_no_network_takes_one_line(tmp_path, capsys):
     assert "unknown runtime 'tensorrt'" in refusal(capsys, tmp_path / "net.onnx", "--runtime", "tensorrt")
     assert "executorch is given" in refusal(capsys, tmp_path / "net.onnx", "--runtime", "executorch")
     assert "KEY=VALUE" in refusal(capsys, tmp_path / "net.onnx", "--entry", "freezing")
+    ends = [made._value("x", 2)], [made._value("y", 2)]
+    relu = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", *ends)
+    onnx.save(helper.make_model(relu), tmp_path / "relu.onnx")
+    assert "no convolution or linear layer" in refusal(capsys, tmp_path / "relu.onnx")
     assert "nothing that --fix changes" in refusal(
         capsys, tmp_path / "net.onnx", "--fix", tmp_path / "fixed.onnx"
     )
@@ -302,15 +403,33 @@ def test_what_is_too_large_takes_one_line(tmp_path, capsys):
     with open(tmp_path / "huge.onnx", "wb") as file:
         file.truncate(2**40)
     assert "at most 1,431,655,765" in refusal(capsys, tmp_path / "huge.onnx")
-    shape = helper.make_node("ConstantOfShape", ["shape"], ["zeros"])
-    stored = [helper.make_tensor("shape", TensorProto.INT64, [1], [2**37])]
-    output = [helper.make_tensor_value_info("zeros", TensorProto.FLOAT, [2**37])]
-    onnx.save(
-        helper.make_model(helper.make_graph([shape], "bomb", [], output, stored)), tmp_path / "bomb.onnx"
-    )
-    refusal(capsys, tmp_path / "bomb.onnx", "--gigabytes", "2")
+    rows, columns = 2**14, 3 * 2**14  # 3 GiB of floats: only the bound refuses them
+    nodes = [helper.make_node("ConstantOfShape", ["shape"], ["zeros"])]
+    nodes.append(helper.make_node("MatMul", ["x", "zeros"], ["y"]))
+    stored = [helper.make_tensor("shape", TensorProto.INT64, [2], [rows, columns])]
+    ends = [made._value("x", rows)], [made._value("y", columns)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "bomb", *ends, stored)), tmp_path / "bomb.onnx")
+    assert re.search("memory|alloc", refusal(capsys, tmp_path / "bomb.onnx", "--gigabytes", "2"))
     onnx.save(healthy(tmp_path), tmp_path / "net.onnx")
     assert "not done in 0.05 s" in refusal(capsys, tmp_path / "net.onnx", "--seconds", "0.05")
+    for gigabytes in ("nan", "inf", "-1"):
+        assert "from 0 to 1,000,000" in refusal(capsys, tmp_path / "net.onnx", "--gigabytes", gigabytes)
+
+
+def test_a_process_that_ends_as_it_is_ended(tmp_path, capsys, monkeypatch):
+    onnx.save(made.network(), tmp_path / "net.onnx")
+
+    def gone(number):
+        raise doctor.psutil.NoSuchProcess(number)
+
+    monkeypatch.setattr(doctor.psutil, "Process", gone)
+    assert "not done" in refusal(capsys, tmp_path / "net.onnx", "--seconds", "0.05")
+
+
+def test_the_size_counts_what_lies_beside(tmp_path):
+    for name in ("net[1].onnx", "net[1].onnx.data"):
+        (tmp_path / name).write_bytes(b"0" * 10)
+    assert doctor._size(tmp_path / "net[1].onnx") == 20
 
 
 def test_the_page_shows_the_table():

@@ -13,6 +13,7 @@ from nnc_utils.doctor import examine, in_openvino, rules  # noqa: E402, before o
 from nnc_utils.runtimes.openvino import count_operators  # noqa: E402
 
 import openvino  # noqa: E402, isort: skip
+from openvino import opset13 as ops  # noqa: E402, isort: skip
 
 
 def saved(model, folder, **settings):
@@ -111,6 +112,15 @@ def test_macs(tmp_path):
         made.WIDTH * made.CLASSES,
     ]
     assert macs == sorted(expected)
+
+
+def test_the_constants_of_long_graphs():
+    """Each addition reads the one before twice: 2^60 paths lead to the last."""
+    for start, count in ((ops.parameter([1]), 0), (ops.constant([1.0]), 1)):
+        node = start
+        for _ in range(60):
+            node = ops.add(node, node)
+        assert len(in_openvino._constants(node)) == count
 
 
 def test_in_a_process_of_its_own(tmp_path):

@@ -46,14 +46,29 @@ def converted(quantizer):
     return convert_pt2e(prepared)
 
 
-def xnnpack(folder, *, partitioned=True, **settings):
+class Products(nn.Module):
+    """A transposed convolution, and a product of two activations."""
+
+    MACS = 12 * 12 * 3 * 8 * 4 + 8 * 8 * 24 * 24  # of one image
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ConvTranspose2d(3, 8, 2, stride=2)
+
+    def forward(self, images):
+        rows = self.up(images).flatten(2)
+        return torch.bmm(rows, rows.transpose(1, 2))
+
+
+def xnnpack(folder, *, module=None, partitioned=True, **settings):
     """Quantized as ExecuTorch documents it, unless there are no settings."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnn
     from executorch.exir import to_edge_transform_and_lower
 
     config = xnn.get_symmetric_quantization_config(is_per_channel=True, **settings)
-    module = converted(xnn.XNNPACKQuantizer().set_global(config)) if settings else None
+    module = converted(xnn.XNNPACKQuantizer().set_global(config)) if settings else module
     partitioners = [XnnpackPartitioner()] if partitioned else []
     program = to_edge_transform_and_lower(exported(module), partitioner=partitioners)
     (folder / "net.pte").write_bytes(program.to_executorch().buffer)
@@ -99,6 +114,13 @@ def test_what_is_not_quantized_or_not_delegated(tmp_path):
 
 
 @needs_executorch
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_transposed_convolutions_and_products_count_in_executorch(partitioned, tmp_path):
+    report = examined(xnnpack(tmp_path, module=Products().eval(), partitioned=partitioned))
+    assert sum(layer.macs for layer in report.layers) == Products.MACS
+
+
+@needs_executorch
 def test_a_damaged_program_takes_one_line(tmp_path):
     (tmp_path / "net.pte").write_bytes(b"no program" * 100)
     with pytest.raises(doctor.DoctorError, match=r"net\.pte: ") as error:
@@ -140,6 +162,23 @@ class Masked(nn.Module):
 
     def forward(self, images):
         return functional.conv2d(images, self.weight * self.mask)
+
+
+def test_transposed_convolutions_and_products_count_in_inductor():
+    nodes = exported(Products().eval()).graph.nodes
+    layers = [node for node in nodes if getattr(node.target, "_opname", "") in in_inductor.KINDS]
+    assert sum(map(in_inductor.macs, layers)) == SHAPE[0] * Products.MACS
+
+
+def test_calls_that_no_layer_is_known_of(tmp_path, monkeypatch):
+    torch.export.save(exported(), tmp_path / "net.pt2")
+    for call, reasons in (("qconv2d_pointwise", ()), ("convolution", ("float-file",))):
+        monkeypatch.setattr(in_inductor, "_calls", lambda program, config, call=call: [call, "addmm"])
+        *convolutions, fc = examined(tmp_path / "net.pt2").layers
+        assert {(layer.runs, layer.integer, layer.rules) for layer in convolutions} == {
+            ("1 calls for 4 layers", False, reasons)
+        }
+        assert fc.runs == "addmm"
 
 
 def test_masks_and_unread_weights_are_notes():

@@ -7,6 +7,7 @@ for the reason of each layer in floats.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ RUNTIMES = tuple(READS)
 DEFAULTS = {suffix: runtime for runtime in reversed(RUNTIMES) for suffix in READS[runtime]}
 SECONDS, GIGABYTES = 120.0, 8.0  # what a process may take
 AGREEMENT = 0.995  # of a repaired file with the one before
+MOST = 1_000_000  # seconds or gigabytes
 SHARE_OF_MEMORY = 6  # a file may have this fraction of the memory: reading and compiling copy it
 
 
@@ -126,10 +128,10 @@ def repair(
     """Write an ONNX file that computes the same in integers; what was changed, and how alike both compute.
 
     Both run on the same inputs: random ones, or those of a .npy file. DoctorError, and no file, where there
-    is nothing to change, or their largest outputs differ for more than one input in 200.
+    is nothing to change, or some output agrees (see `fix.agreement_of`) for less than 199 inputs in 200.
     """
     path, out = Path(path), Path(out)
-    if path.suffix != ".onnx" or out.suffix != ".onnx" or out.absolute() == path.absolute():
+    if path.suffix != ".onnx" or out.suffix != ".onnx" or out.resolve() == path.resolve():
         raise DoctorError(f"{path} to {out}: --fix reads an .onnx file and writes another one")
     if not out.parent.is_dir():
         raise DoctorError(f"{out} cannot be written: {out.parent} is no folder")
@@ -138,7 +140,7 @@ def repair(
         found = ask("fix", path, seconds=seconds, gigabytes=gigabytes, out=str(unchecked), inputs=inputs)
         if found["agreement"] < AGREEMENT:
             raise DoctorError(
-                f"{path}: the repaired file's largest outputs agree for "
+                f"{path}: the repaired file's outputs agree for "
                 f"{found['agreement']:.1%} of the inputs, less than {AGREEMENT:.1%}: nothing was "
                 "written (--inputs gives it real inputs)"
             )
@@ -152,6 +154,8 @@ def ask(order: str, path: Path, *, seconds: float, gigabytes: float, **arguments
     """Have a process of its own do something with a file, and wait for its answer."""
     if not path.is_file():
         raise DoctorError(f"{path} is no file")
+    if not (0 < seconds < MOST and 0 < gigabytes < MOST):
+        raise DoctorError(f"{seconds:g} seconds, {gigabytes:g} GB: allowed are numbers from 0 to {MOST:,}")
     size, most = _size(path), int(gigabytes * 2**30 / SHARE_OF_MEMORY)
     if size > most:
         raise DoctorError(f"{path} has {size:,} bytes: at most {most:,} with {gigabytes:g} GB of memory")
@@ -167,10 +171,14 @@ def ask(order: str, path: Path, *, seconds: float, gigabytes: float, **arguments
     try:
         said, complained = started.communicate(json.dumps(order), timeout=seconds)
     except subprocess.TimeoutExpired:
-        for process in (*psutil.Process(started.pid).children(recursive=True), started):
-            process.kill()
+        with contextlib.suppress(psutil.Error):  # they may have ended meanwhile
+            for process in psutil.Process(started.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        started.kill()
+        started.wait()
         raise DoctorError(f"{path}: not done in {seconds:g} s, the process was ended") from None
-    if not said:  # it was killed, or the runtime ended it
+    if not said.endswith("\n"):  # it was killed, or the runtime ended it
         last = (complained.strip().splitlines() or [f"nothing, its code is {started.returncode}"])[-1]
         raise DoctorError(f"{path}: the process broke off within {gigabytes:g} GB; it said {last[:300]}")
     answer = json.loads(said)
@@ -181,6 +189,6 @@ def ask(order: str, path: Path, *, seconds: float, gigabytes: float, **arguments
 
 def _size(path: Path) -> int:
     """Of a file and what lies beside it under the same name: weights of OpenVINO and of large ONNX files."""
-    beside = path.parent.glob(f"{path.stem}*") if path.suffix in (".onnx", ".xml") else [path]
-    parts = {path.name, f"{path.stem}.bin", f"{path.name}.data", f"{path.name}_data"}
-    return sum(file.stat().st_size for file in beside if file.name in parts)
+    beside = (f"{path.stem}.bin", f"{path.name}.data", f"{path.name}_data")
+    files = [path, *map(path.with_name, beside if path.suffix in (".onnx", ".xml") else ())]
+    return sum(file.stat().st_size for file in files if file.is_file())

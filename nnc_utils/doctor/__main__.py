@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repaired = repair(file, options.fix, inputs=options.inputs, **bounds)
             file = options.fix
         report = examine(file, runtime=options.runtime, entries=options.entry, **bounds)
-    except (DoctorError, OSError) as error:
+    except (OSError, ValueError) as error:  # of these is DoctorError
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     if options.json:

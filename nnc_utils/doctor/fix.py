@@ -14,16 +14,18 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
-from nnc_utils.doctor.in_onnxruntime import random_inputs, session
+from nnc_utils.doctor.in_onnxruntime import load, random_inputs, session
 from nnc_utils.doctor.onnx_graph import MOVING, Graph
-from nnc_utils.doctor.onnx_rules import RELUS, bias_of_another_scale, is_middle
+from nnc_utils.doctor.onnx_rules import bias_of_another_scale, is_middle, is_relu
 
-INPUTS = 64
+INPUTS, BATCH = 256, 32
+NEAR = 0.1  # of a standard deviation: so alike are outputs of one value
 # operators whose output is not negative if their input is not
 KEEPING = (*MOVING, "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 KEEPING += ("QuantizeLinear", "DequantizeLinear")
 BIAS_LIMIT = 2**30  # of a bias in int32: room for the products
 SMALLEST_SCALE = 2.0**-90
+UNREAD = ("QuantizeLinear", "DequantizeLinear", "Identity", "Constant")  # what repairs leave without a reader
 
 
 def fix(path: Path, out: Path, inputs: str) -> dict:
@@ -31,32 +33,44 @@ def fix(path: Path, out: Path, inputs: str) -> dict:
 
     Returns
     -------
-    "changes": kind -> how many, "agreement": share of inputs with the same largest output, "difference": the
+    "changes": kind -> how many, "agreement": `agreement_of` the output that agrees least, "difference": the
     largest one between their outputs, in standard deviations of these.
     """
-    model = onnx.load(path)
+    model = load(path)
     changes = {name: count for name, count in repair(model).items() if count}
     if not changes:
         raise ValueError("there is nothing that --fix changes")
     onnx.checker.check_model(model)
     onnx.save(model, out)
-    fed = random_inputs(model, INPUTS)
+    batch = len(next(iter(random_inputs(model).values())))
+    fed = random_inputs(model, max(INPUTS, batch))
     if inputs:
         fed = dict.fromkeys(fed, np.load(inputs, allow_pickle=False))
-    before, after = (_outputs(onnx.load(file), fed) for file in (path, out))
-    agreement = float((before.argmax(1) == after.argmax(1)).mean())
-    difference = float(np.abs(before - after).max() / max(before.std(), 1e-12))
+    both = list(zip(*(_outputs(onnx.load(file), fed) for file in (path, out))))
+    agreement = min(agreement_of(before, after) for before, after in both)
+    difference = max(float(np.abs(a - b).max() / max(a.std(), 1e-12)) for a, b in both)
     return {"changes": changes, "agreement": agreement, "difference": difference}
 
 
-def _outputs(model: onnx.ModelProto, fed: dict[str, np.ndarray]) -> np.ndarray:
-    """(inputs, values), in batches of the size that the file has."""
+def agreement_of(before: np.ndarray, after: np.ndarray) -> float:
+    """The share of rows with the same largest value; of one value, with nearly the same."""
+    if before.shape[1] == 1:
+        return float((np.abs(before - after) <= NEAR * before.std()).mean())
+    return float((before.argmax(1) == after.argmax(1)).mean())
+
+
+def _outputs(model: onnx.ModelProto, fed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """(inputs, values) of each output, in batches of the size that the file has."""
     runner, count = session(model, ort.SessionOptions()), len(next(iter(fed.values())))
-    batch = runner.get_inputs()[0].shape[0]
-    batch = batch if isinstance(batch, int) else count
-    parts = [slice(start, start + batch) for start in range(0, count - batch + 1, batch)]
-    outputs = [runner.run(None, {name: value[part] for name, value in fed.items()})[0] for part in parts]
-    return np.concatenate(outputs).reshape(len(parts) * batch, -1)
+    given = runner.get_inputs()[0].shape[0]
+    batch = given if isinstance(given, int) else min(count, BATCH)
+    if count < batch:
+        raise ValueError(f"{count} inputs are fewer than the {batch} that the file reads at once")
+    end = count - count % batch if batch == given else count  # whole batches
+    parts = [slice(start, start + batch) for start in range(0, end, batch)]
+    runs = [runner.run(None, {name: value[part] for name, value in fed.items()}) for part in parts]
+    outputs = [np.concatenate(list(map(np.atleast_1d, run))).astype(np.float64) for run in zip(*runs)]
+    return [output.reshape(len(output), -1) for output in outputs]
 
 
 def repair(model: onnx.ModelProto) -> Counter[str]:
@@ -67,15 +81,41 @@ def repair(model: onnx.ModelProto) -> Counter[str]:
     changes["batch-norm-behind"] = _fold_batch_norm(model)
     changes += _unsigned(model) + _integer_biases(model)
     changes["signed-dynamic-weights"] = _unsigned_dynamic(model)
+    if any(changes.values()):
+        _drop_unread(model.graph)
     del model.graph.value_info[:]  # types of the tensors in between, as they were
     return changes
 
 
 def _store(model: onnx.ModelProto, name: str, array: np.ndarray) -> str:
     """Add a constant under a name of its own."""
-    name = f"{name}.doctor{len(model.graph.initializer)}"
+    taken, number = {tensor.name for tensor in model.graph.initializer}, len(model.graph.initializer)
+    while f"{name}.doctor{number}" in taken:
+        number += 1
+    name = f"{name}.doctor{number}"
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
     return name
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove quantizers and constants that nothing reads any more."""
+    read, unread = set(), [None]
+    while unread:
+        read = _read(graph)
+        unread = [n for n in graph.node if n.op_type in UNREAD and not read.intersection(n.output)]
+        for node in unread:
+            graph.node.remove(node)
+    read |= {value.name for value in graph.input}
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name not in read:
+            del graph.initializer[place]
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """The tensors that nodes read, also those in graphs within nodes, and the outputs."""
+    names = {output.name for output in graph.output}.union(*(node.input for node in graph.node))
+    inner = [g for node in graph.node for a in node.attribute for g in (a.g, *a.graphs)]
+    return names.union(*map(_read, inner))
 
 
 def _scalars(model: onnx.ModelProto) -> int:
@@ -121,7 +161,8 @@ def _fold_batch_norm(model: onnx.ModelProto) -> int:
     graph, count = Graph(model), 0
     for norm in [node for node in model.graph.node if node.op_type == "BatchNormalization"]:
         conv = graph.producers.get(norm.input[0])
-        if conv is None or conv.op_type != "Conv" or len(graph.readers[norm.input[0]]) != 1:
+        alone = len(graph.readers[norm.input[0]]) == 1 and norm.input[0] not in graph.outputs
+        if conv is None or conv.op_type != "Conv" or not alone:
             continue
         weight, source = _weight(graph, conv.input[1]), graph.pair(conv.input[0])
         parts = [graph.values(name) for name in norm.input[1:5]]
@@ -176,16 +217,15 @@ def not_negative(graph: Graph, name: str) -> bool:
     node = graph.producers.get(name)
     while node is not None and node.op_type in KEEPING:
         node = graph.producers.get(node.input[0])
-    if node is None or node.op_type not in RELUS:
-        return False
-    lowest = graph.array(node.input[1]) if node.op_type == "Clip" and len(node.input) > 1 else np.zeros(())
-    return lowest is not None and float(lowest.reshape(-1)[0]) >= 0
+    return node is not None and is_relu(graph, node)
 
 
 def _quantize_again(model: onnx.ModelProto) -> int:
     """Behind what only moves codes they are quantized again, with the scale that they have."""
     graph, count = Graph(model), 0
     for node, kind in graph.layers():
+        if kind != "add" and graph.pair(node.input[1]) is None:
+            continue  # a weight in floats: it stays a layer of floats
         for place in (0, 1) if kind == "add" else (0,):
             source = graph.original(node.input[place], MOVING)
             if source == graph.original(node.input[place]) or graph.pair(source) is None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from importlib.metadata import version
 from pathlib import Path
 
 from executorch.exir._serialize._program import deserialize_pte_binary
 
 from nnc_utils.doctor import Layer, Report
-from nnc_utils.runtimes.executorch import KINDS, xnnpack_graph
+from nnc_utils.runtimes.executorch import KINDS as COUNTED
+from nnc_utils.runtimes.executorch import xnnpack_graph
 
+KINDS = COUNTED | {"XNNConvTranspose2d": "conv", "XNNBatchMatrixMultiply": "linear"}
 OUTSIDE = {
     "aten::convolution": "conv",
     "aten::linear": "linear",
     "aten::addmm": "linear",
     "aten::mm": "linear",
+    "aten::bmm": "linear",
 }
 
 
@@ -24,18 +28,19 @@ def examine(path: Path, settings: dict[str, str]) -> Report:
     program = deserialize_pte_binary(path.read_bytes()).program
     found: list[Layer] = []
     for plan in program.execution_plan:
+        batch = next(filter(None, (_shape(plan.values[index].val) for index in plan.inputs)), [1])[0]
         for delegate in plan.delegates:
             if delegate.id == "XnnpackBackend":
                 data = program.backend_delegate_data[delegate.processed.index].data
-                found += _delegated(xnnpack_graph(data), len(found))
-        found += _outside(plan, len(found))
+                found += _delegated(xnnpack_graph(data), len(found), batch)
+        found += _outside(plan, len(found), batch)
     dynamic = any("dynamic" in layer.runs for layer in found)
     quantized = dynamic or any(layer.integer for layer in found)
     layers = [_with_reason(layer, dynamic=dynamic, quantized=quantized) for layer in found]
     return Report(str(path), f"ExecuTorch {version('executorch')}", tuple(layers))
 
 
-def _delegated(graph: dict, before: int) -> list[Layer]:
+def _delegated(graph: dict, before: int, batch: int) -> list[Layer]:
     """The layers of one of XNNPACK's graphs; a program does not hold their names, so they are numbered."""
     values = [_value(value) for value in graph["xvalues"]]
     found = []
@@ -45,12 +50,18 @@ def _delegated(graph: dict, before: int) -> list[Layer]:
             continue
         kind = KINDS[operator]
         read = [values[about[key]] for key in ("input1_id", "input2_id", "filter_id") if key in about]
-        integer = all("qint" in name or "qcint" in name or "qdint" in name for name, _ in read)
+        integer = all(re.search(r"_q[a-z]?u?int", name) for name, _ in read)
         source = read[0][0].removeprefix("xnn_datatype_")
-        runs = f"{operator} {'dynamic ' if 'qd' in source else ''}{source}"
+        runs = f"{operator} {'dynamic ' if re.match('q[dp]', source) else ''}{source}"
         macs = 0
-        if kind != "add":
-            kernel, output = values[about["filter_id"]][1], values[about["output_id"]][1]
+        output = values[about["output_id"]][1]
+        if operator == "XNNConvTranspose2d":
+            kernel = [about[key] for key in ("kernel_height", "kernel_width", "group_output_channels")]
+            macs = math.prod(read[0][1][1:]) * math.prod(kernel)
+        elif operator == "XNNBatchMatrixMultiply":
+            macs = math.prod(output) * read[0][1][-1] // batch
+        elif kind != "add":
+            kernel = values[about["filter_id"]][1]
             # depthwise weights are (1, height, width, channels): each output has one channel of them
             channels = kernel[-1] if "Depthwise" in operator else kernel[0]
             macs = math.prod(output[1:]) * math.prod(kernel) // channels
@@ -65,7 +76,7 @@ def _value(value: dict) -> tuple[str, list[int]]:
     return value["datatype"], value["dims"]
 
 
-def _outside(plan: object, before: int) -> list[Layer]:
+def _outside(plan: object, before: int, batch: int) -> list[Layer]:
     """The layers that portable kernels compute, one by one as the program calls them."""
     found = []
     for chain in plan.chains:
@@ -76,7 +87,9 @@ def _outside(plan: object, before: int) -> list[Layer]:
                 kind = OUTSIDE[operator]
                 shapes = [_shape(plan.values[index].val) for index in call.args]
                 name = f"{kind} {before + len(found) + 1}"
-                found.append(Layer(name, kind, operator, False, _macs(operator, shapes)))
+                # of a convolution's inputs the seventh says whether it is transposed
+                transposed = operator == "aten::convolution" and plan.values[call.args[6]].val.bool_val
+                found.append(Layer(name, kind, operator, False, _macs(operator, shapes, transposed) // batch))
     return found
 
 
@@ -84,12 +97,12 @@ def _shape(value: object) -> list[int]:
     return list(getattr(value, "sizes", None) or [])
 
 
-def _macs(operator: str, shapes: list[list[int]]) -> int:
+def _macs(operator: str, shapes: list[list[int]], transposed: bool) -> int:
     tensors = [shape for shape in shapes if shape]
     if operator == "aten::convolution":  # input, weight, ..., output
-        return math.prod(tensors[-1][1:]) * math.prod(tensors[1][1:])
+        return math.prod(tensors[0 if transposed else -1]) * math.prod(tensors[1][1:])
     inner = (tensors[1] if operator == "aten::addmm" else tensors[0])[-1]
-    return math.prod(tensors[-1][1:]) * inner
+    return math.prod(tensors[-1]) * inner
 
 
 def _with_reason(layer: Layer, *, dynamic: bool, quantized: bool) -> Layer:

@@ -15,11 +15,12 @@ from torch._inductor.utils import run_and_get_code
 
 from nnc_utils.doctor import Layer, Report
 
-KINDS = {"conv2d": "conv", "convolution": "conv", "linear": "linear", "addmm": "linear", "mm": "linear"}
+KINDS = dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d"), "conv")
+KINDS |= dict.fromkeys(("linear", "addmm", "mm", "matmul", "bmm", "baddbmm"), "linear")
 # what calls in the code that Inductor writes are named after -> kind, whether it is of integers
 CALLS = {"qconv": ("conv", True), "qlinear": ("linear", True)}
 CALLS |= {"convolution": ("conv", False), "linear": ("linear", False), "addmm": ("linear", False)}
-CALLS |= {"mm": ("linear", False)}
+CALLS |= {"_int_mm": ("linear", True), "mm": ("linear", False)}
 
 
 def examine(path: Path, settings: dict[str, str]) -> Report:
@@ -29,18 +30,24 @@ def examine(path: Path, settings: dict[str, str]) -> Report:
     program = torch.export.load(path)
     config = {"force_disable_caches": True, "compile_threads": 1}  # else there is no code, or other processes
     config |= {key: _literal(value) for key, value in settings.items()}
-    kernels: dict[str, list[tuple[str, bool]]] = {"conv": [], "linear": []}
+    kernels: dict[str, list[tuple[str, bool | None]]] = {"conv": [], "linear": []}
     for call in _calls(program, config):
         kind, integer = next(CALLS[name] for name in CALLS if name in call)
         kernels[kind].append((call, integer))
     layers, quantized = [], any("dequantize" in str(node.target) for node in program.graph.nodes)
-    for node in program.graph.nodes:
-        kind = KINDS.get(getattr(node.target, "_opname", ""))
-        if kind:
-            # the code calls them in the graph's order; what is not called by name is fused into a float loop
-            call, integer = kernels[kind].pop(0) if kernels[kind] else ("a loop of its own", False)
-            rules = () if integer else _reasons(node, quantized, frozen=bool(config.get("freezing")))
-            layers.append(Layer(node.name, kind, call, integer, _macs(node), rules))
+    nodes = [node for node in program.graph.nodes if getattr(node.target, "_opname", "") in KINDS]
+    for kind, called in kernels.items():
+        count = sum(KINDS[node.target._opname] == kind for node in nodes)
+        if len(called) != count:  # some are fused into loops: nobody knows which layers the calls are of
+            integer = None if any(integer for _, integer in called) else False
+            kernels[kind] = [(f"{len(called)} calls for {count} layers", integer)] * count
+    batch = next(iter(program.example_inputs[0] or program.example_inputs[1].values())).shape[0]
+    for node in nodes:
+        kind = KINDS[node.target._opname]
+        call, integer = kernels[kind].pop(0)  # the code calls them in the graph's order
+        frozen = bool(config.get("freezing"))
+        rules = _reasons(node, quantized, frozen=frozen) if integer is False else ()
+        layers.append(Layer(node.name, kind, call, bool(integer), macs(node) // batch, rules))
     return Report(str(path), f"Inductor of torch {torch.__version__}", tuple(layers), notes(program))
 
 
@@ -66,16 +73,23 @@ def _calls(program: torch.export.ExportedProgram, config: dict[str, object]) -> 
 def _reasons(node: torch.fx.Node, quantized: bool, *, frozen: bool) -> tuple[str, ...]:
     if not quantized:
         return ("float-file",)
-    if not all("dequantize" in str(read.target) for read in node.args[:2]):
+    if not all("dequantize" in str(read.target) for read in _operands(node)):
         return ("no-quantizer-before",)
     return () if frozen else ("no-freezing",)
 
 
-def _macs(node: torch.fx.Node) -> int:
-    output, weight = (tuple(n.meta["val"].shape) for n in (node, node.args[1]))
+def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
+    """What a layer multiplies; what addmm and baddbmm are given first is added."""
+    return node.args[1:3] if "add" in node.target._opname else node.args[:2]
+
+
+def macs(node: torch.fx.Node) -> int:
+    """Multiplications of a layer for all images of the example."""
+    source, weight, output = (tuple(n.meta["val"].shape) for n in (*_operands(node), node))
     if KINDS[node.target._opname] == "linear":
-        return math.prod(output[1:]) * weight[-1]
-    return math.prod(output[1:]) * math.prod(weight[1:])
+        return math.prod(output) * source[-1]
+    at = source if "transpose" in node.target._opname else output
+    return math.prod(at) * math.prod(weight[1:])
 
 
 def notes(program: torch.export.ExportedProgram) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime as ort
 from onnx import helper
 
@@ -21,7 +22,7 @@ AROUND = ("QuantizeLinear", "DequantizeLinear", "Transpose", "Cast", "Mul", "Reo
 
 def examine(path: Path, settings: dict[str, str]) -> Report:
     """A .onnx file; the settings are entries of the session."""
-    model = onnx.load(path)
+    model = load(path)
     graph = Graph(model)
     layers = graph.layers()
     names = [node.name or node.output[0] for node, _ in layers]
@@ -40,12 +41,23 @@ def examine(path: Path, settings: dict[str, str]) -> Report:
             continue  # computed once, when the file is loaded
         # a float kernel for blocks of channels (NCHWc) has another name, or computes two layers
         kernel = kernels.get(number, onnx.NodeProto(op_type=f"{node.op_type} (in blocks, or fused)"))
-        integer = bool(INTEGER.search(kernel.op_type))
+        integer = bool(INTEGER.search(kernel.op_type)) or _asks_for_int8(kernel)
         signed = len(kernel.input) > 2 and types.get(kernel.input[2]) == onnx.TensorProto.INT8
         runs = kernel.op_type + (" (signed)" if integer and signed else "")
-        rules = onnx_rules.slow(kernel, types) if integer else onnx_rules.reasons(graph, node)
+        rules = onnx_rules.slow(graph, kernel, types) if integer else onnx_rules.reasons(graph, node)
         found.append(Layer(names[number], kind, runs, integer, macs(node, shapes) // batch, rules))
     return Report(str(path), f"ONNX Runtime {ort.__version__}", tuple(found), onnx_rules.notes(graph))
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """A model without functions of its own: their layers are in its graph."""
+    model = onnx.load(path)
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
+
+
+def _asks_for_int8(kernel: onnx.NodeProto) -> bool:
+    """Whether a MatMulNBits, whose weights are integers, is to quantize what it reads, too."""
+    return any(a.name == "accuracy_level" and a.i == 4 for a in kernel.attribute)
 
 
 def session(model: onnx.ModelProto, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -93,5 +105,5 @@ def _shapes(model: onnx.ModelProto, graph: Graph, layers: list[onnx.NodeProto]) 
     traced.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    outputs = session(traced, options).run(computed, inputs)
+    outputs = session(traced, options).run(computed, inputs) if computed else []
     return shapes | {name: output.shape for name, output in zip(computed, outputs)}

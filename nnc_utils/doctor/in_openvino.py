@@ -91,10 +91,18 @@ def _quantizer(node: openvino.Node) -> openvino.Node:
 
 def _constants(node: openvino.Node) -> list[openvino.Node]:
     """The constants that a weight is made from; none where it is computed."""
-    if node.get_type_name() == "Constant":
-        return [node]
-    parts = [_constants(_source(node, port)) for port in range(node.get_input_size())]
-    return sum(parts, []) if all(parts) else []
+    found, waiting, seen = [], [node], {node.get_name()}
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == "Constant":
+            found.append(node)
+        elif not node.get_input_size():
+            return []
+        sources = [_source(node, port) for port in range(node.get_input_size())]
+        sources = {source.get_name(): source for source in sources if source.get_name() not in seen}
+        waiting += sources.values()
+        seen |= set(sources)
+    return found
 
 
 def _type(node: openvino.Node) -> str:

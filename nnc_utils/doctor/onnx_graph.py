@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
-KINDS = dict.fromkeys(("Conv", "ConvTranspose", "QLinearConv", "ConvInteger"), "conv")
+KINDS = dict.fromkeys(("Conv", "ConvTranspose", "QLinearConv", "ConvInteger", "FusedConv"), "conv")
 KINDS |= dict.fromkeys(("Gemm", "MatMul", "QGemm", "QLinearMatMul", "MatMulInteger"), "linear")
+KINDS |= dict.fromkeys(("FusedGemm", "FusedMatMul", "MatMulNBits"), "linear")  # as files hold them that a
+KINDS |= dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat"), "linear")  # runtime has optimized
 KINDS |= dict.fromkeys(("Add", "QLinearAdd"), "add")
 WEIGHT = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}  # which input it is, 1 in all others
 MOVING = ("Identity", "Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
@@ -41,6 +43,10 @@ class Graph:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t
         self.outputs = {output.name for output in model.graph.output}
+        self._fixed = set(self.constants)
+        for node in self.nodes:  # they are sorted: each stands behind those that it reads
+            if self._fixed.issuperset(filter(None, node.input)):
+                self._fixed.update(node.output)
 
     def layers(self) -> list[tuple[NodeProto, str]]:
         """Each layer with its kind; the addition of a bias is none."""
@@ -49,8 +55,7 @@ class Graph:
 
     def fixed(self, name: str) -> bool:
         """Whether a tensor is a constant, or made from constants alone."""
-        node = self.producers.get(name)
-        return name in self.constants or (node is not None and all(map(self.fixed, filter(None, node.input))))
+        return name in self._fixed
 
     def original(self, name: str, through: tuple[str, ...] = ("Identity",)) -> str:
         """The tensor that another one is a mere copy of; with `MOVING` that which holds the same values."""
@@ -117,5 +122,5 @@ def macs(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
     else:
         kernel = shapes[node.input[0]][-1]
         if any(a.name == "transA" and a.i for a in node.attribute):
-            kernel = shapes[node.input[0]][0]
+            kernel = shapes[node.input[0]][-2]
     return round(math.prod(output) * kernel)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto
@@ -11,11 +13,14 @@ from nnc_utils.doctor.onnx_graph import KINDS, MOVING, Graph, Pair
 RELUS = ("Relu", "Clip")
 WITHOUT_KERNEL = ("ConvTranspose",)
 SIGNED = TensorProto.INT8
+NOT_COUNTED = re.compile(r"Attention|LSTM|^(If|Loop|Scan|GRU|RNN|Einsum)$")  # operators that multiply
 
 
 def reasons(graph: Graph, node: NodeProto) -> tuple[str, ...]:
     """The names of the rules that say why ONNX Runtime computes a layer in floats."""
-    if not any("Quantize" in other.op_type for other in graph.nodes):
+    if node.op_type == "MatMulNBits":
+        return ("weights-only",)
+    if not any("quantize" in other.op_type.lower() for other in graph.nodes):
         return ("float-file",)
     if node.op_type in WITHOUT_KERNEL:
         return ("no-integer-kernel",)
@@ -53,7 +58,15 @@ def _is_signed(pair: Pair | None) -> bool:
 
 
 def _middle_behind_relu(graph: Graph, chain: list[NodeProto]) -> bool:
-    return len(chain) > 1 and chain[-2].op_type in RELUS and is_middle(graph.parameters(chain[-1]))
+    return len(chain) > 1 and is_relu(graph, chain[-2]) and is_middle(graph.parameters(chain[-1]))
+
+
+def is_relu(graph: Graph, node: NodeProto) -> bool:
+    """Whether what a node writes is never negative; a Clip may have another lower bound, or none."""
+    if node.op_type != "Clip":
+        return node.op_type == "Relu"
+    lowest = graph.array(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+    return lowest is not None and lowest.item() >= 0
 
 
 def is_middle(pair: Pair | None) -> bool:
@@ -81,7 +94,7 @@ def _quantized(chain: list[NodeProto]) -> bool:
 
 def _no_quantizer_behind(graph: Graph, node: NodeProto, chain: list[NodeProto]) -> dict[str, bool]:
     """Why a runtime finds no codes for a convolution or an addition to write."""
-    if node.op_type in ("Gemm", "MatMul"):
+    if KINDS[node.op_type] == "linear":
         return {}
     if _quantized(chain):
         between, output = chain[:-1], False
@@ -97,8 +110,11 @@ def _no_quantizer_behind(graph: Graph, node: NodeProto, chain: list[NodeProto]) 
     }
 
 
-def slow(kernel: NodeProto, types: dict[str, int]) -> tuple[str, ...]:
+def slow(graph: Graph, kernel: NodeProto, types: dict[str, int]) -> tuple[str, ...]:
     """The names of the rules that say why an integer kernel is a slow one."""
+    dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in graph.nodes)
+    if kernel.op_type == "MatMulIntegerToFloat" and not dynamic:
+        return ()
     if kernel.op_type in ("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
         return ("signed-dynamic-weights",) if types.get(kernel.input[1]) == SIGNED else ()
     if len(kernel.input) > 2 and types.get(kernel.input[2]) == SIGNED:
@@ -108,7 +124,11 @@ def slow(kernel: NodeProto, types: dict[str, int]) -> tuple[str, ...]:
 
 def notes(graph: Graph) -> tuple[str, ...]:
     """The names of the rules that concern the whole file."""
-    return ("masks-left",) if any(is_mask(graph, node) for node in graph.nodes) else ()
+    found = {
+        "masks-left": any(is_mask(graph, node) for node in graph.nodes),
+        "not-counted": any(NOT_COUNTED.search(node.op_type) for node in graph.nodes),
+    }
+    return tuple(name for name, shown in found.items() if shown)
 
 
 def is_mask(graph: Graph, node: onnx.NodeProto) -> bool:

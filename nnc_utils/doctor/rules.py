@@ -18,7 +18,7 @@ class Rule:
 
     name: str
     runtime: str  # and the version in which it was seen
-    effect: str  # "float", "slow" or "bytes"
+    effect: str  # "float", "slow", "bytes", or "share": that is not the whole
     symptom: str
     detected: str
     remedy: str

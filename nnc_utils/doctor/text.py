@@ -61,6 +61,6 @@ def repaired(found: dict) -> str:
     """What was repaired, as one line."""
     changes = ", ".join(f"{name} {count} times" for name, count in found["changes"].items())
     return (
-        f"repaired: {changes}; the same largest output for {found['agreement']:.1%} of the inputs, "
-        f"outputs within {found['difference']:.2g} standard deviations"
+        f"repaired: {changes}; outputs agree for {found['agreement']:.1%} of the inputs, "
+        f"within {found['difference']:.2g} standard deviations"
     )
