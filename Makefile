@@ -35,7 +35,7 @@ endif
 		$(if $(RERUN),--rerun $(RERUN)) $(if $(ONLY),--only $(ONLY))
 endif
 
-test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables; SLOW=1 adds what compiles for long
+test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables; SLOW=1 adds browsers and long compiles
 	@$(SETUP)
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist || echo "going on without: what needs it is skipped"
 	@$(VENV_PYTHON) -m ruff check .

@@ -81,6 +81,7 @@ def examined(path, settings=None):
     return (in_executorch if path.suffix == ".pte" else in_inductor).examine(path, settings or {})
 
 
+@pytest.mark.slow
 @needs_executorch
 def test_static_quantization_is_healthy_in_executorch(tmp_path):
     report = examined(xnnpack(tmp_path, is_dynamic=False))

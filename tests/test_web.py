@@ -18,6 +18,7 @@ from small_networks import network, saved
 from nnc_utils import artifact, data, evaluation, export, images, models, web
 from nnc_utils.web import WebError
 
+pytestmark = pytest.mark.slow  # a browser
 ROOT = Path(__file__).parents[1]
 HEADLINE = ROOT / "results/standard/artifacts/c292fc39d365dd4d.safetensors"  # the pipeline's network, seed 1
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -106,7 +107,6 @@ def _expected(path, file, digits):
         return pixels[..., 0], artifact.load(path)(inputs).softmax(1)[0].numpy()
 
 
-@pytest.mark.slow
 def test_two_hundred_images_get_the_classes_of_eager(sites, opened, trained_digits):
     page, digits = opened(sites / "digits"), data.load("digits")
     for label, precision in (("base", "fp32"), ("int8", "int8")):
