@@ -26,11 +26,8 @@ from nnc_utils.processes import LockedError
 RUNNER_WAIT = 5  # seconds for another runner of the same folder to end
 CELL_TIMEOUT = 4 * 3600  # seconds
 MEASURED = {"parameters", "setup", "benchmark"}  # tags of the cells that a benchmark needs
-LESSON_IS_MEASURED = {
-    "00_the_usual_recipe",
-    "01_baseline",
-    "10_report",
-}  # they train or provoke in their lesson
+# what these measure is made in their lesson
+LESSON_IS_MEASURED = {"00_the_usual_recipe", "01_baseline", "10_report"}
 SOCKET_PATH = 90  # characters; systems allow 104 or more, and a suffix is added
 
 
