@@ -118,6 +118,7 @@ def write_narrow(out: Path, family: str, fewer: float) -> Path:
     stored = artifact.save(network.eval(), path, dtype=torch.float16, **_about(images))
     about = {"sha256": stored.sha256, "validation": _validated(stored, images)}
     about |= {"train_images": history.images, "train_seconds": history.seconds}
+    record = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))  # another may have written meanwhile
     record["extra"].setdefault("narrow", {})[name] = about
     write_atomically(out / PROVENANCE, json.dumps(record, indent=1) + "\n")
     print(f"{path}: {stored.nbytes:,} bytes, validation {about['validation']:.2f} %")
