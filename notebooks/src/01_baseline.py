@@ -314,9 +314,9 @@ left.set(title="Does the loss still fall?", xlabel="epoch", ylabel="cross-entrop
 right.plot(curve["epoch"], curve["validation"], marker="s", color="C1")
 right.set(title="Does accuracy still rise?", xlabel="epoch", ylabel="validation accuracy (%)")
 figures.show(figure, "Training loss falling and validation accuracy rising with the epochs")
-rise = curve["validation"].iloc[-1] - curve["validation"].iloc[-max(2, len(curve) // 4) :].iloc[0]
+rise = curve["validation"].iloc[-1] - curve["validation"].iloc[-max(2, len(curve) // 5) :].iloc[0]
 verdict = "has converged" if abs(rise) <= 0.5 else "has not converged: train longer"
-print(f"over the last quarter of the epochs accuracy changed by {rise:+.2f} pp: the network {verdict}")
+print(f"over the last fifth of the epochs accuracy changed by {rise:+.2f} pp: the network {verdict}")
 
 # %% [markdown]
 # **What would fool you.** An under-trained baseline. If accuracy still rises at the end, any method that trains a little
