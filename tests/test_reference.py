@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from conftest import write_notebook
+from safetensors.torch import load_file
 
 from bench import marks, reference, tables
 from bench.session import Bench
 from nnc_utils import artifact, data, models, training
 from nnc_utils.baseline import Train
+from nnc_utils.distillation import candidates, teaching
 
 DECLARED = """dataset: str = "digits"  # name
 size: int = 0  # pixels
@@ -26,6 +28,9 @@ augment: bool = False  # shifts
 profile: str = "smoke"  # profile
 seed: int = 3  # seed
 run_dir: str = ""  # folder
+"""
+LATER = """copies: int = 2  # copies
+upstream: list = []  # runs
 """
 FILE = "results/reference/resnet18_small_stride2.safetensors"
 
@@ -150,6 +155,21 @@ def test_a_narrow_network_has_the_references_training_and_is_a_rival_without_tra
     bench = Bench("06_pipeline", {"run_dir": "results/smoke/06", "upstream": ["results/smoke/narrow"]})
     rival = bench.trained_before(stored.spec)
     assert torch.equal(rival.fc.weight, artifact.load(path).fc.weight)
+    assert bench.trained_before(models.three_stage(channels=1, size=8, classes=10, width=2)) is None
+
+
+def test_logits_beside_a_reference_are_those_of_its_runs(trained, monkeypatch):
+    root, folder = trained[0], "results/with_logits"
+    shutil.copytree(root / "results/reference", root / folder)
+    path = reference.write_logits(root / folder, 2)  # without augmentation: one copy
+    finish(again(pretrained=FILE.replace("reference", "with_logits"), run_dir="results/smoke/with_logits"))
+    write_notebook(root, "04_distillation", "pass", parameters=DECLARED + LATER)
+    bench = Bench(
+        "04_distillation", {"run_dir": "results/smoke/04", "upstream": ["results/smoke/with_logits"]}
+    )
+    monkeypatch.setattr(teaching, "_logits", lambda *_: pytest.fail("the teacher was asked"))
+    known = candidates.memory(bench, bench.dense)
+    assert torch.equal(known.logits, load_file(path)["logits"])
     assert bench.trained_before(models.three_stage(channels=1, size=8, classes=10, width=2)) is None
 
 

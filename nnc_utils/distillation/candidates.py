@@ -112,11 +112,12 @@ def teacher(bench: Any, kind: str, compressed: bool = False) -> nn.Module:
 
 @functools.cache
 def memory(bench: Any, teacher: nn.Module) -> teaching.CachedLogits:
-    """A teacher's logits of every training image, computed once and kept in the baseline's run folder."""
+    """A teacher's logits of the training images, computed once: in the baseline's run, or beside its file."""
     augment = bench.recipe["augment"]
     copies = bench.parameters["copies"] if augment else 1
-    name = f"teacher_logits_{training.network_digest(teacher)}_{copies}_copies_seed_{bench.seed}.safetensors"
-    options = {"copies": copies, "augment": augment, "seed": bench.seed, "file": bench.baseline.folder / name}
+    name = teaching.logits_name(teacher, copies, bench.seed)
+    file = bench.file_beside(name) or bench.baseline.folder / name
+    options = {"copies": copies, "augment": augment, "seed": bench.seed, "file": file}
     known = teaching.cache_logits(teacher, bench.images, **options)
     if not torch.isfinite(known.logits).all():
         raise training.TrainingError("the teacher's logits are beyond half precision: train it longer first")

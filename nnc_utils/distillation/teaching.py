@@ -180,6 +180,11 @@ def cache_logits(
     return CachedLogits(replace(images, train=train), logits, labels, seconds)
 
 
+def logits_name(teacher: nn.Module, copies: int, seed: int) -> str:
+    """The name of the file that keeps a teacher's logits of so many copies of each image."""
+    return f"teacher_logits_{network_digest(teacher)}_{copies}_copies_seed_{seed}.safetensors"
+
+
 def _logits(teacher: nn.Module, images: Data, batches: Sequence[Tensor]) -> tuple[Tensor, float]:
     """A teacher's logits of batches of images, float16 (images, classes), and the seconds that it took."""
     device, begin, logits = default_device(), time.perf_counter(), []

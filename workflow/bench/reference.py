@@ -2,7 +2,8 @@
 
 Three files in one folder: the network in 16 bits, `history.csv`, an epoch of its training a line, and
 `provenance.json`, the record of the run that trained it. Beside them narrow networks that had the same
-training: where 06 would train a rival from new weights, it takes the one of this architecture.
+training: where 06 would train a rival from new weights, it takes the one of this architecture. And the logits
+of the network for each training image, which students of it then need not wait for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from bench.tables import ResultError, read_run
 from nnc_utils import artifact, data, evaluation, models, training
 from nnc_utils.baseline import narrow_resnet, spec_of
+from nnc_utils.distillation import teaching
 from nnc_utils.provenance import root, write_atomically
 
 RECIPE = ("epochs", "batch_size", "learning_rate", "augment")
@@ -125,10 +127,24 @@ def write_narrow(out: Path, family: str, fewer: float) -> Path:
     return path
 
 
+def write_logits(out: Path, copies: int) -> Path:
+    """Compute the logits of the reference in `out` for so many augmentations of each image, beside it."""
+    record = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
+    teacher = artifact.load(out / _name(record))
+    images, augment = data.load(record["dataset"], size=teacher.spec.size), record["parameters"]["augment"]
+    copies = copies if augment else 1
+    path = out / teaching.logits_name(teacher, copies, record["seed"])
+    known = teaching.cache_logits(
+        teacher, images, copies=copies, augment=augment, seed=record["seed"], file=path
+    )
+    print(f"{path}: {path.stat().st_size:,} bytes, {known.seconds:.0f} s")
+    return path
+
+
 def beside(pretrained: Path, spec: models.Spec) -> models.ResNet | None:
     """The network of an architecture that lies beside a pretrained one; None where there is none."""
     for file in sorted(pretrained.parent.glob("*.safetensors")):
-        if (stored := artifact.read(file)).spec == spec:
+        if not file.name.startswith("teacher_logits") and (stored := artifact.read(file)).spec == spec:
             return artifact.network(stored, trainable=True)
     return None
 
@@ -146,11 +162,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench reference", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run of 01_baseline")
     parser.add_argument("--narrow", nargs=2, metavar=("FAMILY", "MACS"), help="such as three_stage 16")
+    parser.add_argument("--logits", type=int, metavar="COPIES", help="augmentations of each training image")
     options, out = parser.parse_args(arguments), root() / "results/reference"
-    if not options.run and not options.narrow:
-        parser.error("a run of 01_baseline or --narrow is needed")
+    if not options.run and not options.narrow and not options.logits:
+        parser.error("a run of 01_baseline, --narrow or --logits is needed")
     if options.run:
         write(options.run, out)
     if options.narrow:
         write_narrow(out, options.narrow[0], float(options.narrow[1]))
+    if options.logits:
+        write_logits(out, options.logits)
     return 0

@@ -125,6 +125,12 @@ class Bench:
         given = self.baseline.record.parameters.get("pretrained")
         return reference.beside(root() / given, spec) if given else None
 
+    def file_beside(self, name: str) -> Path | None:
+        """A file of this name beside a pretrained baseline; None where there is none."""
+        given = self.baseline.record.parameters.get("pretrained")
+        file = (root() / given).with_name(name) if given else None
+        return file if file and file.is_file() else None
+
     @functools.cached_property
     def dense(self) -> models.ResNet:
         """The uncompressed network, in eval mode; copy it before you change it."""
