@@ -84,6 +84,9 @@ def test_what_a_run_gets(profile):
     # two share a machine, but for what is timed
     assert [cell for cell in grid.cells if grid.is_timed(cell)] == [timed]
     assert (grid.threads(timed, 3), grid.threads(small, 3)) == (3, 2)
+    chain = {name: profile["stages"][name] for name in ("first", "last")}
+    alone = Grid({"profile": "tiny", "seeds": [1], "jobs": 2, "stages": chain})
+    assert [alone.threads(cell, 3) for cell in alone.cells] == [3, 3]  # nothing can run beside them
     asked = Grid(profile | {"only": ["second/seed=2*", "*/seed=2,all"]}).wanted
     assert [cell.name for cell in asked] == ["seed=2,all", "seed=2,more"]
 

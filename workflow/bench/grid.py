@@ -17,6 +17,7 @@ alone   true: it is timed, so nothing else may run on its machine
 from __future__ import annotations
 
 import fnmatch
+import functools
 import graphlib
 import re
 from dataclasses import dataclass
@@ -172,8 +173,16 @@ class Grid:
         return self.stages[cell.notebook].alone or self.shard(cell).alone
 
     def threads(self, cell: Cell, cores: int) -> int:
-        """How many cores it gets of a machine's: all, or a share that lets `jobs` run side by side."""
-        return cores if self.is_timed(cell) else -(-cores // self.jobs)
+        """How many cores it gets of a machine's: a share that lets `jobs` run side by side, if others can."""
+        related = self._before(cell) | {other for other in self.cells if cell in self._before(other)}
+        alone = self.is_timed(cell) or len(related) == len(self.cells) - 1
+        return cores if alone else -(-cores // self.jobs)
+
+    @functools.cache  # noqa: B019, one object a run
+    def _before(self, cell: Cell) -> frozenset[Cell]:
+        """The runs that one builds on, and those that these build on."""
+        direct = self.upstream(cell)
+        return frozenset(direct).union(*map(self._before, direct))
 
 
 def several(names: str | list[str] | None) -> list[str]:
