@@ -21,9 +21,9 @@ import psutil
 
 PACKAGE = Path(__file__).resolve().parent
 BEGUN = ".begun"  # in a run folder: which run its files are of, so that only that one goes on with them
-# No measured number depends on them: they lock, hash, draw, check answers, and turn rows into tables.
+# No row depends on them: they lock, hash, draw, check answers, turn rows into tables, look into files.
 WITHOUT_INFLUENCE = {
-    *("__init__", "processes", "provenance", "rows", "figures", "inspect", "export", "exercises"),
+    *("__init__", "processes", "provenance", "rows", "figures", "inspect", "export", "exercises", "doctor"),
 }
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
 PEERS = ("torchao", "openvino", "nncf", "executorch", "torch-pruning", "optuna")

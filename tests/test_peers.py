@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_networks import PLAIN, images, network, quantized, saved
 
+from bench import integers
 from nnc_utils import artifact, encoding, models, peers
 from nnc_utils.runtimes import qdq
 
@@ -55,6 +56,8 @@ def test_a_peer_agrees_with_the_fp32_network(sources, tmp_path, name, settings):
     assert peers.measured(path)[1] == sum(file.stat().st_size for file in written)
     assert peers.measured(path)[1] < artifact.fp32_bytes(PLAIN)
     loaded = peers.load(name, path, source)
+    integers.note_share(extra := {}, name, {"path": path, "sha256": "of the file"})
+    assert extra == ({"integer_macs": {"of the file": 1.0}} if name in peers.RUNTIMES else {})
     pictures = images(PLAIN, 200, seed=5)
     with torch.inference_mode():
         expected = artifact.load(sources / "fp32.safetensors")(pictures)

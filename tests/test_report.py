@@ -147,6 +147,22 @@ def test_a_line_is_of_the_code_that_was_timed(published):
     assert cells[-3:] == ["0.500", "8.00×", "4.00×"]
 
 
+def test_the_share_of_macs_in_integers_is_shown_where_it_is_known(published):
+    before = report.text(published, "details")
+    assert "in integers" not in before
+    folders = sorted((published.parent / "runs/quick").glob("*/seed=*"))
+    for folder in [folder for folder in folders if folder.parent.name == "02_quantization"]:
+        record = json.loads((folder / "result.json").read_text())
+        sha256, share = record["compression"][0]["artifact_sha256"], 0.628 if folder.name == "seed=1" else 1.0
+        record["extra"]["integer_macs"] = {sha256: share}
+        (folder / "result.json").write_text(json.dumps(record))
+    publish.publish(folders, "quick")
+    heading = "What other tools' files compute in integers"
+    shown = section(after := report.text(published, "details"), heading)
+    assert [line.split(" | ")[-1] for line in shown.splitlines() if " % |" in line] == ["62.8 % |"]
+    assert after.replace(f"## {heading}{shown}\n", "") == before
+
+
 def test_older_code_is_told_in_one_sentence(published, monkeypatch):
     monkeypatch.setattr(committed, "is_older", lambda record: False)
     assert "Older code" not in report.text(published, "details")

@@ -14,7 +14,7 @@ from bench.folder import read_run
 from bench.parameters import ParameterError
 from bench.session import Bench
 from bench.tables import ResultError
-from nnc_utils import artifact, data, models, provenance, rows, scoring
+from nnc_utils import artifact, data, doctor, models, peers, provenance, rows, scoring
 from nnc_utils.configurations import Built, ConfigurationError
 from nnc_utils.quantization import uniform
 
@@ -160,6 +160,27 @@ def test_one_network_that_fails_costs_no_other(baseline):
     assert bench.missing == {'weights {"sparsity":0.5}': "a layer would be empty"}
     nothing = bench.measure([])  # as in a shard whose tools are not installed: shown and drawn all the same
     assert bench.show(nothing).empty and bench.with_reference(nothing)["accuracy"].dtype == float
+
+
+def test_the_share_of_macs_in_integers_stands_beside_a_tools_row(baseline, monkeypatch, capsys):
+    def quantized(configuration, bench):
+        source, images = bench.baseline.artifact("fp32"), bench.sample(64)[0].numpy()
+        file = peers.make("ort_static", source, images, bench.path("peers/x").parent)
+        return Built(None, file=file, source=source, tool="ort_static")
+
+    bench, namespace = start(baseline, "02_quantization", configurations=[{"method": "ort_static"}])
+    candidates = bench.build(namespace["configurations"], quantized)
+    [sha256] = bench.measure(candidates)["artifact_sha256"]
+    assert bench.finish().record.extra.integer_macs == {sha256: 1.0}
+    bench.extra.clear()
+
+    def broken(*arguments, **options):
+        raise RuntimeError("it is ill itself")
+
+    monkeypatch.setattr(doctor, "examine", broken)
+    assert list(bench.measure(candidates)["artifact_sha256"]) == [sha256]
+    assert "integer_macs" not in bench.finish().extra
+    assert "the share of MACs in integers is unknown: it is ill itself" in capsys.readouterr().out
 
 
 def test_files_of_earlier_runs_are_found_by_their_configuration(baseline):

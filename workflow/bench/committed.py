@@ -241,6 +241,14 @@ class Tables:
             lines, key=lambda line: line["all"]
         )
 
+    def in_integers(self) -> list[tuple[pd.Series, float]]:
+        """The first seed's rows of other tools whose share of MACs in integers is known, with that share."""
+        runs = self.provenance.values()
+        known = dict(share for run in runs for share in run["extra"].get("integer_macs", {}).items())
+        rows = self.compression[self.compression["artifact_sha256"].isin(known)]
+        rows = rows.sort_values("seed", kind="stable").drop_duplicates(KEY)
+        return [(row, known[row["artifact_sha256"]]) for _, row in rows.iterrows()]
+
     def not_timed(self) -> dict[str, str]:
         """Runtimes without numbers, and why."""
         absent = self.latency[self.latency["p50_ms"].isna()]

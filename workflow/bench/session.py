@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from bench import claims, folder, interactive, reference
+from bench import claims, folder, integers, interactive, reference
 from bench.candidates import (
     BASELINE,
     BUILDERS,
@@ -274,6 +274,7 @@ class Bench:
         for c in candidates:
             if c.built.tool:
                 [scores[c.path]] = scored([c.path], peer=c.built.tool, source=c.built.source)
+                integers.note_share(self.extra, c.built.tool, scores[c.path])
         against = self._reference(decided, scores)
         for c in candidates:
             is_reference = c.configuration.method == "dense_finetuned"

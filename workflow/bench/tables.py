@@ -58,6 +58,7 @@ class Extra(BaseModel):
     files: dict[str, str] = {}  # label of a network -> its file below the run folder
     validation_delta: dict[str, tuple[float, float, float]] = {}  # file name -> low, mean, high in points
     missing: dict[str, str] = {}  # what could not be measured -> why
+    integer_macs: dict[Sha256, float] = {}  # another tool's file -> its share of MACs in integers, 0 to 1
     search: dict[str, Any] = {}  # of 05: what each search found, and what it cost
     images: dict[str, str] = {}  # split -> digest, of own images (`Data.digests`)
     latency: dict[str, Any] = {}  # of 05: milliseconds of blocks and of networks in a runtime
