@@ -13,6 +13,7 @@ from nnc_utils.doctor import in_inductor, rules
 
 SHAPE = (2, 3, 12, 12)
 torchao = pytest.importorskip("torchao")
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_  # noqa: E402
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # noqa: E402
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86  # noqa: E402
 
@@ -47,18 +48,19 @@ def converted(quantizer):
 
 
 class Products(nn.Module):
-    """A transposed convolution, and a product of two activations."""
+    """A transposed convolution, a product of two activations, and one with a weight of shape (in, out)."""
 
-    MACS = 12 * 12 * 3 * 8 * 4 + 8 * 8 * 24 * 24  # of one image
+    MACS = 12 * 12 * 3 * 8 * 4 + 8 * 8 * 24 * 24 + 8 * 8 * 5  # of one image
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.up = nn.ConvTranspose2d(3, 8, 2, stride=2)
+        self.weight = nn.Parameter(torch.randn(8 * 8, 5))
 
     def forward(self, images):
         rows = self.up(images).flatten(2)
-        return torch.bmm(rows, rows.transpose(1, 2))
+        return torch.mm(torch.bmm(rows, rows.transpose(1, 2)).flatten(1), self.weight)
 
 
 def xnnpack(folder, *, module=None, partitioned=True, **settings):
@@ -119,6 +121,18 @@ def test_what_is_not_quantized_or_not_delegated(tmp_path):
 def test_transposed_convolutions_and_products_count_in_executorch(partitioned, tmp_path):
     report = examined(xnnpack(tmp_path, module=Products().eval(), partitioned=partitioned))
     assert sum(layer.macs for layer in report.layers) == Products.MACS
+
+
+@needs_executorch
+def test_weights_of_4_bits_in_groups_are_integers(tmp_path):
+    module = nn.Sequential(nn.Conv2d(3, 32, 12), nn.Flatten(), nn.Linear(32, 10)).eval()
+    groups = {"weight_dtype": torch.int4, "weight_granularity": PerGroup(32)}
+    quantize_(module, Int8DynamicActivationIntxWeightConfig(**groups))  # of linear layers
+    report = examined(xnnpack(tmp_path, module=module))
+    assert [(layer.runs, layer.integer, layer.macs) for layer in report.layers] == [
+        ("XNNConv2d fp32", False, 32 * 3 * 12 * 12),
+        ("XNNFullyConnected dynamic qdint8", True, 32 * 10),
+    ]
 
 
 @needs_executorch

@@ -248,11 +248,8 @@ def _integer_biases(model: onnx.ModelProto) -> Counter[str]:
     """A Gemm's bias in floats, and any of another scale, becomes int32 with the scale of the layer's sums."""
     graph, changes = Graph(model), Counter()
     for node in [n for n in model.graph.node if n.op_type in ("Conv", "Gemm") and len(n.input) > 2]:
-        bias, scale, wrong = (
-            graph.values(node.input[2]),
-            graph.bias_scale(node),
-            bias_of_another_scale(graph, node),
-        )
+        bias, scale = graph.values(node.input[2]), graph.bias_scale(node)
+        wrong = bias_of_another_scale(graph, node)
         floats = node.op_type == "Gemm" and graph.pair(node.input[2]) is None
         if bias is None or scale is None or bias.ndim != 1 or not (floats or wrong):
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,13 +14,8 @@ from nnc_utils.runtimes.executorch import KINDS as COUNTED
 from nnc_utils.runtimes.executorch import xnnpack_graph
 
 KINDS = COUNTED | {"XNNConvTranspose2d": "conv", "XNNBatchMatrixMultiply": "linear"}
-OUTSIDE = {
-    "aten::convolution": "conv",
-    "aten::linear": "linear",
-    "aten::addmm": "linear",
-    "aten::mm": "linear",
-    "aten::bmm": "linear",
-}
+OUTSIDE = {"aten::convolution": "conv"}
+OUTSIDE |= dict.fromkeys(("aten::linear", "aten::addmm", "aten::mm", "aten::bmm"), "linear")
 
 
 def examine(path: Path, settings: dict[str, str]) -> Report:
@@ -36,7 +31,7 @@ def examine(path: Path, settings: dict[str, str]) -> Report:
         found += _outside(plan, len(found), batch)
     dynamic = any("dynamic" in layer.runs for layer in found)
     quantized = dynamic or any(layer.integer for layer in found)
-    layers = [_with_reason(layer, dynamic=dynamic, quantized=quantized) for layer in found]
+    layers = [replace(layer, rules=_reasons(layer, dynamic, quantized)) for layer in found]
     return Report(str(path), f"ExecuTorch {version('executorch')}", tuple(layers))
 
 
@@ -50,17 +45,17 @@ def _delegated(graph: dict, before: int, batch: int) -> list[Layer]:
             continue
         kind = KINDS[operator]
         read = [values[about[key]] for key in ("input1_id", "input2_id", "filter_id") if key in about]
-        integer = all(re.search(r"_q[a-z]?u?int", name) for name, _ in read)
-        source = read[0][0].removeprefix("xnn_datatype_")
-        runs = f"{operator} {'dynamic ' if re.match('q[dp]', source) else ''}{source}"
+        integer = all(name.startswith("q") for name, _ in read)
+        source = read[0][0]
+        runs = f"{operator} {'dynamic ' if source.startswith('qd') else ''}{source}"
         macs = 0
         output = values[about["output_id"]][1]
         if operator == "XNNConvTranspose2d":
             kernel = [about[key] for key in ("kernel_height", "kernel_width", "group_output_channels")]
             macs = math.prod(read[0][1][1:]) * math.prod(kernel)
-        elif operator == "XNNBatchMatrixMultiply":
+        elif kind == "linear":
             macs = math.prod(output) * read[0][1][-1] // batch
-        elif kind != "add":
+        elif kind == "conv":
             kernel = values[about["filter_id"]][1]
             # depthwise weights are (1, height, width, channels): each output has one channel of them
             channels = kernel[-1] if "Depthwise" in operator else kernel[0]
@@ -70,10 +65,10 @@ def _delegated(graph: dict, before: int, batch: int) -> list[Layer]:
 
 
 def _value(value: dict) -> tuple[str, list[int]]:
-    """Data type and shape of a tensor."""
+    """Data type, such as fp32 or qint8, and shape of a tensor."""
     value = value["xvalue_union"]
     value = value.get("tensor_value", value)
-    return value["datatype"], value["dims"]
+    return value["datatype"].removeprefix("xnn_datatype_"), value["dims"]
 
 
 def _outside(plan: object, before: int, batch: int) -> list[Layer]:
@@ -105,13 +100,11 @@ def _macs(operator: str, shapes: list[list[int]], transposed: bool) -> int:
     return math.prod(tensors[-1]) * inner
 
 
-def _with_reason(layer: Layer, *, dynamic: bool, quantized: bool) -> Layer:
+def _reasons(layer: Layer, dynamic: bool, quantized: bool) -> tuple[str, ...]:
     if layer.integer:
-        return layer
+        return ()
     if layer.runs in OUTSIDE:
-        rule = "not-delegated"
-    elif dynamic and layer.kind != "linear":
-        rule = "dynamic-quantization"
-    else:
-        rule = "no-quantizer-before" if quantized else "float-file"
-    return Layer(layer.name, layer.kind, layer.runs, layer.integer, layer.macs, (rule,))
+        return ("not-delegated",)
+    if dynamic and layer.kind != "linear":
+        return ("dynamic-quantization",)
+    return ("no-quantizer-before" if quantized else "float-file",)

@@ -99,19 +99,12 @@ def macs(node: torch.fx.Node) -> int:
 
 def notes(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """The rules that concern the file: what takes bytes."""
-    stored = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target}
-    nodes = {node.name: node for node in program.graph.nodes}
-    unread = [name for name in stored if name in nodes and not nodes[name].users]
-    masks = [node for node in program.graph.nodes if getattr(node.target, "_opname", "") == "mul"]
+    stored = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target}
+    weights = {n for n in program.graph.nodes if n.name in stored and getattr(n.meta["val"], "ndim", 0) > 1}
+    products = [n.args[:2] for n in program.graph.nodes if getattr(n.target, "_opname", "") == "mul"]
+    masked = [both for both in products if weights.issuperset(both)]  # a weight and its zeros and ones
     found = {
-        "unread-weights": any(nodes[name].meta["val"].ndim > 1 for name in unread),
-        "masks-left": any(_is_mask(node, stored) for node in masks),
+        "unread-weights": any(not weight.users for weight in weights),
+        "masks-left": any(left.meta["val"].shape == right.meta["val"].shape for left, right in masked),
     }
     return tuple(name for name, shown in found.items() if shown)
-
-
-def _is_mask(node: torch.fx.Node, stored: dict[str, str]) -> bool:
-    """Whether a product is that of two stored tensors of one shape."""
-    both = [getattr(n, "name", "") for n in node.args[:2]]
-    shapes = [n.meta["val"].shape for n in node.args[:2] if getattr(n, "name", "") in stored]
-    return len(both) == len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) > 1

@@ -110,14 +110,12 @@ def _type(node: openvino.Node) -> str:
 
 
 def _is_quantized(model: openvino.Model) -> bool:
-    return any(
-        node.get_type_name() == "FakeQuantize" or (node.get_type_name() == "Constant" and _stored_codes(node))
-        for node in model.get_ops()
-    )
+    return any(node.get_type_name() == "FakeQuantize" or _stored_codes(node) for node in model.get_ops())
 
 
-def _stored_codes(constant: openvino.Node) -> bool:
-    return _type(constant) in INTEGERS and len(constant.get_output_shape(0)) > 1
+def _stored_codes(node: openvino.Node) -> bool:
+    constant = node.get_type_name() == "Constant"
+    return constant and _type(node) in INTEGERS and len(node.get_output_shape(0)) > 1
 
 
 def _reasons(node: openvino.Node, quantized: bool) -> tuple[str, ...]:

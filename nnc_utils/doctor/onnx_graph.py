@@ -95,32 +95,27 @@ class Graph:
             return None
         return source.scale.reshape(1).astype(np.float64) * weight.scale.reshape(-1)
 
-    def behind(self, node: NodeProto) -> list[NodeProto]:
-        """What follows a layer, up to a quantizer; shorter where others read, too, or a layer comes."""
-        chain: list[NodeProto] = []
-        while len(chain) < LONGEST:
-            output = (chain[-1] if chain else node).output[0]
+    def behind(self, node: NodeProto) -> tuple[list[NodeProto], NodeProto | None]:
+        """What follows a layer, up to its quantizer, and that: None if others read, too, or a layer comes."""
+        between: list[NodeProto] = []
+        while len(between) < LONGEST:
+            output = (between or [node])[-1].output[0]
             readers = self.readers[output]
             if output in self.outputs or len(readers) != 1 or readers[0].op_type in KINDS:
-                return chain
-            chain.append(readers[0])
+                break
             if readers[0].op_type == "QuantizeLinear":
-                return chain
-        return chain
+                return between, readers[0]
+            between.append(readers[0])
+        return between, None
 
 
 def macs(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
     """Multiplications of a layer for one image, from the shapes of its tensors."""
     weight, output = shapes[node.input[WEIGHT.get(node.op_type, 1)]], shapes[node.output[0]]
-    kind = KINDS[node.op_type]
+    kind, source = KINDS[node.op_type], shapes[node.input[0]]
     if kind == "add":
         return 0
-    if node.op_type == "ConvTranspose":
-        output, kernel = shapes[node.input[0]], math.prod(weight) / weight[0]
-    elif kind == "conv":
-        kernel = math.prod(weight) / weight[0]
-    else:
-        kernel = shapes[node.input[0]][-1]
-        if any(a.name == "transA" and a.i for a in node.attribute):
-            kernel = shapes[node.input[0]][-2]
-    return round(math.prod(output) * kernel)
+    if kind == "conv":  # a transposed one multiplies each value that it reads, not each that it writes
+        return math.prod(source if node.op_type == "ConvTranspose" else output) * math.prod(weight[1:])
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return math.prod(output) * source[-2 if transposed else -1]

@@ -10,10 +10,9 @@ from onnx import NodeProto, TensorProto
 
 from nnc_utils.doctor.onnx_graph import KINDS, MOVING, Graph, Pair
 
-RELUS = ("Relu", "Clip")
-WITHOUT_KERNEL = ("ConvTranspose",)
 SIGNED = TensorProto.INT8
 NOT_COUNTED = re.compile(r"Attention|LSTM|^(If|Loop|Scan|GRU|RNN|Einsum)$")  # operators that multiply
+BEFORE_QUANTIZERS = ("Relu", "Clip", "BatchNormalization", "QuantizeLinear", *KINDS)
 
 
 def reasons(graph: Graph, node: NodeProto) -> tuple[str, ...]:
@@ -22,43 +21,30 @@ def reasons(graph: Graph, node: NodeProto) -> tuple[str, ...]:
         return ("weights-only",)
     if not any("quantize" in other.op_type.lower() for other in graph.nodes):
         return ("float-file",)
-    if node.op_type in WITHOUT_KERNEL:
+    if node.op_type == "ConvTranspose":
         return ("no-integer-kernel",)
     inputs = [graph.original(name, MOVING) for name in node.input[:2]]
-    pairs = _pairs(graph, node, inputs)
-    if None in pairs[:2]:
+    source, weight = map(graph.pair, inputs)
+    if source is None or weight is None:
         return () if node.op_type == "Add" else ("no-quantizer-before",)
-    chain = graph.behind(node)
+    between, quantizer = graph.behind(node)
+    written = graph.parameters(quantizer) if quantizer is not None else None
+    pairs = [pair for pair in (source, weight, written) if pair is not None]
+    float_bias = node.op_type == "Gemm" and len(node.input) > 2 and graph.pair(node.input[2]) is None
     found = {
-        "batch-norm-behind": any(other.op_type == "BatchNormalization" for other in chain),
-        "zero-point-behind-relu": _middle_behind_relu(graph, chain),
-        "wide-activations": any(pair.zero_point.dtype.itemsize == 2 for pair in pairs if pair),
+        "batch-norm-behind": any(other.op_type == "BatchNormalization" for other in between),
+        "zero-point-behind-relu": bool(between) and is_relu(graph, between[-1]) and is_middle(written),
+        "wide-activations": any(pair.zero_point.dtype.itemsize == 2 for pair in pairs),
         "scale-of-shape-1": node.op_type == "Add"
-        and any(pair.scale.ndim or pair.zero_point.ndim for pair in pairs if pair),
-        "float-bias": _float_bias(graph, node, chain),
+        and any(pair.scale.ndim or pair.zero_point.ndim for pair in pairs),
+        "float-bias": float_bias and quantizer is None,
         "bias-of-another-scale": bias_of_another_scale(graph, node),
         "operator-before": inputs != list(map(graph.original, node.input[:2])),
-        **_no_quantizer_behind(graph, node, chain),
+        **_no_quantizer_behind(graph, node, between, quantizer),
     }
+    signed = any(pair.zero_point.dtype.kind == "i" for pair in (source, written) if pair is not None)
     names = tuple(name for name, shown in found.items() if shown)
-    return names or (("signed-activations",) if any(map(_is_signed, (pairs[0], *pairs[2:]))) else ())
-
-
-def _pairs(graph: Graph, node: NodeProto, inputs: list[str]) -> list[Pair | None]:
-    """Of the two things a layer computes with, then of its output where a quantizer follows."""
-    pairs = [graph.pair(name) for name in inputs]
-    chain = graph.behind(node)
-    if chain and chain[-1].op_type == "QuantizeLinear":
-        pairs.append(graph.parameters(chain[-1]))
-    return pairs
-
-
-def _is_signed(pair: Pair | None) -> bool:
-    return pair is not None and pair.zero_point.dtype.kind == "i"
-
-
-def _middle_behind_relu(graph: Graph, chain: list[NodeProto]) -> bool:
-    return len(chain) > 1 and is_relu(graph, chain[-2]) and is_middle(graph.parameters(chain[-1]))
+    return names or (("signed-activations",) if signed else ())
 
 
 def is_relu(graph: Graph, node: NodeProto) -> bool:
@@ -76,11 +62,6 @@ def is_middle(pair: Pair | None) -> bool:
     return int(pair.zero_point.item()) == (0 if pair.zero_point.dtype.kind == "i" else 128)
 
 
-def _float_bias(graph: Graph, node: NodeProto, chain: list[NodeProto]) -> bool:
-    has_bias = node.op_type == "Gemm" and len(node.input) > 2
-    return has_bias and graph.pair(node.input[2]) is None and not _quantized(chain)
-
-
 def bias_of_another_scale(graph: Graph, node: NodeProto) -> bool:
     """Whether a layer's int32 bias has not the scale of its sums."""
     bias = graph.pair(node.input[2]) if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else None
@@ -88,25 +69,22 @@ def bias_of_another_scale(graph: Graph, node: NodeProto) -> bool:
     return bias is not None and scale is not None and not np.allclose(bias.scale, scale, rtol=0.01, atol=0)
 
 
-def _quantized(chain: list[NodeProto]) -> bool:
-    return bool(chain) and chain[-1].op_type == "QuantizeLinear"
-
-
-def _no_quantizer_behind(graph: Graph, node: NodeProto, chain: list[NodeProto]) -> dict[str, bool]:
+def _no_quantizer_behind(
+    graph: Graph, node: NodeProto, between: list[NodeProto], quantizer: NodeProto | None
+) -> dict[str, bool]:
     """Why a runtime finds no codes for a convolution or an addition to write."""
     if KINDS[node.op_type] == "linear":
         return {}
-    if _quantized(chain):
-        between, output = chain[:-1], False
-    else:
-        between = [*chain, *graph.readers[(chain[-1] if chain else node).output[0]]]
-        output = any(name in graph.outputs for other in (node, *chain) for name in other.output)
-    allowed = (*RELUS, "BatchNormalization", "QuantizeLinear", *KINDS)
-    other = any(n.op_type not in allowed for n in between)
+    output = False
+    if quantizer is None:
+        chain = [node, *between]
+        output = any(name in graph.outputs for other in chain for name in other.output)
+        between = [*between, *graph.readers[chain[-1].output[0]]]
+    other = any(n.op_type not in BEFORE_QUANTIZERS for n in between)
     return {
         "output-of-the-graph": output,
         "operator-between": other,
-        "no-quantizer-behind": not (_quantized(chain) or output or other),
+        "no-quantizer-behind": quantizer is None and not (output or other),
     }
 
 

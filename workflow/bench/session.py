@@ -146,11 +146,8 @@ class Bench:
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """The first of the training images in this seed's order: (count, C, H, W) normalized, and labels."""
-        order = torch.randperm(
-            len(self.images.train.labels), generator=torch.Generator().manual_seed(self.seed)
-        )
-        chosen = order[:count]
-        train = self.images.train
+        train, generator = self.images.train, torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(len(train.labels), generator=generator)[:count]
         return self.images.normalize(train.images[chosen]), train.labels[chosen].long()
 
     def rows_of(self, configuration: Configuration, stage: str = "") -> list[tuple[Run, rows.CompressionRow]]:
@@ -170,10 +167,8 @@ class Bench:
         For a method of which there is one its name is enough. Where there is none it is a ValueError.
         """
         for c in self.candidates:
-            if configuration == c.configuration.method or (configuration, stage) == (
-                c.configuration,
-                c.built.stage,
-            ):
+            same = (c.configuration, c.built.stage) == (configuration, stage)
+            if same or c.configuration.method == configuration:
                 return c.path, c.built.train_images, c.built.train_seconds
         if isinstance(configuration, str):
             rows_of = [
@@ -252,9 +247,8 @@ class Bench:
             )
             nbytes, spec = saved.nbytes, built.network.spec
         path = built.file or self.path(f"artifacts/{name}.safetensors")
-        print(
-            f"{configuration.title}{' after ' * bool(built.stage)}{built.stage}: {nbytes:,} bytes", flush=True
-        )
+        after = f" after {built.stage}" if built.stage else ""
+        print(f"{configuration.title}{after}: {nbytes:,} bytes", flush=True)
         is_open = self.notebook != BASELINE and (bool(built.train_images) or spec != self.dense.spec)
         return Candidate(configuration, built, path, nbytes, models.macs(spec), is_open)
 
