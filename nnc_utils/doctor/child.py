@@ -18,14 +18,12 @@ def examine(*, path: str, runtime: str, entries: list[str]) -> dict:
     """`nnc_utils.doctor.examine`, in this process."""
     module = importlib.import_module(f"nnc_utils.doctor.in_{runtime}")
     settings = dict(entry.split("=", 1) for entry in entries)
-    if not path.endswith(".safetensors"):
-        return dataclasses.asdict(module.examine(Path(path), settings))
-    from nnc_utils import runtimes
-
     with tempfile.TemporaryDirectory() as folder:
-        return dataclasses.asdict(
-            module.examine(runtimes.convert(runtime, Path(path), "int8", Path(folder)), settings)
-        )
+        if path.endswith(".safetensors"):
+            from nnc_utils import runtimes
+
+            path = runtimes.convert(runtime, Path(path), "int8", Path(folder))
+        return dataclasses.asdict(module.examine(Path(path), settings))
 
 
 def fix(*, path: str, out: str, inputs: str) -> dict:

@@ -74,17 +74,12 @@ def _value(value: dict) -> tuple[str, list[int]]:
 def _outside(plan: object, before: int, batch: int) -> list[Layer]:
     """The layers that portable kernels compute, one by one as the program calls them."""
     found = []
-    for chain in plan.chains:
-        for instruction in chain.instructions:
-            call = instruction.instr_args
-            operator = plan.operators[call.op_index].name if hasattr(call, "op_index") else ""
-            if operator in OUTSIDE:
-                kind = OUTSIDE[operator]
-                shapes = [_shape(plan.values[index].val) for index in call.args]
-                name = f"{kind} {before + len(found) + 1}"
-                # of a convolution's inputs the seventh says whether it is transposed
-                transposed = operator == "aten::convolution" and plan.values[call.args[6]].val.bool_val
-                found.append(Layer(name, kind, operator, False, _macs(operator, shapes, transposed) // batch))
+    for call in (instruction.instr_args for chain in plan.chains for instruction in chain.instructions):
+        operator = plan.operators[call.op_index].name if hasattr(call, "op_index") else ""
+        if operator in OUTSIDE:
+            name = f"{OUTSIDE[operator]} {before + len(found) + 1}"
+            macs = _macs(operator, [plan.values[index].val for index in call.args]) // batch
+            found.append(Layer(name, OUTSIDE[operator], operator, False, macs))
     return found
 
 
@@ -92,10 +87,10 @@ def _shape(value: object) -> list[int]:
     return list(getattr(value, "sizes", None) or [])
 
 
-def _macs(operator: str, shapes: list[list[int]], transposed: bool) -> int:
-    tensors = [shape for shape in shapes if shape]
-    if operator == "aten::convolution":  # input, weight, ..., output
-        return math.prod(tensors[0 if transposed else -1]) * math.prod(tensors[1][1:])
+def _macs(operator: str, values: list) -> int:
+    tensors = list(filter(None, map(_shape, values)))
+    if operator == "aten::convolution":  # input, weight, ..., output; the seventh value: is it transposed?
+        return math.prod(tensors[0 if values[6].bool_val else -1]) * math.prod(tensors[1][1:])
     inner = (tensors[1] if operator == "aten::addmm" else tensors[0])[-1]
     return math.prod(tensors[-1]) * inner
 

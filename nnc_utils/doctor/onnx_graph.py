@@ -11,9 +11,10 @@ import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
 KINDS = dict.fromkeys(("Conv", "ConvTranspose", "QLinearConv", "ConvInteger", "FusedConv"), "conv")
-KINDS |= dict.fromkeys(("Gemm", "MatMul", "QGemm", "QLinearMatMul", "MatMulInteger"), "linear")
-KINDS |= dict.fromkeys(("FusedGemm", "FusedMatMul", "MatMulNBits"), "linear")  # as files hold them that a
-KINDS |= dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat"), "linear")  # runtime has optimized
+KINDS |= dict.fromkeys(("Gemm", "MatMul", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulNBits"), "linear")
+# as files hold them that a runtime has optimized
+FUSED = ("FusedGemm", "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+KINDS |= dict.fromkeys(FUSED, "linear")
 KINDS |= dict.fromkeys(("Add", "QLinearAdd"), "add")
 WEIGHT = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}  # which input it is, 1 in all others
 MOVING = ("Identity", "Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import onnx
 from onnx import NodeProto, TensorProto
 
 from nnc_utils.doctor.onnx_graph import KINDS, MOVING, Graph, Pair
@@ -109,15 +108,10 @@ def notes(graph: Graph) -> tuple[str, ...]:
     return tuple(name for name, shown in found.items() if shown)
 
 
-def is_mask(graph: Graph, node: onnx.NodeProto) -> bool:
+def is_mask(graph: Graph, node: NodeProto) -> bool:
     """Whether a node multiplies two constants of one shape, a weight and its zeros and ones."""
     if node.op_type != "Mul":
         return False
-    both = [_weight_or_mask(graph, name) for name in node.input]
+    names = [graph.original(name, ("Identity", "Cast")) for name in node.input]  # masks are stored in bytes
+    both = [graph.constants.get(name) for name in names]
     return None not in both and both[0].dims == both[1].dims and len(both[0].dims) > 1
-
-
-def _weight_or_mask(graph: Graph, name: str) -> TensorProto | None:
-    node = graph.producers.get(name)
-    cast = node is not None and node.op_type == "Cast"  # masks are stored in a byte each
-    return graph.constants.get(node.input[0] if cast else name)
