@@ -222,6 +222,15 @@ def test_tables_that_do_not_hold_are_a_failure(published, monkeypatch, capsys):
     assert "do not hold what they say" in capsys.readouterr().out
 
 
+def test_of_those_that_share_the_cores_the_longest_is_begun_first():
+    profile = PROFILES / "quick.yaml"
+    planned = workflow.plan(profile)
+    names = {folder.split("/")[3]: folder for folder in planned}
+    took = {names["04_distillation"]: 9.0, names["06_pipeline"]: 5.0, names["07_deployment"]: 99.0}
+    assert workflow.longest(profile, took) == [f"{names['04_distillation']}/result.json"]  # 07 is alone
+    assert workflow.longest(profile, dict.fromkeys(planned, 0.0)) == []  # nothing is known
+
+
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_profiles_give_only_parameters_that_notebooks_declare(path):
     profile = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -41,6 +41,8 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequen
     _wait_for_others(folder)
     begin, log = time.time(), folder / "workflow.log"
     options = snakemake_options(profiles[profile], cores=cores, rerun=rerun, only=only)
+    if first := longest(profiles[profile], planned):
+        options += ["--prioritize", *first]
     more = {} if cores == "all" else {"OMP_NUM_THREADS": str(cores)}  # what PyTorch goes by
     more["NNC_PLAN"] = json.dumps(planned)
     with open(log, "w", encoding="utf-8") as stream:
@@ -77,6 +79,16 @@ def plan(profile: Path, only: Sequence[str] = ()) -> dict[str, float]:
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     runs = {grid.folder(c): run_name(grid.profile, c.notebook, c.seed, c.shard) for c in grid.wanted}
     return {folder: known.get(run, {}).get("wall_seconds", 0) for folder, run in runs.items()}
+
+
+def longest(profile: Path, planned: dict[str, float]) -> list[str]:
+    """The result of the run that took longest of those that share the cores: begun last, it ends alone."""
+    if not any(planned.values()):
+        return []
+    grid = Grid(yaml.safe_load(profile.read_text(encoding="utf-8")) | {"profile": profile.stem})
+    shared = [grid.folder(cell) for cell in grid.cells if grid.threads(cell, grid.jobs) < grid.jobs]
+    known = [folder for folder in shared if planned.get(folder)]
+    return [f"{max(known, key=planned.get)}/result.json"] if known else []
 
 
 def snakemake_options(profile: Path, *, cores: str, rerun: str, only: Sequence[str]) -> list[str]:
