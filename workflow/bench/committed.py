@@ -148,17 +148,17 @@ class Tables:
 
         That is the smallest claim of those that were timed, or else of all; without a claim the nearest.
         """
-        points = self.summary[self.summary["control"] == ""]
-        shown = [
-            ("ResNet-18, uncompressed", self.summary[_is_baseline(self.summary)].iloc[0]),
-            ("int8, without training", self.int8_without_training()),
-        ]
+        points, int8 = self.summary[self.summary["control"] == ""], self.int8_without_training()
+        shown = [("ResNet-18, uncompressed", self.summary[_is_baseline(self.summary)].iloc[0])]
+        shown.append(("int8, without training", int8))
         closed = (points["technique"] == "quantization") & (points["division"] == "closed")
+        if int8 is not None:
+            closed &= (points[KEY] != int8[KEY]).any(axis=1)
         shown.append(("quantized without training", self._stands_for(points[closed])))
-        names = {"pruning": "pruned", "distillation": "distilled student"}
-        names["pipeline"] = "pipeline: pruned, distilled, quantized"
-        for technique, name in names.items():
+        for technique, name in {"pruning": "pruned", "distillation": "distilled student"}.items():
             shown.append((name, self._stands_for(points[points["technique"] == technique])))
+        whole = pairs.where(self.points, {"method": "pipeline", "stages": pairs.PIPELINE})
+        shown.append(("pipeline: pruned, distilled, quantized", self._stands_for(self.points[whole])))
         by_point = {tuple(point[KEY]): (name, point) for name, point in reversed(shown) if point is not None}
         return list(by_point.values())[::-1]
 

@@ -58,9 +58,19 @@ def _rendered(folder: Path, name: str) -> dict[str, str]:
     known = Tables(quick).provenance if (quick / "provenance.json").is_file() else {}
     template = report.template(name, tables)
     values = {"t": tables, "place": f"results/{profile_dir.name}/", "files": _kept_files(tables)}
+    values |= {"stronger": _stronger(tables, quick)}
     values |= {"recipes": recipes, "usual": lambda: _usual(known), "timed_notebooks": lambda: _seconds(known)}
     context = template.new_context(values)
     return {name: report.tidy("".join(block(context))) for name, block in template.blocks.items()}
+
+
+def _stronger(tables: Tables, other: Path) -> Tables | None:
+    """Another profile's tables, if its uncompressed network is the more accurate one."""
+    if other == tables.folder or not (other / "compression.csv").is_file():
+        return None
+    others, accuracy = Tables(other), "accuracy_mean"
+    is_stronger = others.headline()[0][1][accuracy] > tables.headline()[0][1][accuracy]
+    return others if is_stronger and others.pipeline is not None else None
 
 
 def recipes(tables: Tables) -> list[dict[str, Any]]:
