@@ -6,6 +6,7 @@ CORES   ?= all
 PYTHON  ?= python3
 RERUN   ?=
 ONLY    ?=
+CLUSTER ?=
 SLOW    ?=
 # of your own images: DATA and what is in brackets in the README, on the command line, not from the environment
 given    = $(if $(filter command,$(origin $(1))),$($(1)))
@@ -14,6 +15,8 @@ OWN      = $(foreach name,WEIGHTS MODEL SIZE GOAL EPOCHS OUT,$(if $(call given,$
 
 VENV_PYTHON := .venv/bin/python
 SETUP       := $(PYTHON) workflow/setup_env.py
+PLUGIN      := $(VENV_PYTHON) -c 'import snakemake_executor_plugin_slurm' 2>/dev/null \
+	|| $(VENV_PYTHON) -m pip install -q --root-user-action ignore -c constraints.txt -e '.[cluster]'
 MADE        := results/runs results/smoke .snakemake .pytest_cache .ruff_cache build
 
 # The set-up leaves modules to be compiled at their first import; unkept, each process would do it again.
@@ -31,12 +34,16 @@ ifneq ($(PROFILE),smoke)
 	@$(SETUP) --nncodec
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist
 endif
-	@set -f; $(VENV_PYTHON) -m bench benchmark --profile $(PROFILE) --cores $(CORES) \
+ifneq ($(CLUSTER),)
+	@$(PLUGIN)
+endif
+	@set -f; $(VENV_PYTHON) -m bench benchmark --profile $(PROFILE) $(if $(CLUSTER),--cluster $(CLUSTER),--cores $(CORES)) \
 		$(if $(RERUN),--rerun $(RERUN)) $(if $(ONLY),--only $(ONLY))
 endif
 
-test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables; SLOW=1 adds browsers and long compiles
+test: python ## linter, unit tests, every notebook, the workflow, the audit of the committed tables; SLOW=1 adds browsers, long compiles and Slurm
 	@$(SETUP)
+	@$(if $(SLOW),$(PLUGIN))
 	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist || echo "going on without: what needs it is skipped"
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
@@ -76,12 +83,12 @@ clean: ## remove caches, run folders and smoke results; .venv, data and the comm
 
 constraints: python ## renew constraints.txt: the newest versions that go together
 	@$(SETUP) --peers
-	@$(VENV_PYTHON) -m pip install --upgrade --upgrade-strategy eager --root-user-action ignore -e '.[dev,peers]'
+	@$(VENV_PYTHON) -m pip install --upgrade --upgrade-strategy eager --root-user-action ignore -e '.[dev,peers,cluster]'
 	@$(VENV_PYTHON) -m pip check
 	@$(VENV_PYTHON) workflow/freeze.py
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|quick|medium|techniques|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1']"
+	@echo "make TARGET [PROFILE=smoke|quick|medium|techniques|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1'] [CLUSTER=slurm]"
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
 
 python:

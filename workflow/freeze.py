@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 HEADER = """\
 # The exact versions everybody gets: pip, conda and the tests read them from here.
-# Made by `make constraints` (workflow/freeze.py) from an environment with `.[dev,peers]` on Linux,
+# Made by `make constraints` (workflow/freeze.py) from an environment with `.[dev,peers,cluster]` on Linux,
 # Python 3.11. Pins of packages that only other systems or Pythons need are kept from before.
 """
 NOT_PINNED = {"pip", "nnc-utils"}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from bench import marks
+from bench import cluster, marks
 from bench.folder import environment
 from bench.grid import Grid, GridError
 from nnc_utils import processes, provenance
@@ -21,12 +21,15 @@ from nnc_utils.provenance import root
 from nnc_utils.rows import run_name
 
 
-def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequence[str] = ()) -> int:
+def benchmark(
+    profile: str, *, cores: str = "all", rerun: str = "", only: Sequence[str] = (), on_cluster: str = ""
+) -> int:
     """Run what is missing or changed, and print the headline table; the exit status.
 
     `rerun` "" keeps results of older code (the tables mark them), "stale" measures those again, "all"
     everything. `only` are patterns of runs, such as ``01_baseline/seed=2`` or ``*/seed=2*``: these and what
-    they build on. The tables then get them beside what is committed of other runs.
+    they build on. The tables then get them beside what is committed of other runs. `on_cluster` "slurm" makes
+    each run a job of the cluster that this machine submits to.
     """
     profiles = {file.stem: file for file in sorted((root() / "workflow/profiles").glob("*.yaml"))}
     if profile not in profiles:
@@ -34,13 +37,18 @@ def benchmark(profile: str, *, cores: str = "all", rerun: str = "", only: Sequen
         return 2
     try:
         planned = plan(profiles[profile], only)
-    except GridError as error:
+        if on_cluster:
+            cluster.check()
+    except (GridError, cluster.ClusterError) as error:
         print(error)
         return 1
     folder, tables = root() / "results/runs" / profile, root() / "results" / profile
     _wait_for_others(folder)
     begin, log = time.time(), folder / "workflow.log"
-    options = snakemake_options(profiles[profile], cores=cores, rerun=rerun, only=only)
+    if on_cluster:
+        cluster.cancel(profile)  # what is left of a benchmark that was killed
+        print(f"Slurm runs them; how far they are: {log}", flush=True)
+    options = snakemake_options(profiles[profile], cores=cores, rerun=rerun, only=only, on_cluster=on_cluster)
     if first := longest(profiles[profile], planned):
         options += ["--prioritize", *first]
     more = {} if cores == "all" else {"OMP_NUM_THREADS": str(cores)}  # what PyTorch goes by
@@ -91,16 +99,19 @@ def longest(profile: Path, planned: dict[str, float]) -> list[str]:
     return [f"{max(known, key=planned.get)}/result.json"] if known else []
 
 
-def snakemake_options(profile: Path, *, cores: str, rerun: str, only: Sequence[str]) -> list[str]:
+def snakemake_options(
+    profile: Path, *, cores: str, rerun: str, only: Sequence[str], on_cluster: str = ""
+) -> list[str]:
     """What `benchmark` tells Snakemake about a profile's file."""
     settings = [f"profile={profile.stem}", *([f"rerun={rerun}"] if rerun else [])]
     settings += [f"only={json.dumps(only)}"] if only else []
     options = ["--snakefile", str(root() / "workflow/Snakefile"), "--directory", str(root())]
-    options += ["--cores", str(cores), "--scheduler", "greedy", "--keep-going"]
+    options += cluster.options(profile.stem) if on_cluster else ["--cores", str(cores), "--quiet", "all"]
+    options += ["--scheduler", "greedy", "--keep-going"]
     # the lock of Snakemake would survive a SIGKILL; run folders have their own, which do not
     options += ["--nolock", "--rerun-incomplete", "--rerun-triggers", "input", "params", "mtime"]
     again = stale(profile.stem) if rerun == "stale" else []
-    options += ["--quiet", "all", *(["--forceall"] if rerun == "all" else [])]
+    options += ["--forceall"] if rerun == "all" else []
     options += ["--forcerun", *again] if again else []
     return [*options, "--configfile", str(profile), "--config", *settings]
 
@@ -132,6 +143,9 @@ def _tell_failure(folder: Path, log: Path, begin: float) -> None:
     if not errors:
         said = log.read_text(encoding="utf-8").splitlines()[-15:]
         print("\n".join(["\nthe workflow was ended" if not said else "\nthe workflow failed:", *said]))
+    jobs = [file for file in cluster.logs(folder.name).rglob("*.log") if file.stat().st_mtime >= begin - 1]
+    if jobs:
+        print("\nSlurm's logs of the jobs that failed:", *jobs, sep="\n  ")
     print("\nCall the same command again to go on: what is finished stays.")
 
 
@@ -142,9 +156,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cores", default="all")
     parser.add_argument("--rerun", default="", choices=["", "stale", "all"])
     parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="such as '06_pipeline/seed=1,*'")
+    kinds = {"choices": ["", *cluster.CLUSTERS], "help": "each run a job there; no --cores"}
+    parser.add_argument("--cluster", dest="on_cluster", default="", **kinds)
+    given = parser.parse_args(arguments)
+
+    def end(number: int, frame: object) -> None:
+        processes.end_tree()  # nobody submits any more
+        if given.on_cluster:
+            cluster.cancel(given.profile)
+        processes.end_on_signal(number, frame)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, processes.end_on_signal)
-    return benchmark(**vars(parser.parse_args(arguments)))
+        signal.signal(number, end)
+    return benchmark(**vars(given))
 
 
 if __name__ == "__main__":  # Snakemake, as a child that cannot outlive the benchmark
