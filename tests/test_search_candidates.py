@@ -37,6 +37,9 @@ class Bench(SimpleNamespace):
         images = options.pop("images", self.images)
         return training.fit(network, images, seed=self.seed, **options)
 
+    def file_beside(self, name):
+        return None
+
     def path(self, name):
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         return self.folder / name

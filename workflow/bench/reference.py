@@ -19,7 +19,6 @@ import torch
 from bench.tables import ResultError, read_run
 from nnc_utils import artifact, data, evaluation, models, training
 from nnc_utils.baseline import narrow_resnet, spec_of
-from nnc_utils.distillation import teaching
 from nnc_utils.provenance import root, write_atomically
 
 RECIPE = ("epochs", "batch_size", "learning_rate", "augment")
@@ -129,6 +128,8 @@ def write_narrow(out: Path, family: str, fewer: float) -> Path:
 
 def write_logits(out: Path, copies: int) -> Path:
     """Compute the logits of the reference in `out` for so many augmentations of each image, beside it."""
+    from nnc_utils.distillation import teaching  # here alone: what a process loads counts for its rows
+
     record = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
     teacher = artifact.load(out / _name(record))
     images, augment = data.load(record["dataset"], size=teacher.spec.size), record["parameters"]["augment"]
