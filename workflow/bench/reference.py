@@ -165,8 +165,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--narrow", nargs=2, metavar=("FAMILY", "MACS"), help="such as three_stage 16")
     parser.add_argument("--logits", type=int, metavar="COPIES", help="augmentations of each training image")
     options, out = parser.parse_args(arguments), root() / "results/reference"
-    if not options.run and not options.narrow and not options.logits:
+    if not options.run and not options.narrow and options.logits is None:
         parser.error("a run of 01_baseline, --narrow or --logits is needed")
+    if options.logits is not None and options.logits < 1:
+        parser.error(f"--logits is {options.logits}: a number of augmentations, 1 or more, is needed")
+    if not options.run and not (out / PROVENANCE).is_file():
+        parser.error(f"{out} holds no reference: give a finished run of 01_baseline first")
     if options.run:
         write(options.run, out)
     if options.narrow:
