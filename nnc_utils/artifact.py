@@ -276,6 +276,7 @@ def _artifact(document: Mapping, arrays: Mapping[str, np.ndarray], nbytes: int) 
     size = 4 * models.parameters(spec)
     if size > min(4096 * nbytes, max(32 * nbytes, 2**28)):
         raise ArtifactError(f"the network would take {size} bytes, more than {nbytes} bytes of file warrant")
+    _check_preprocessing(*(document[entry] for entry in ("mean", "std", "classes")), spec=spec)
     lengths = _lengths(spec)
     pieces = torch.from_numpy(arrays["batch_norm_and_bias"].copy()).split(list(lengths.values()))
     ranges = {}

@@ -75,8 +75,14 @@ def _read_weights(weights: str | Path, spec: models.Spec) -> dict[str, Tensor]:
     depth = {known: depth for depth, known in models.RESNETS.items()}.get(shape)
     if depth is None:
         raise ValueError("ImageNet weights by name exist for ResNet-18, -34 and -50: give a file instead")
-    state = torchvision.models.get_model_weights(f"resnet{depth}").DEFAULT.get_state_dict(check_hash=True)
-    return _weights(state)
+    known = torchvision.models.get_model_weights(f"resnet{depth}").DEFAULT
+    try:
+        return _weights(known.get_state_dict(check_hash=True))
+    except (OSError, RuntimeError) as error:
+        place = Path(torch.hub.get_dir(), "checkpoints", known.url.rpartition("/")[2])
+        raise ValueError(
+            f"ImageNet weights cannot be fetched ({error}): put {known.url} into {place}, or give a file"
+        ) from None
 
 
 def _place(weights: str | Path) -> Path:

@@ -378,6 +378,8 @@ class TestReading:
             (document | {"weights": changed}, arrays) for changed in (weights[:-1], [[0, 9**9, 4]] * 21)
         ]
         others += [(document | {"encodings": changed}, arrays) for changed in ([], [{"kind": "dense"}])]
+        about = {"mean": [0.1, 0.2], "std": [math.nan], "classes": document["classes"][1:]}
+        others += [(document | {entry: changed}, arrays) for entry, changed in about.items()]
         for name, array in arrays.items():
             others.append((document, arrays | {name: array[:-1]}))
             if name != "activation_scale":  # without it activations are floats

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tarfile
+import urllib.error
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -306,3 +307,14 @@ def test_imagenet_weights_are_of_known_depths():
     block = BlockSpec((8, 8), (3, 3))
     with pytest.raises(ValueError, match="ResNet-18, -34 and -50"):
         load_pretrained(build(Spec(3, 16, 5, "small", 8, "basic", ((block,),))), "imagenet")
+
+
+def test_imagenet_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    said = f"no network.*: put https://.*/resnet18-.*pth into {tmp_path}/hub/checkpoints/resnet18-"
+    with pytest.raises(ValueError, match=said):
+        load_pretrained(narrow(), "imagenet")
