@@ -164,12 +164,16 @@ def _tensors(model: models.ResNet) -> dict[str, Tensor]:
     except RuntimeError as error:
         raise ArtifactError(f"the network is not the one that its Spec describes: {error}") from None
     tensors = {name: state[name].detach().cpu().clone() for name in _lengths(model.spec)}
+    _check_tensors(tensors)
+    return tensors
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all() or (name.endswith("running_var") and (tensor < 0).any()):
             raise ArtifactError(f"{name} holds NaN, infinity or a negative variance")
         if tensor.dtype != torch.float32:
             raise ArtifactError(f"{name} is {tensor.dtype}: float32 is needed, as by model.float()")
-    return tensors
 
 
 def _ranges(model: models.ResNet) -> dict[str, tuple[float, int]]:
@@ -181,12 +185,17 @@ def _ranges(model: models.ResNet) -> dict[str, tuple[float, int]]:
         if place.scale is None:
             raise ArtifactError(f"{name} has no range, other activations have: calibrate all of them or none")
         # PyTorch computes with the scale in float32, so the file loses nothing.
-        ranges[name] = scale, zero_point = float(np.float32(place.scale)), int(place.zero_point)
-        if not 0 < scale < math.inf or not 0 <= zero_point <= 255:
+        ranges[name] = float(np.float32(place.scale)), int(place.zero_point)
+    _check_ranges(ranges)
+    return ranges
+
+
+def _check_ranges(ranges: Mapping[str, tuple[float, int]]) -> None:
+    for name, (scale, zero_point) in ranges.items():
+        if not 0 < scale < math.inf or zero_point not in range(256):
             raise ArtifactError(
                 f"{name} has scale {scale}, zero-point {zero_point}: above 0, 0 to 255 needed"
             )
-    return ranges
 
 
 def _check_preprocessing(mean: list[float], std: list[float], classes: list[str], spec: Spec) -> None:
@@ -194,7 +203,8 @@ def _check_preprocessing(mean: list[float], std: list[float], classes: list[str]
         len(mean) == len(std) == spec.channels and all(map(math.isfinite, (*mean, *std))) and min(std) > 0
     )
     if not numbers:
-        raise ArtifactError(f"mean {mean}, std {std}: {spec.channels} finite numbers are needed, std above 0")
+        given = f"mean {mean!r:.80}, std {std!r:.80}"
+        raise ArtifactError(f"{given}: {spec.channels} finite numbers are needed, std above 0")
     if len(classes) != spec.classes or not all(isinstance(name, str) for name in classes):
         raise ArtifactError(f"classes is {classes!r:.80}: {spec.classes} names are needed")
 
@@ -283,6 +293,9 @@ def _artifact(document: Mapping, arrays: Mapping[str, np.ndarray], nbytes: int) 
     if "activation_scale" in arrays:
         pairs = zip(*(arrays[f"activation_{part}"].tolist() for part in ("scale", "zero_point")), strict=True)
         ranges = dict(zip(models.activations(_on_meta(spec)), pairs, strict=True))
+    tensors = {name: piece.clone() for name, piece in zip(lengths, pieces, strict=True)}
+    _check_ranges(ranges)
+    _check_tensors(tensors)
     weights, streams, used = {}, {}, dict.fromkeys(arrays, 0)
     for layer, (which, *sizes) in zip(models.layers(spec), document["weights"], strict=True):
         description = {**document["encodings"][which], "shape": list(layer.weight_shape)}
@@ -293,7 +306,7 @@ def _artifact(document: Mapping, arrays: Mapping[str, np.ndarray], nbytes: int) 
     return Artifact(
         spec=spec,
         weights=weights,
-        tensors={name: piece.clone() for name, piece in zip(lengths, pieces, strict=True)},
+        tensors=tensors,
         ranges=ranges,
         mean=tuple(map(float, document["mean"])),
         std=tuple(map(float, document["std"])),

@@ -154,13 +154,18 @@ def pack(encoding: Encoding) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def unpack(description: Mapping, streams: Mapping[str, np.ndarray]) -> Encoding:
-    """The encoding that `pack` turned into bytes; a `ValueError` or `RuntimeError` for streams too short.
+    """The encoding that `pack` turned into bytes; a `ValueError` or `RuntimeError` for all that it would not
+    have written.
 
     Memory grows with the shape in the description, which short streams may honestly have (a constant
     tensor needs no bits): bound it before calling.
     """
     kind, shape, mask = description["kind"], tuple(description["shape"]), None
     count = math.prod(shape)
+    if kind == "uniform":  # before anything is computed with it
+        bits, axis = description["bits"], description["axis"]
+        _need(isinstance(bits, int) and bits in range(2, 17), f"bits is {bits!r:.80}: 2 to 16 are needed")
+        _need(axis is None or axis == 0, f"axis is {axis!r:.80}: null or 0 is needed")
     if description["mask"]:
         mask = torch.from_numpy(entropy.unpack(streams["mask"], count, largest=1).astype(bool)).view(shape)
         count = int(mask.sum())
@@ -177,13 +182,15 @@ def unpack(description: Mapping, streams: Mapping[str, np.ndarray]) -> Encoding:
         kept = torch.from_numpy(symbols.astype(np.uint8 if kind == "codebook" else np.int16))
     values = kept.view(shape) if mask is None else kept.new_zeros(shape).masked_scatter_(mask, kept)
     if kind == "dense":
-        return Dense(values, mask)
-    if kind == "codebook":
-        return Codebook(values, numbers("codebook", "<f4", (description["levels"],)), mask)
-    scales = () if description["axis"] is None else shape[:1]
-    zero_point = numbers("zero_point", "u1", scales).short() if description["affine"] else None
-    scale = numbers("scale", "<f4", scales)
-    return Uniform(values, scale, description["axis"], description["bits"], mask, zero_point)
+        encoding: Encoding = Dense(values, mask)
+    elif kind == "codebook":
+        encoding = Codebook(values, numbers("codebook", "<f4", (description["levels"],)), mask)
+    else:
+        scales = () if axis is None else shape[:1]
+        zero_point = numbers("zero_point", "u1", scales).short() if description["affine"] else None
+        encoding = Uniform(values, numbers("scale", "<f4", scales), axis, bits, mask, zero_point)
+    _check(encoding)
+    return encoding
 
 
 def payload_bits(encoding: Encoding) -> int:

@@ -380,6 +380,13 @@ class TestReading:
         others += [(document | {"encodings": changed}, arrays) for changed in ([], [{"kind": "dense"}])]
         about = {"mean": [0.1, 0.2], "std": [math.nan], "classes": document["classes"][1:]}
         others += [(document | {entry: changed}, arrays) for entry, changed in about.items()]
+        int8 = document["encodings"][0]
+        for change in ({"bits": 27}, {"bits": 8.0}, {"bits": 2**40}, {"axis": 1}):
+            others.append((document | {"encodings": [int8 | change]}, arrays))
+        for name, array in arrays.items():
+            if array.dtype == np.float32 or name == "scale":  # 255 four times is NaN, too
+                nan = np.full_like(array, 255 if name == "scale" else np.nan)
+                others.append((document, arrays | {name: nan}))
         for name, array in arrays.items():
             others.append((document, arrays | {name: array[:-1]}))
             if name != "activation_scale":  # without it activations are floats
