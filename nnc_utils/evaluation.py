@@ -31,7 +31,7 @@ def logits(
     split: Split,
     *,
     normalize: Callable[[Tensor], Tensor],
-    batch_size: int = 500,
+    batch_size: int = 100,
     device: torch.device | None = None,
 ) -> Tensor:
     """The logits of every image of a split: float32 (n, classes) on the CPU.
@@ -58,7 +58,7 @@ def predict(
     split: Split,
     *,
     normalize: Callable[[Tensor], Tensor],
-    batch_size: int = 500,
+    batch_size: int = 100,
     device: torch.device | None = None,
 ) -> np.ndarray:
     """The class of every image of a split: uint8 (n,), so 256 classes at most; parameters as in `logits`.

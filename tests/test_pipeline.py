@@ -1,5 +1,6 @@
 """Pipelines: stages in any order, budgets that cannot be met, and what is shared between configurations."""
 
+import copy
 import types
 
 import pytest
@@ -124,3 +125,28 @@ def test_torch_pruning_keeps_its_default(monkeypatch):
     work = types.SimpleNamespace(images=1, labels=2, whole=60)
     pipeline._Work._torch(work, None, types.SimpleNamespace(macs=6, score="magnitude"))
     assert asked == {"images": 1, "labels": 2, "macs": 10, "everywhere": True}
+
+
+def test_a_training_that_lies_beside_the_reference_is_not_done_again(bench, tmp_path):
+    """And one of another length is not taken for it."""
+    shape = {key: getattr(PLAIN, key) for key in ("channels", "size", "classes")}
+    torch.manual_seed(1)
+    network, beside = models.build(models.three_stage(1, **shape)), tmp_path / "beside"
+    bench.trained_before = lambda spec: copy.deepcopy(network)
+    bench.file_beside = lambda name: beside / name if (beside / name).is_file() else None
+
+    def rival(parameters):
+        run = Run(**vars(bench) | {"parameters": bench.parameters | parameters})
+        [made] = built(run, "small_dense", macs=2, family="three_stage", lambda_=1e-9)
+        return made
+
+    first = rival({})
+    [kept] = tmp_path.glob("trained_*.tensors")
+    beside.mkdir()
+    kept.rename(beside / kept.name)
+    again = rival({})
+    assert len(bench.fits) == 1
+    assert (again.train_images, again.train_seconds) == (first.train_images, first.train_seconds)
+    states = (one.network.state_dict() for one in (first, again))
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
+    assert rival({"distill_epochs": 0.4}).train_images > first.train_images and len(bench.fits) == 2

@@ -1,10 +1,10 @@
 """The quick profile of two commits, side by side in one run: wall time, and what each technique reaches.
 
-    python workflow/compare_quick.py OLD [NEW]
+    python workflow/compare_quick.py OLD [NEW] [--out build/compare_quick]
 
-Each commit (NEW: the one that is checked out) is cloned into a temporary folder and gets `make benchmark`,
-set-up included, one after the other: an hour on two cores, on which nothing else may run. NNC_DATA names the
-data's folder, where it is not to be fetched twice.
+Each commit (NEW: the one that is checked out) is cloned into a new folder below `--out` and gets
+`make benchmark`, set-up included, one after the other: an hour on two cores, on which nothing else may run.
+The clones stay there, with their results. NNC_DATA names the folder of data that need not be fetched twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import csv
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -53,6 +52,7 @@ def main() -> int:
     )
     parser.add_argument("old", help="a commit")
     parser.add_argument("new", nargs="?", default="HEAD", help="default: what is checked out")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/compare_quick")
     options = parser.parse_args()
     commits = []
     for name in (options.old, options.new):
@@ -60,8 +60,10 @@ def main() -> int:
         if found.returncode:
             parser.error(f"{name!r} is no commit of {ROOT.name}")
         commits.append(found.stdout.strip())
-    with tempfile.TemporaryDirectory(prefix="compare-") as place:
-        old, new = (measured(commit, Path(place) / str(number)) for number, commit in enumerate(commits))
+    folders = [options.out / commit[:12] for commit in commits]
+    if there := [str(folder) for folder in folders if folder.exists()]:
+        parser.error(f"{' and '.join(there)} exists: remove it, or give another --out")
+    new, old = (measured(commit, folder) for commit, folder in zip(commits[::-1], folders[::-1], strict=True))
     print(f"| | {commits[0][:12]} | {commits[1][:12]} |\n| --- | --- | --- |")
     for name in dict.fromkeys([*new, *old]):
         print(f"| {name} | {old.get(name, '–')} | {new.get(name, '–')} |")

@@ -2,8 +2,9 @@
 
 Three files in one folder: the network in 16 bits, `history.csv`, an epoch of its training a line, and
 `provenance.json`, the record of the run that trained it. Beside them narrow networks that had the same
-training: where 06 would train a rival from new weights, it takes the one of this architecture. And the logits
-of the network for each training image, which students of it then need not wait for.
+training: where 06 would train a rival from new weights, it takes the one of this architecture; its further
+training in a run of 06 (`trained_*.tensors` there) may be copied here, too. And the logits of the network for
+each training image, which students of it then need not wait for.
 """
 
 from __future__ import annotations
