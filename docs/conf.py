@@ -16,27 +16,36 @@ exclude_patterns += ["results/smoke", "results/*/history.md", "tests"]
 
 nb_execution_mode = "off"  # the outputs are those that are stored
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Show a solution", "Hide the solution"
 nb_render_markdown_format = "myst"  # an output that is Markdown may hold a table
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
 
+highlight_language = "none"  # of code blocks that name no language
 html_theme = "sphinx_book_theme"
 html_title = project
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True}
+html_theme_options["navbar_persistent"] = []  # the side bar has a search box already
+wide = ["docs/doctor", *(f"results/{name}/details" for name in ("standard", "quick", "medium"))]
+html_theme_options["secondary_sidebar_items"] = {"**": ["page-toc"]} | dict.fromkeys(wide, [])
+html_context = {"default_mode": "auto"}
 html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
 
 
 def _for_the_book(app, name, source):
-    """Solutions are folded, links to headings get the names that they have here, badges need a network."""
+    """Solutions are folded, figures get their text, links the names of headings; badges need a network."""
     source[0] = re.sub(r"(?m)^.*img\.shields\.io.*$", "", source[0])
     if name.startswith("notebooks/"):
         notebook = json.loads(source[0])
         for cell in notebook["cells"]:
             if "exercise" in cell["metadata"].get("tags", []):
                 cell["metadata"]["tags"].append("hide-input")
+            for output in cell.get("outputs", []):  # figures keep their text where only Jupyter looks for it
+                if text := output.get("metadata", {}).get("image/png", {}).get("alt"):
+                    cell["metadata"]["mystnb"] = {"image": {"alt": text}}
             if cell["cell_type"] == "markdown":
                 cell["source"] = re.sub(r"\]\(#(.*?)\)", _link, "".join(cell["source"]))
         source[0] = json.dumps(notebook)

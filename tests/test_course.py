@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
+from myst_parser.slugs import github_slugify
 from nbformat.v4 import new_code_cell, new_notebook
 
 from bench import course
@@ -22,6 +23,43 @@ def test_the_contents_of_a_notebook_link_to_its_headings(path):
     headings = re.findall(r"(?m)^## (.*)", "\n".join(prose))
     links = [unquote(link) for link in re.findall(r"\]\(#(.*?)\)", prose[0])]
     assert links == [heading.replace(" ", "-") for heading in headings]  # JupyterLab's names of headings
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_begins_with_what_it_takes_and_ends_with_what_it_gave(path):
+    cells = nbformat.read(path, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    top = " ".join(cells[0].source.split())
+    assert all(f"**{word}**" in top for word in ("You will be able to", "You need", "Contents."))
+    assert re.search(r"\*\*Time:\*\* .* to read, .*a minute to run", top)
+    parts = re.split(r"(?m)^## (Your predictions|Summary|Questionnaire)$", prose)
+    assert parts[1::2] == ["Your predictions", "Summary", "Questionnaire"]
+    _, summary, questions = parts[2::2]
+    assert len(re.findall(r"(?m)^- ", summary)) == 5 and "**In numbers.**" in summary
+    numbers = re.findall(r"<details><summary>(\d+)\. [^<]", questions)
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)] and 8 <= len(numbers) <= 12
+    end = questions[questions.rindex("</details>") :]
+    assert "**Try it.**" in end and re.search(r"\*\*Further reading\.\*\*(.|\n)*\]\(https://", end)
+    assert end.rstrip().splitlines()[-1].startswith("Next: [")
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_each_prediction_stands_in_an_earlier_cell_than_what_is_measured(path):
+    place, cells = {}, nbformat.read(path, as_version=4).cells
+    for number, cell in enumerate(cells):
+        for call, what in re.findall(r'predictions\.(predict|measured)\(\s*f?"([^"]+)"', cell.source):
+            place.setdefault(what, {})[call] = number
+    assert len(place) >= 2
+    assert all(one["predict"] < one["measured"] for one in place.values()), place
+
+
+def test_every_term_of_the_glossary_is_linked_from_a_notebook():
+    terms = re.findall(
+        r"(?m)^### (.*)", (NOTEBOOK.parents[1] / "docs/glossary.md").read_text(encoding="utf-8")
+    )
+    prose = "".join(path.read_text(encoding="utf-8") for path in NOTEBOOK.parent.glob("*.ipynb"))
+    linked = set(re.findall(r"docs/glossary\.md#([^)]+)\)", prose))
+    assert linked == {github_slugify(term) for term in terms}
 
 
 @pytest.fixture(scope="module")

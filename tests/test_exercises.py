@@ -1,6 +1,7 @@
 """Every checker passes two right answers, and says of each wrong one in words what is wrong."""
 
 import ast
+import html
 import importlib
 import inspect
 import re
@@ -66,12 +67,13 @@ def answers(number):
 
 @pytest.mark.parametrize("one", ALL, ids=lambda one: one.number)
 class TestExercise:
-    def test_right_answers_pass(self, one, capsys):
+    @pytest.mark.filterwarnings("error")  # a warning goes to standard error, too
+    def test_right_answers_pass(self, one, capfd):
         right, _ = answers(one.number)
         assert right, "a second right answer, written differently, is needed"
         for given in (one.given(), *([answer] for answer in right)):
             check(one.number, *(given if isinstance(given, list | tuple) else [given]))
-        said = capsys.readouterr()
+        said = capfd.readouterr()
         assert said.out == f"Exercise {one.number}: right.\n" * (1 + len(right))
         assert not said.err  # a grader takes anything there for a failure
 
@@ -95,9 +97,19 @@ class TestExercise:
         with pytest.raises(Wrong, match=f"Exercise {one.number} is still empty"):
             check(one.number, *one.given(stub))
 
-    def test_the_text_asks_and_has_hints(self, one):
-        assert f"Exercise {one.number} ·" in one.text and "<summary>Hint 1</summary>" in one.text
-        assert one.text.count("<details>") == one.text.count("</details>")
+    def test_the_text_asks_and_has_numbered_hints_that_are_folded(self, one):
+        assert f"Exercise {one.number} ·" in one.text
+        hints = re.findall(r"<details><summary>Hint (\d)</summary>", one.text)
+        assert hints and hints == [str(number) for number in range(1, len(hints) + 1)]
+        assert one.text.count("<details>") == one.text.count("</details>") == len(hints)
+
+    def test_what_a_hint_names_is_in_the_solution_or_in_the_text(self, one):
+        """A hint that names what the solution no longer uses has drifted from it."""
+        folded = "".join(re.findall(r"<details>.*?</details>", one.text, flags=re.DOTALL))
+        asked = re.sub(r"<details>.*?</details>", "", one.text, flags=re.DOTALL) + one.cell.source
+        for code in re.findall(r"<code>(.*?)</code>", folded, flags=re.DOTALL):
+            functions = re.findall(r"(\w\w+)\(", html.unescape(code))
+            assert all(re.search(rf"\b{name}\b", asked) for name in functions), code
 
 
 def test_numbers_are_of_their_notebook_and_unique():
@@ -105,6 +117,7 @@ def test_numbers_are_of_their_notebook_and_unique():
     assert len(set(numbers)) == len(numbers)
     for path in SOURCES:
         own = [one.number for one in found(path)]
+        assert len(own) >= 5
         assert own == [f"{int(path.stem[:2])}.{k}" for k in range(1, len(own) + 1)]
     for name in exercises.MODULES.values():
         if (Path(exercises.__file__).parent / f"{name}.py").is_file():
@@ -167,8 +180,18 @@ def test_a_prediction_is_kept_beside_what_was_measured(capsys):
     assert "you predicted 25, measured 75: ratio 3.00" in capsys.readouterr().out
     predictions.measured("never asked", 2)
     assert "measured 2; you predicted nothing" in capsys.readouterr().out
-    [axes] = predictions.show().axes
-    assert [bar.get_width() for bar in axes.patches] == [pytest.approx(3)]
+    predictions.predict("bytes", 8)
+    predictions.measured("bytes", 2)
+    figure = predictions.show()
+    [axes] = figure.axes
+    ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+    assert ends == [(1, pytest.approx(3)), (1, pytest.approx(0.25))]
+    figure.canvas.draw()
+    low, high = axes.get_xlim()
+    shown = [text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+    assert {"0.5", "1", "2"} <= {text.get_text() for text in shown}
+    boxes = [text.get_window_extent() for text in shown]
+    assert all(one.x1 < other.x0 for one, other in zip(boxes, boxes[1:])), "labels overlap"
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@
 #
 # We rewrite it, run it, and look at what each step leaves: bytes of a file, milliseconds, accuracy. Lines that fail are
 # run all the same, and their messages are shown: you will meet them again. One step repairs each of them, and the notebook
-# that teaches the step is named.
+# that teaches the step is named. Where a claim can be measured, it stands as a *prediction*: put your own number in its place
+# before you run the cell.
 #
 # **You will be able to** check a compression claim: by its file, by milliseconds, and by what the network still does.
-# **You need** Python and a rough idea of a convolution. **Time:** about a minute with the defaults, on scikit-learn's
-# digits.
+# **You need** Python and a rough idea of a convolution. **Time:** half an hour to read, a minute to run with the
+# defaults, on scikit-learn's digits.
 #
 # **Contents.**
 # [1 · Quantize](#1-·-%22Quantize-to-int8%22:-on-which-backend?).
@@ -39,6 +40,7 @@
 # [3 · Distill](#3-·-%22Distill%22:-what-is-left-of-the-first-two-steps?).
 # Then [claimed, as published, done right](#Claimed,-as-published,-done-right),
 # [the committed results](#The-committed-results),
+# [your predictions](#Your-predictions),
 # [a summary](#Summary)
 # and [a questionnaire](#Questionnaire).
 
@@ -65,6 +67,7 @@ import torch
 
 from bench.session import Bench
 from nnc_utils import artifact, data, evaluation, figures, models, runtimes, training
+from nnc_utils.exercises import predictions
 
 figures.style()
 bench = Bench("00_the_usual_recipe", globals())
@@ -231,9 +234,12 @@ print("it runs; logits of an image:", tuple(published_int8(one).shape))
 # *Predict*: the weights take 8 bits instead of 32. And the time? An integer instruction does up to four times as many
 # multiplications; but the claim is about a GPU.
 
+# %%
+predictions.predict("times smaller: int8", 4)
+
 # %% tags=["machine-dependent"]
 published = {1: {"bytes": file_bytes(published_int8), "accuracy": accuracy(published_int8)}}
-print(f"times smaller: predicted {32 / 8:g}, measured {fp32['bytes'] / published[1]['bytes']:.2f}")
+predictions.measured("times smaller: int8", fp32["bytes"] / published[1]["bytes"])
 print(f"accuracy {fp32['accuracy']:.1f} % before, {published[1]['accuracy']:.1f} % after")
 
 # %% tags=["machine-dependent"]
@@ -344,6 +350,9 @@ provoke(2, "the same with strict=False", lambda: fresh.load_state_dict(state, st
 # Without a share $a$ of the filters, a convolution has $1-a$ of its outputs and $1-a$ of its inputs. *Predict* the file
 # from that. Then [mask](../docs/glossary.md#mask) as the recipe does, and ask the file system.
 
+# %%
+predictions.predict("times smaller: masked", 8)
+
 # %% tags=["machine-dependent"]
 masked = copy.deepcopy(model)
 for layer in models.layers(spec)[:-1]:
@@ -354,9 +363,8 @@ for layer in models.layers(spec)[:-1]:
 published[2] = {"bytes": file_bytes(masked), "accuracy": accuracy(masked)}
 zeros = sum(int((masked.get_submodule(x.name).weight == 0).sum()) for x in models.layers(spec))
 print(f"{zeros / models.parameters(spec):.0%} of the weights are zero")
-print(f"times smaller: predicted {1 / (1 - amount) ** 2:.1f},", end=" ")
-print(f"measured {fp32['bytes'] / with_masks:.2f} with the masks,", end=" ")
-print(f"{fp32['bytes'] / published[2]['bytes']:.2f} after prune.remove")
+predictions.measured("times smaller: masked", fp32["bytes"] / published[2]["bytes"])
+print(f"by its shapes {1 / (1 - amount) ** 2:.1f}; with the masks {fp32['bytes'] / with_masks:.2f}")
 print(f"accuracy {fp32['accuracy']:.1f} % before, {published[2]['accuracy']:.1f} % after")
 
 # %% [markdown]
@@ -414,9 +422,13 @@ print(f"masked: {ratio:.1f}× smaller, {times['fp32'] / times['masked']:.1f}× f
 #
 # ## 3 · "Distill": what is left of the first two steps?
 #
-# A ResNet-50 teaches a *new* ResNet-18, by the divergence of their softened outputs alone (after
+# A ResNet-50 teaches a *new* ResNet-18, by the divergence of their [softened outputs](../docs/glossary.md#soft-labels) alone (after
 # [Hinton et al., 2015](https://arxiv.org/abs/1503.02531), who also used the labels). *Predict*, before anything is
 # trained, how large the [student](../docs/glossary.md#teacher-and-student)'s file will be: four bytes times the parameters of a ResNet-18.
+# And how many times smaller than the network of the start is that?
+
+# %%
+predictions.predict("times smaller: distilled", 10)
 
 # %% tags=["machine-dependent"]
 from torch.nn import functional
@@ -449,8 +461,8 @@ published[3] = {"bytes": file_bytes(student), "accuracy": accuracy(student)}
 kinds = {str(p.dtype).removeprefix("torch.") for p in student.parameters()}
 zeros = sum(int((p == 0).sum()) for p in student.parameters() if p.ndim > 1)
 print(f"bytes: predicted {4 * models.parameters(spec):,}, measured {published[3]['bytes']:,}")
-print(f"times smaller than at the start: {fp32['bytes'] / published[3]['bytes']:.2f},", end=" ")
-print(f"than the ResNet-50: {models.parameters(large.spec) / models.parameters(spec):.2f}")
+predictions.measured("times smaller: distilled", fp32["bytes"] / published[3]["bytes"])
+print(f"against the ResNet-50: {models.parameters(large.spec) / models.parameters(spec):.2f} times smaller")
 print(f"left of step 1: weights are {', '.join(kinds)}; left of step 2: {zeros} weights are zero")
 
 # %% [markdown]
@@ -601,6 +613,15 @@ for technique in ("quantization", "pruning", "distillation", "pipeline"):
         print(f"{technique}: {row['size_ratio']:.0f}× smaller, {row['delta_mean']:+.2f} pp {interval}")
     if best_of.empty:
         print(f"{technique}: no configuration within 0.3 pp")
+
+# %% [markdown]
+# ## Your predictions
+#
+# If you left the claims where they stood, their bars say what is left of them. A bar at 1 is a claim that holds.
+
+# %%
+shown = "For each prediction a bar: what was measured, divided by what was predicted"
+figures.show(predictions.show(), shown)
 
 # %% [markdown]
 # ## Summary

@@ -17,13 +17,14 @@
 # # 01 · The baseline: what "small", "fast" and "accurate" mean
 #
 # Compression is a claim about three numbers: bytes, milliseconds and accuracy. Before anything is compressed, this
-# notebook trains the network that everything is compared with. It counts each of the three numbers by hand once. In
+# notebook trains the [baseline](../docs/glossary.md#baseline), with which everything is compared. It counts each of the three numbers by hand once. In
 # every section you **predict** a number, then **measure** it, then look at the **ratio** of the two. A ratio of 1 means
 # that you understood. Another ratio is where you learn something.
 #
 # **You will be able to** count parameters and MACs, train a network that has converged, and say how accurate, how small
-# and how fast it is, and how sure you are. **You need** Python and a rough idea of a convolution. **Time:** about a
-# minute with the defaults, which use scikit-learn's digits: 8×8 images that come with the library.
+# and how fast it is, and how sure you are. **You need** Python and a rough idea of a convolution. **Time:** 45
+# minutes to read, 45 for the six exercises, a minute to run with the defaults. These use scikit-learn's digits: 8×8 images
+# that come with the library.
 #
 # **Contents.**
 # [1 · The images](#1-·-What-are-the-images?).
@@ -97,7 +98,7 @@ figures.show(figure, f"Ten training images of {dataset} with their classes")
 # ## 2 · What is the network?
 #
 # The network is a ResNet-18 ([He et al., 2016](https://arxiv.org/abs/1512.03385)): a stem, four stages of two residual
-# blocks, and a classifier. Its architecture is data. A **Spec** lists the stem, the blocks of each stage, the width and
+# blocks, and a classifier. Its architecture is data. A [**Spec**](../docs/glossary.md#spec) lists the stem, the blocks of each stage, the width and
 # kernel of every convolution, and how each block is connected. `build(spec)` turns it into a module. A pruned or
 # searched network will be nothing but another Spec.
 
@@ -140,7 +141,7 @@ else:
 # ### Exercise 1.1 · Parameters of a layer
 #
 # A layer knows its `kind` ("conv" or "linear"), `in_channels`, `out_channels`, `kernel` and whether a `batch_norm` follows.
-# A convolution here has no bias; the classifier has one. Return the number of parameters.
+# A convolution here has no bias; the classifier has one. Return the number of [parameters](../docs/glossary.md#parameters).
 #
 # <details><summary>Hint 1</summary>Weights first: each output channel has one kernel for each input channel.</details>
 # <details><summary>Hint 2</summary>Batch-norm multiplies each channel by a factor and adds a shift.</details>
@@ -189,14 +190,14 @@ predictions.measured("parameters in the last stage (%)", last)
 #
 # ## 4 · What does one image cost?
 #
-# Work is counted in **MACs**, multiply-accumulate operations of convolutions and linear layers for one image. A
+# Work is counted in [**MACs**](../docs/glossary.md#macs), multiply-accumulate operations of convolutions and linear layers for one image. A
 # convolution with an output of $h \times w$ pixels takes $c \cdot d \cdot k^2 \cdot h \cdot w$ of them. PyTorch's own
 # counter reports floating-point operations, two for each MAC.
 #
 # ### Exercise 1.2 · MACs of a layer
 #
 # Beside the fields of exercise 1.1 a layer knows `size_in` and `size_out`, the height and width of its input and its output
-# in pixels (1 for the classifier). Return its [MACs](../docs/glossary.md#macs) for one image.
+# in pixels (1 for the classifier). Return its MACs for one image.
 #
 # <details><summary>Hint 1</summary>At one pixel of the output, each weight is used once.</details>
 # <details><summary>Hint 2</summary>With stride 2 the output has a quarter of the input's pixels.</details>
@@ -325,7 +326,7 @@ print(f"over the last fifth of the epochs accuracy changed by {rise:+.2f} pp: th
 #
 # ## 6 · How many bytes?
 #
-# A float32 takes four bytes. The network is saved as an **artifact**: one safetensors file with Spec, weights,
+# A float32 takes four bytes. The network is saved as an [**artifact**](../docs/glossary.md#artifact): one safetensors file with Spec, weights,
 # batch-norm statistics, preprocessing and class names.
 #
 # ### Exercise 1.3 · The length of a file
@@ -366,7 +367,7 @@ with torch.inference_mode():
 # %% [markdown]
 # ## 7 · How fast is it?
 #
-# *Predict*: the time of one image is at least its MACs divided by the MACs a second that this processor reaches in a
+# *Predict*: the time of one image, its [latency](../docs/glossary.md#latency), is at least its MACs divided by the MACs a second that this processor reaches in a
 # large matrix product. Then measure one image in plain ("eager") PyTorch.
 
 # %% tags=["machine-dependent"]
@@ -403,7 +404,7 @@ print(f"ratio {measured_ms / predicted_ms:.1f}")
 #
 # ## 8 · How accurate is it, and how sure are we?
 #
-# Accuracy is correct ÷ number of images.
+# [Accuracy](../docs/glossary.md#accuracy) is correct ÷ number of images.
 #
 # ### Exercise 1.4 · Find the bug: accuracy over batches
 #
@@ -429,7 +430,7 @@ check("1.4", accuracy)
 # ### Exercise 1.5 · How sure is an accuracy?
 #
 # With $n$ test images an accuracy $p$, as a share, has the standard error $\sqrt{p(1-p)/n}$. A 95 % interval reaches
-# 1.96 of them to either side. Return half its width in percentage points, for an accuracy in percent.
+# 1.96 of them to either side. Return half its width in [percentage points](../docs/glossary.md#percentage-points-pp), for an accuracy in percent.
 #
 # <details><summary>Hint 1</summary>Divide the accuracy by 100 first, and multiply the result by 100.</details>
 
@@ -471,9 +472,9 @@ print(f"predicted ±{predicted_half:.2f} pp, ratio {half / max(predicted_half, 1
 # %% [markdown]
 # **What it means.** Two networks that are measured on *different* images cannot be told apart within this interval.
 # Scored on the *same* images they can: most images are right or wrong for both, and only the few on which they differ
-# count. All later comparisons use that **paired** interval:
+# count. All later comparisons use that [**paired** interval](../docs/glossary.md#paired-interval):
 #
-# $$\bar d \pm 1.96 \cdot \frac{\mathrm{sd}(d)}{\sqrt n}, \qquad d_i = \text{compressed right}_i - \text{reference right}_i$$
+# $$\begin{gathered} \bar d \pm 1.96 \cdot \frac{\mathrm{sd}(d)}{\sqrt n} \\ d_i = \text{compressed right}_i - \text{reference right}_i \end{gathered}$$
 #
 # For the deviation one image that is won and one that is lost are added
 # ([Bonett and Price, 2012](https://doi.org/10.3102/1076998611411915)). That matters where few images differ.
@@ -528,7 +529,7 @@ print([round(v, 4) for v in (package.low, package.mean, package.high)])
 
 # %% [markdown]
 # **What would fool you.** Two networks that differ on *no* image of a small test set. Without the two added images the
-# interval would have no width, but the truth may still differ. With $n$ images and no difference the **rule of three**
+# interval would have no width, but the truth may still differ. With $n$ images and no difference the [**rule of three**](../docs/glossary.md#rule-of-three)
 # allows ±300/n pp ([Hanley and Lippman-Hand, 1983](https://doi.org/10.1001/jama.1983.03330370053031)). No interval of
 # this course is narrower.
 
@@ -543,7 +544,7 @@ for count in (len(images.test), 10_000):
 # %% [markdown]
 # ## Benchmark
 #
-# One measurement of one artifact is one **row**. Tables, figures and reports are made of rows only.
+# One measurement of one artifact is one [**row**](../docs/glossary.md#row). Tables, figures and reports are made of rows only.
 
 # %% tags=["benchmark"]
 bench.finish()

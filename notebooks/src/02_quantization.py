@@ -113,8 +113,8 @@ predictions.measured("weights beyond 3 deviations (%)", beyond)
 #
 # ## 2 · What is the uniform quantizer?
 #
-# With $b$ bits a weight becomes a whole number $q$, its **code**. One code is $s$ wide (the **scale**), and the code $z$
-# (the **zero-point**) stands for 0 ([Jacob et al., 2018](https://arxiv.org/abs/1712.05877)):
+# [Uniform](../docs/glossary.md#uniform-quantization) levels are equally far apart. With $b$ bits a weight becomes a whole number $q$, its **code**. One code is $s$ wide (the **scale**), and the code $z$
+# (the [**zero-point**](../docs/glossary.md#scale-and-zero-point)) stands for 0 ([Jacob et al., 2018](https://arxiv.org/abs/1712.05877)):
 #
 # $$q = \mathrm{round}(w / s) + z, \qquad \hat w = (q - z) \cdot s$$
 #
@@ -336,7 +336,7 @@ print(
 #
 # ## 5 · Must levels be evenly spaced?
 #
-# A **codebook** of $2^b$ values can put its levels where the weights are. [Deep
+# A [**codebook**](../docs/glossary.md#codebook) of $2^b$ values can put its levels where the weights are. [Deep
 # Compression](https://arxiv.org/abs/1510.00149) finds them by k-means: give each weight its nearest level, move each
 # level to the mean of its weights, repeat.
 #
@@ -344,7 +344,7 @@ print(
 #
 # Give each of the `values` (n,) its nearest level of the `codebook` (levels,), which ascends. Then move each level to
 # the mean of its values, each weighted by its `importance` (n,). A level stays where it is if it has no values, or if
-# the importances of its values add up to 0. Return the moved [codebook](../docs/glossary.md#codebook).
+# the importances of its values add up to 0. Return the moved codebook.
 #
 # <details><summary>Hint 1</summary>Nearest: the borders lie in the middle between neighbouring levels.
 # <code>torch.bucketize(values, borders)</code> gives each value the number of its interval.</details>
@@ -417,12 +417,13 @@ print(f"({errors[0] / errors[1]:.2f} times smaller)")
 
 # %% [markdown]
 # **What it means.** K-means gains most where few weights lie far out. A layer whose weights are close to a bell curve gains
-# little, and an integer [runtime](../docs/glossary.md#runtime) cannot compute with codebooks.
+# little, and an integer [runtime](../docs/glossary.md#runtime) cannot compute with codebooks: such a file's
+# time is [simulated](../docs/glossary.md#simulated).
 #
 # ## 6 · Which errors matter?
 #
 # A change $\delta_i$ of a weight changes the loss by about $\tfrac12 h_i \delta_i^2$, with $h_i$ the diagonal of the
-# Hessian. At a minimum that is approximately the **Fisher information**: the mean squared gradient, with labels drawn
+# Hessian. At a minimum that is approximately the [**Fisher information**](../docs/glossary.md#fisher-information): the mean squared gradient, with labels drawn
 # from the network's own predictions. [Choi et al., 2017](https://arxiv.org/abs/1612.01543) weight k-means by it.
 #
 # ### Exercise 2.4 · Find the bug: the mean squared gradient
@@ -610,7 +611,8 @@ def compensated(weights: torch.Tensor, errors: torch.Tensor, factor: torch.Tenso
 check("2.5", compensated)
 
 # %% [markdown]
-# We add a **price of a bit**, $\lambda$: a code is chosen for the smallest
+# [Second-order rounding](../docs/glossary.md#second-order-rounding) counts the bits, too. Let [$\lambda$](../docs/glossary.md#λ-lambda_) be the loss that one bit may
+# cost, its price. A code is chosen for the smallest
 #
 # $$\text{loss} + \lambda \cdot \text{bits},$$
 #
@@ -877,7 +879,7 @@ table.map("{:.2g}".format)
 # ## 10 · What flows between the layers?
 #
 # Integer arithmetic needs integers on both sides. Activations become *unsigned* 8-bit codes with a scale and a zero-point, as
-# in section 2. The range comes from training images (**calibration**). *Predict* the zero-point of a range from −1 to 3, and
+# in section 2. The range comes from training images ([**calibration**](../docs/glossary.md#calibration)). *Predict* the zero-point of a range from −1 to 3, and
 # of one behind a ReLU.
 
 # %% tags=["nbval-check-output"]
@@ -927,7 +929,7 @@ print(f"the package does the same: {same}; zero-point 0 at {behind_relu} of {len
 #
 # ## 11 · Can batch-norm be repaired without training?
 #
-# Rounded weights give other sums than those whose mean and variance batch-norm remembers. **Re-estimation** shows both networks
+# Rounded weights give other sums than those whose mean and variance batch-norm remembers. [**Re-estimation**](../docs/glossary.md#batch-norm-re-estimation) shows both networks
 # the same images and takes the rounded network's statistics
 # ([Sun et al., 2019](https://proceedings.neurips.cc/paper/2019/hash/65fc9fb4897a89789352e211ca2d398f-Abstract.html)). A few
 # images give other statistics than the training did, with the float network, too: this difference, counted in deviations, stays.
@@ -1010,7 +1012,7 @@ pd.DataFrame(lines).set_index("bits").round(1)
 # return codes * scale
 # ```
 #
-# Return the same values, with the gradients of LSQ: inside the range, $|w/s| \le Q$, a weight gets 1, outside 0.
+# Return the same values, with the gradients of [LSQ](../docs/glossary.md#lsq): inside the range, $|w/s| \le Q$, a weight gets 1, outside 0.
 #
 # <details><summary>Hint 1</summary><code>x + (f(x) - x).detach()</code> has the value of f(x) and the gradient of x.</details>
 # <details><summary>Hint 2</summary>Only the rounding is passed over. The clamp keeps its own gradient, and so does the division
@@ -1099,12 +1101,12 @@ print(
 # level, as LSQ divides the gradient of its step. `{"method": "kmeans", "bits": 3, "train": "finetune"}` is measured so.
 #
 # **What it means.** The gradient of the step alone finds the range that section 3 had to search. In
-# **quantization-aware training** (`qat`) all steps and weights descend the loss of the task. Batch-norm stays unfolded
+# [**quantization-aware training**](../docs/glossary.md#quantization-aware-training-qat) (`qat`) all steps and weights descend the loss of the task. Batch-norm stays unfolded
 # (*folding* multiplies its scale into the weights): weights are rounded before it, exactly as in the file, so that the
 # integers that were trained are the integers that run. The first convolution and the classifier stay at 8 bits; the
 # bytes count them, too.
 #
-# **What would fool you.** A network that rounds and then multiplies floats is *fake-quantized*: right for training, no faster,
+# **What would fool you.** A network that rounds and then multiplies floats is [*fake-quantized*](../docs/glossary.md#fake-quantization): right for training, no faster,
 # no proof. Convert a file for ONNX Runtime and count the operators that run in integers. *Predict*: one for each convolution, each
 # addition of a block, and the classifier.
 
@@ -1190,9 +1192,9 @@ figures.show(predictions.show(), shown)
 # %% [markdown]
 # ## Summary
 #
-# - A code, a scale and a [zero-point](../docs/glossary.md#scale-and-zero-point) make a quantizer. The range and the granularity decide its error.
-# - Errors count by the curvature of the loss, within a channel more than between channels, and they can cancel. A price $\lambda$
-#   of a bit joins loss and bytes.
+# - A code, a scale and a zero-point make a quantizer. The range and the granularity decide its error.
+# - Errors count by the curvature of the loss, within a channel more than between channels, and they can cancel. $\lambda$,
+#   the loss that a bit may cost, joins loss and bytes.
 # - Bits are what the entropy coder takes. Measure the file.
 # - Re-estimate batch-norm before you train.
 # - Fake quantization is right for training and proves nothing about speed: count the operators that run in integers.
@@ -1238,7 +1240,7 @@ figures.show(predictions.show(), shown)
 # derivative 0 nearly everywhere, so no weight would be trained. The estimator passes the gradient as if there were no
 # rounding. LSQ gives the step a gradient, too, so that the range is trained.</details>
 #
-# **Try.** (1) Set `bits = 2`: what does k-means gain now, and why? (2) Add
+# **Try it.** (1) Set `bits = 2`: what does k-means gain now, and why? (2) Add
 # `{"method": "uniform", "bits": 4, "granularity": "tensor"}` to `configurations`: predict what it loses against per channel.
 # (3) Raise `lambda_` of `hessian_rounding` tenfold: how much smaller is the file? (4) Set `calibration_images = 8`: which
 # predictions of section 7 break first?

@@ -23,7 +23,7 @@
 #
 # **You will be able to** describe a space of networks, predict what each costs, judge candidates without training them,
 # search in four ways, and say whether the search was worth it. **You need** [01](01_baseline.ipynb) and the soft labels of
-# [04](04_distillation.ipynb). **Time:** about a minute with the defaults; an hour or two with the seven exercises.
+# [04](04_distillation.ipynb). **Time:** an hour to read, an hour for the seven exercises, a minute to run.
 #
 # **Contents.**
 # [1 · What may a network be?](#1-·-What-may-a-network-be?)
@@ -35,8 +35,8 @@
 # [7 · The benchmark](#7-·-Does-a-search-beat-what-a-person-draws?).
 # Then [the committed results](#The-committed-results),
 # [your predictions](#Your-predictions),
-# [a questionnaire](#Questionnaire)
-# and [a summary](#Summary).
+# [a summary](#Summary)
+# and [a questionnaire](#Questionnaire).
 
 # %% tags=["parameters"]
 widest: float = 0.25  # [0.0625, 1] largest width of a stage as a share of ResNet-18's, in sixteenths
@@ -294,7 +294,7 @@ figures.show(figure, "Histogram of the MACs of 1,000 random networks; a line mar
 # A ratio of MACs is no speed-up, and a search cannot time every candidate. So **blocks** are timed beforehand, in int8, one
 # thread, alone on the machine, and a sum of features $f_i$ (calls, convolutions, padded MACs, gathered inputs …) is fitted:
 #
-# $$\hat t(a) = \sum_i c_i f_i(a), \qquad c = \arg\min_{c \ge 0} \sum_n \left(\hat t(a_n) / t_n - 1\right)^2$$
+# $$\begin{gathered} \hat t(a) = \sum_i c_i f_i(a) \\ c = \arg\min_{c \ge 0} \sum_n \left(\hat t(a_n) / t_n - 1\right)^2 \end{gathered}$$
 #
 # The errors are *relative*: otherwise the slowest networks decide everything. The times below are the committed ones,
 # of ONNX Runtime: 60 blocks to fit, 30 whole networks to test. *Predict*: how far off is a model that knows MACs alone?
@@ -396,8 +396,8 @@ figures.show(
 # ## 4 · Can one network hold all others?
 #
 # Networks of the space differ in how much of a layer they use. So train *one*, the largest, such that the first $c$
-# channels of each layer, and the middle of each kernel, are a good network, too (a **supernet**). A smaller network is a
-# slice. *Predict*: which share of the [supernet](../docs/glossary.md#supernet)'s weights does the smallest network use?
+# channels of each layer, and the middle of each kernel, are a good network, too (a [**supernet**](../docs/glossary.md#supernet)). A smaller network is a
+# slice. *Predict*: which share of the supernet's weights does the smallest network use?
 
 # %%
 predictions.predict("parameters of the smallest network, of the largest (%)", 25)
@@ -448,7 +448,7 @@ predictions.measured("parameters of the smallest network, of the largest (%)", 1
 # %% [markdown]
 # ### How does one set of weights learn to be many networks?
 #
-# By the **sandwich rule** ([Yu and Huang, 2019](https://arxiv.org/abs/1903.05134)): each step trains the largest
+# By the [**sandwich rule**](../docs/glossary.md#sandwich-rule) ([Yu and Huang, 2019](https://arxiv.org/abs/1903.05134)): each step trains the largest
 # network, one of the narrowest and two random ones between. The largest learns from labels, the others from its [soft
 # labels](../docs/glossary.md#soft-labels):
 #
@@ -539,7 +539,7 @@ print(f"{own - borrowed:+.1f} pp for {evaluate.cost - 200} images and no trainin
 #
 # ## 5 · Which network next?
 #
-# Four ways to choose what to ask. To see them at work without waiting, ask a **made-up landscape**: each option has a worth,
+# Four ways to choose what to ask: at random, by [evolution or REINFORCE](../docs/glossary.md#evolution-reinforce), by gradients. To see them at work without waiting, ask a **made-up landscape**: each option has a worth,
 # and so has each pair of options. It needs no images, and we know its rules; no method does.
 
 # %%
@@ -674,7 +674,7 @@ print(f"the best there is: {allowed.max():.2f} %")
 # Each option has a probability $p$; after a batch of answers $R_i$ the logits $z$ move along an estimate of the gradient of
 # the expected reward ([Zoph and Le, 2017](https://arxiv.org/abs/1611.01578)), with a baseline $b$ against its noise:
 #
-# $$\nabla_z \mathbb{E}[R] \approx \frac1n \sum_i (R_i - b)\, \nabla_z \log p(a_i), \qquad \nabla_z \log p(a) = \text{onehot}(a) - p$$
+# $$\begin{gathered} \nabla_z \mathbb{E}[R] \approx \frac1n \sum_i (R_i - b)\, \nabla_z \log p(a_i) \\ \nabla_z \log p(a) = \text{onehot}(a) - p \end{gathered}$$
 #
 # *Predict*: two options with rewards 2 and 5 and probabilities 0.67 and 0.33. By hand the gradient of the mean reward is
 # $\pm p_1 p_2 (r_1 - r_2)$. Does the baseline change the mean of the estimate, or its spread?
@@ -1053,6 +1053,22 @@ shown = "For each prediction a bar: what was measured, divided by what was predi
 figures.show(predictions.show(), shown)
 
 # %% [markdown]
+# ## Summary
+#
+# - A space is data: numbers for decisions, tables for costs, a fitted sum for milliseconds.
+# - A supernet judges a network in a fraction of a second. Check by τ, with its interval, what its judgement is worth.
+# - Batch-norm's statistics belong to one network: each candidate gets its own, from a few images and without training.
+# - A search's own score of its winner says little: train the winner and its rivals alone, and compare these.
+# - A search is worth its cost only if it beats random search at equal cost *and* the small networks drawn by hand; it
+#   cannot, where its space does not hold them.
+#
+# <!-- numbers:begin -->
+# **In numbers.** A searched network (16× fewer MACs, random search, each trained alone, distilled from the
+# compressed network) is held against a rival (16× fewer MACs, a narrow ResNet-18 by hand, distilled from the
+# compressed network): the difference is +0.15 [-0.03, +0.34] pp, and the verdict "undecided, in a larger file". The
+# searched network's file is 23.4× smaller than the uncompressed network's.
+# <!-- numbers:end -->
+#
 # ## Questionnaire
 #
 # Answer before you unfold.
@@ -1091,25 +1107,8 @@ figures.show(predictions.show(), shown)
 # <details><summary>12. The interval of τ contains 0. What may you say of the supernet, and of the winner's score by
 # it?</summary>That it is not shown to rank networks better than chance. The score then says little: train the winner,
 # random networks and the rivals by hand alone, and compare these.</details>
-
-# %% [markdown]
-# ## Summary
 #
-# - A space is data: numbers for decisions, tables for costs, a fitted sum for milliseconds.
-# - A supernet judges a network in a fraction of a second. Check by τ, with its interval, what its judgement is worth.
-# - Batch-norm's statistics belong to one network: each candidate gets its own, from a few images and without training.
-# - A search's own score of its winner says little: train the winner and its rivals alone, and compare these.
-# - A search is worth its cost only if it beats random search at equal cost *and* the small networks drawn by hand; it
-#   cannot, where its space does not hold them.
-#
-# <!-- numbers:begin -->
-# **In numbers.** A searched network (16× fewer MACs, random search, each trained alone, distilled from the
-# compressed network) is held against a rival (16× fewer MACs, a narrow ResNet-18 by hand, distilled from the
-# compressed network): the difference is +0.15 [-0.03, +0.34] pp, and the verdict "undecided, in a larger file". The
-# searched network's file is 23.4× smaller than the uncompressed network's.
-# <!-- numbers:end -->
-#
-# **Experiments.** (1) Set `macs = 64`: which stage does the winner narrow first? Predict, then read its Spec. (2)
+# **Try it.** (1) Set `macs = 64`: which stage does the winner narrow first? Predict, then read its Spec. (2)
 # Remove `* matters[..., None]` from exercise 5.6: does REINFORCE still find as much? (3) Use the fit with the bug of
 # exercise 5.3: which networks get worse? (4) Set `alone = 16`: does your own τ have an interval without 0?
 #

@@ -16,7 +16,7 @@
 # %% [markdown]
 # # 07 · Deployment: the same file in several runtimes
 #
-# A smaller file is not yet a faster network. Speed is what a *runtime* makes of it: which operators it fuses, whether
+# A smaller file is not yet a faster network. Speed is what a [*runtime*](../docs/glossary.md#runtime) makes of it: which operators it fuses, whether
 # it has integer kernels, how many threads it may use.
 #
 # **You will be able to** fold batch-norm, run a layer in integers by hand, see whether a runtime really uses integers, time a
@@ -39,8 +39,8 @@
 # [13 · Would you measure the same again?](#13-·-Would-you-measure-the-same-again?)
 # Then [the committed results](#The-committed-results),
 # [your predictions](#Your-predictions),
-# [a questionnaire](#Questionnaire)
-# and [a summary](#Summary).
+# [a summary](#Summary)
+# and [a questionnaire](#Questionnaire).
 #
 # Write down your prediction before you run a cell.
 
@@ -79,7 +79,7 @@ timing = Timing(bench, networks, in_runtimes)
 # %% [markdown]
 # ## 1 · What does a runtime do first?
 #
-# It **folds** batch-norm into the convolution before it: both are linear, so one multiplication does the work of two
+# It [**folds**](../docs/glossary.md#folding) batch-norm into the convolution before it: both are linear, so one multiplication does the work of two
 # ([Jacob et al., 2018](https://arxiv.org/abs/1712.05877), section 3.2). For output channel $c$
 #
 # $$w'_c = w_c \cdot \frac{\gamma_c}{\sqrt{\sigma_c^2 + \varepsilon}}, \qquad b'_c = \beta_c - \mu_c \cdot \frac{\gamma_c}{\sqrt{\sigma_c^2 + \varepsilon}}$$
@@ -137,7 +137,7 @@ for ours, theirs in zip((weight, bias), qdq.float_layers(fp32)["conv1"]):
 # negative $\gamma$ flips their signs. With codes $q_w$, $q_x$ of weight and input, scales $s_w$, $s_x$ and the input's
 # zero-point $z_x$ an output is
 #
-# $$y = s_x s_w \Big( \sum (q_x - z_x)\, q_w + q_b \Big), \qquad q_b = \mathrm{round}\!\Big(\frac{b'}{s_x s_w}\Big)$$
+# $$\begin{gathered} y = s_x s_w \Big( \sum (q_x - z_x)\, q_w + q_b \Big) \\ q_b = \mathrm{round}\!\Big(\frac{b'}{s_x s_w}\Big) \end{gathered}$$
 #
 # where $b'$ is the folded bias. The sum is whole numbers only.
 #
@@ -203,7 +203,7 @@ def multiply(inputs, codes, bias, zero_point: int, stride: int, padding: int) ->
 check("7.3", multiply)
 
 # %% [markdown]
-# Now the whole layer. The package's `fold_batch_norm` gives factor and bias of exercise 7.1. *Predict*: do 16 bits hold the
+# Now the whole layer: the sums become codes again, by [requantization](../docs/glossary.md#requantization). The package's `fold_batch_norm` gives factor and bias of exercise 7.1. *Predict*: do 16 bits hold the
 # sum, or does it need 32?
 
 
@@ -246,7 +246,8 @@ print("codes as the package lowers them:", torch.equal(qdq.lower(int8).layers["c
 # %% [markdown]
 # ## 3 · Are the codes in the file those that run?
 #
-# A library's own observers would choose scales anew and round the weights again. Here every runtime gets the file's integers.
+# A library's own observers would choose scales anew and round the weights again. Here every runtime gets the file's
+# integers, by one [lowering](../docs/glossary.md#lowering).
 # Compare |codes| in the file, layer by layer, with those in the ONNX graph. (ExecuTorch gets the same, its activations less
 # 128; only its classifier's input gets a new range for each image.)
 
@@ -297,7 +298,7 @@ def fall_back(spec: models.Spec, lost: str) -> list[str]:
 check("7.4", fall_back)
 
 # %% [markdown]
-# Ask the [runtime](../docs/glossary.md#runtime). The second tensor is the output of a block.
+# Ask the runtime. The second tensor is the output of a block.
 
 
 # %% tags=["nbval-check-output"]
@@ -410,7 +411,8 @@ print(text.summary(doctor.examine(folder / "repaired.onnx")))
 #
 # ## 5 · What does one timing say?
 #
-# *Predict*: how much longer than the median does the first prediction take? And is the mean above or below the median?
+# The [latency](../docs/glossary.md#latency) is the time for one image; [throughput](../docs/glossary.md#throughput) needs many at once. *Predict*: how much longer than the
+# median does the first prediction take? And is the mean above or below the median?
 
 # %%
 predictions.predict("first prediction ÷ median", 2)
@@ -786,9 +788,23 @@ shown = "For each prediction a bar: what was measured, divided by what was predi
 figures.show(predictions.show(), shown)
 
 # %% [markdown]
+# ## Summary
+#
+# - A runtime folds, fuses and picks kernels. Count its integer operators; the name of a file proves nothing.
+# - A kernel pads with the zero-point, and its accumulator must hold the worst sum. Both follow from the codes alone.
+# - Time in turn, warm up, quote medians of ratios. Say against what.
+# - The change between two timings is the uncertainty of a speed-up. Whatever is smaller is no difference.
+# - Channels that are removed save time everywhere. Masks save none, int8 as much as the instructions give.
+#
+# <!-- numbers:begin -->
+# **In numbers.** In int8, without training, a network is 4.20× as fast as in the fastest fp32 runtime, and 10.3× as
+# fast as in eager PyTorch. The pipeline's network takes 0.173 ms for an image: 18.0× as fast as the fastest fp32
+# runtime.
+# <!-- numbers:end -->
+#
 # ## Questionnaire
 #
-# Answer first, then unfold.
+# Answer before you unfold.
 #
 # <details><summary>1. Why does folding batch-norm leave the codes of the weights alone?</summary>Folding multiplies all
 # weights of an output channel by one factor. The scale of the channel takes its size; only the sign of a negative factor
@@ -819,20 +835,6 @@ figures.show(predictions.show(), shown)
 # And an entropy-coded file is decoded first.</details>
 # <details><summary>12. A speed-up changes by several percent when it is timed again. What can you claim?</summary>No
 # difference that is smaller than that change. Idle the machine and measure again.</details>
-#
-# ## Summary
-#
-# - A runtime folds, fuses and picks kernels. Count its integer operators; the name of a file proves nothing.
-# - A kernel pads with the zero-point, and its accumulator must hold the worst sum. Both follow from the codes alone.
-# - Time in turn, warm up, quote medians of ratios. Say against what.
-# - The change between two timings is the uncertainty of a speed-up. Whatever is smaller is no difference.
-# - Channels that are removed save time everywhere. Masks save none, int8 as much as the instructions give.
-#
-# <!-- numbers:begin -->
-# **In numbers.** In int8, without training, a network is 4.20× as fast as in the fastest fp32 runtime, and 10.3× as
-# fast as in eager PyTorch. The pipeline's network takes 0.173 ms for an image: 18.0× as fast as the fastest fp32
-# runtime.
-# <!-- numbers:end -->
 #
 # **Try it.** (1) Set `batches = [1, 8, 64]`: at which batch does int8 pay most? (2) Set `threads = [1]` and then all your
 # cores: what happens to batch 1? (3) Add `{"method": "channels", "macs": 4, "compensate": True}` to `networks`: predict its
