@@ -1,8 +1,10 @@
 """On a cluster: what is asked of Slurm; and a real one of two nodes on this machine, one of them killed."""
 
+import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -126,6 +128,36 @@ def test_a_job_gets_what_the_profile_says(tools, tmp_path, monkeypatch, capfd):
     assert "--exclusive" not in first and "--exclusive" in second  # what is timed
 
 
+def test_the_weekly_tests_refuse_a_machine_that_would_skip_them(tmp_path):
+    programs = ["chromium", "npm", "slurmctld", "slurmd", "srun", "munged", "slurmdbd", "mariadbd", "make"]
+    for name in programs:
+        (tmp_path / name).write_text('#!/bin/sh\necho "$0 $@"\n')
+        (tmp_path / name).chmod(0o755)
+    script = provenance.PACKAGE.parent / ".ci/weekly"
+    text = script.read_text(encoding="utf-8")
+    (tmp_path / "clone/.ci").mkdir(parents=True)
+    weekly = tmp_path / "clone/.ci/weekly"
+    weekly.write_text(text.replace("$PATH:/usr/sbin", f"{tmp_path}:{tmp_path}/tools"))  # no others
+    (tmp_path / "tools").mkdir()
+    for tool in ("git", "dirname", "bash"):
+        (tmp_path / "tools" / tool).symlink_to(shutil.which(tool))
+    commit = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a", "--allow-empty"]
+    git = functools.partial(subprocess.run, cwd=tmp_path / "clone", check=True)
+    git(["git", "init", "-q"])
+
+    def run():
+        path = f"{tmp_path / 'tools'}"
+        return subprocess.run(["bash", weekly], env={"PATH": path}, capture_output=True, text=True)
+
+    git(["git", *commit], env=os.environ | {"GIT_COMMITTER_DATE": "2020-01-01T00:00:00Z"})
+    assert "nothing to test" in run().stdout
+    git(["git", *commit])
+    assert run().stdout.split()[1:] == ["test", "SLOW=1"]
+    (tmp_path / "slurmd").unlink()
+    done = run()
+    assert done.returncode == 1 and "no slurmd here" in done.stderr and "apt-get install" in done.stderr
+
+
 # --- A real cluster -------------------------------------------------------------------------------
 
 
@@ -194,15 +226,34 @@ def test_a_node_is_killed_and_the_networks_are_those_of_a_local_run(tmp_path, mo
 
 
 @pytest.mark.slow
-def test_with_accounting_a_failed_job_is_named_with_its_log(tmp_path, monkeypatch, capfd):
+def test_with_accounting_a_failed_job_is_named_with_its_log_and_a_stopped_benchmark_goes_on(
+    tmp_path, monkeypatch, capfd
+):
     root = clone(tmp_path)
     monkeypatch.setenv("NNC_ROOT", str(root))
+    first = PROFILE | {"stages": {"01_baseline": STAGES["01_baseline"]}}
+    (root / "workflow/profiles/tiny.yaml").write_text(yaml.safe_dump(first))
     cells = root / "notebooks/01_baseline.ipynb"
-    cells.write_text(cells.read_text().replace("from bench", "import os; os._exit(3)\\nfrom bench", 1))
+    whole = cells.read_text()
+    cells.write_text(whole.replace("from bench", "import os; os._exit(3)\\nfrom bench", 1))
     with slurm(monkeypatch, accounting=True) as running:
         join(monkeypatch, running)
         assert cluster.status_command() == "sacct"
-        assert workflow.benchmark("tiny", on_cluster="slurm", only=["01_baseline/*"]) == 1
-    said = capfd.readouterr().out
-    logs = list(cluster.logs("tiny").rglob("*.log"))
-    assert len(logs) == 2 and all(str(log) in said for log in logs), said  # tried twice
+        assert workflow.benchmark("tiny", on_cluster="slurm") == 1
+        said = capfd.readouterr().out
+        logs = list(cluster.logs("tiny").rglob("*.log"))
+        assert len(logs) == 2 and all(str(log) in said for log in logs), said  # tried twice
+        workflow.processes.unlock(root / "results/runs/tiny/.benchmark.lock")
+
+        cells.write_text(whole)
+        command = [sys.executable, "-m", "bench", "benchmark", "--profile", "tiny", "--cluster", "slurm"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        stopped = subprocess.Popen(command, env=environment(), **pipes)
+        in_time(lambda: running.ask("squeue", "--noheader", "--states=running"), lambda: "no job runs")
+        stopped.send_signal(signal.SIGINT)  # Ctrl-C
+        said = stopped.communicate(timeout=60)[0]
+        assert "Jobs cancelled in Slurm's queue: 1. Call the same command again to go on" in said
+        in_time(lambda: not running.ask("squeue", "--noheader"), lambda: "the job goes on", 30)
+        done = subprocess.run(command, env=environment(), **pipes)
+        assert done.returncode == 0 and "profile tiny is complete" in done.stdout, done.stdout
+    assert len(artifacts(root)) == 1

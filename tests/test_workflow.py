@@ -178,6 +178,10 @@ def test_jobs_say_what_they_need(two_stages, capsys, monkeypatch):
     assert said.count("--exclusive") == 1 and said.count("threads: 2") == 1  # what is timed has the machine
     [command] = [line for line in said.splitlines() if "bench run notebooks/second.ipynb" in line]
     assert "results/runs/tiny/second/seed=1 " in command and command.endswith("--keep any --no-lesson")
+    content = yaml.safe_load(two_stages.profile.read_text())
+    two_stages.profile.write_text(yaml.safe_dump(content | {"cell_hours": 12}))
+    said = jobs(two_stages, capsys, monkeypatch, "", "--printshellcmds")[1]
+    assert said.count(" --no-lesson --timeout 43200\n") == 3
     monkeypatch.setattr(sys, "executable", "/a{b}/python")  # a clone may lie in such a folder
     assert "'/a{b}/python' -m bench run" in jobs(two_stages, capsys, monkeypatch, "", "--printshellcmds")[1]
 

@@ -28,6 +28,7 @@ from nnc_utils.rows import run_name
 
 NODES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 SEEDS = [1, 2, 3, 4, 5]
+SHORT = 0.1  # hours: shorter runs of the longest path are not told
 REPORT_SECONDS = 60  # 10_report reads tables; it leaves no seconds there
 GRAPHS = {"full": "full", "standard": "standard's shards, 5 seeds"}
 EPOCHS = {"03_pruning": "train_epochs", "04_distillation": "epochs", "06_pipeline": "distill_epochs"}
@@ -53,7 +54,8 @@ def units(runs: Grid, cell: Cell) -> tuple[str, float]:
     if notebook == "02_quantization":
         return notebook, networks
     if notebook in EPOCHS:  # the first shard also trains the uncompressed network on
-        return notebook, (networks + first) * given[EPOCHS[notebook]]
+        trains_dense = first and {"method": "dense_finetuned"} not in given["configurations"]
+        return notebook, (networks + trains_dense) * given[EPOCHS[notebook]]
     if notebook == "05_architecture_search":
         searching = given["supernet_epochs"] + given["alone"] * given["alone_epochs"]
         work = {
@@ -141,13 +143,15 @@ def makespan(
     return now
 
 
-def simulate(profile: str) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each number of nodes, and the longest path in words."""
+def simulate(profile: str) -> pd.DataFrame:
+    """A row for each number of nodes."""
     runs = grid(profile)
     seconds, upstream = stage_seconds(runs), {cell: runs.upstream(cell) for cell in runs.cells}
     paths = to_the_end(runs, seconds)
     length, path = max(paths.values(), key=lambda one: one[0])
     total, urgency = sum(seconds.values()), {cell: one[0] for cell, one in paths.items()}
+    hours = {f"{cell.notebook} {cell.shard}".strip(): seconds[cell] / 3600 for cell in path}
+    words = [f"{run} {its:.1f} h" for run, its in hours.items() if its >= SHORT]
     table = []
     for nodes in NODES:
         queued = makespan(upstream, seconds, nodes)
@@ -159,9 +163,9 @@ def simulate(profile: str) -> tuple[pd.DataFrame, list[str]]:
         }
         row |= {"efficiency": total / queued / nodes}
         row |= {"longest_path_first_hours": makespan(upstream, seconds, nodes, urgency) / 3600}
-        table.append(row | {"longest_path_hours": length / 3600, "at_most_times_faster": total / length})
-    words = [f"{cell.notebook} ({cell.name}): {seconds[cell] / 3600:.2f} h" for cell in path]
-    return pd.DataFrame(table).round(3), words
+        row |= {"longest_path_hours": length / 3600, "at_most_times_faster": total / length}
+        table.append(row | {"longest_path": ", ".join(words)})
+    return pd.DataFrame(table).round(3)
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:
@@ -189,13 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=root() / "docs", help="folder of the two files")
     out = parser.parse_args().out
-    tables = []
-    for profile, graph in GRAPHS.items():
-        table, path = simulate(profile)
-        tables.append(table)
-        print(table.drop(columns="graph").to_string(index=False))
-        print(f"the longest path of {graph}: {' -> '.join(path)}\n")
-    whole = pd.concat(tables)
+    whole = pd.concat([simulate(profile) for profile in GRAPHS])
+    print(whole.to_string(index=False))
     whole.to_csv(out / "scaling.csv", index=False)
     draw(whole).savefig(out / "scaling.png")
 

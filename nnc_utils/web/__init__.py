@@ -73,10 +73,10 @@ def write(networks: Sequence[tuple[Path, dict]], out: Path) -> list[Path]:
         for name, target in SCRIPTS.items():
             (site / target).write_bytes(runtime[name])
         described = [
-            about | _packed(file.read_bytes(), site / f"network{number}.onnx.gz")
+            about | packed(file.read_bytes(), site / f"network{number}.onnx.gz")
             for number, (file, about) in enumerate(networks, 1)
         ]
-        wasm = {"version": VERSION} | _packed(runtime[WASM], site / f"{WASM}.gz")
+        wasm = {"version": VERSION} | packed(runtime[WASM], site / f"{WASM}.gz")
         text = json.dumps({"runtime": wasm, "networks": described}, indent=1)
         (site / NETWORKS).write_text(text + "\n", encoding="utf-8")
         if out.exists():
@@ -85,7 +85,7 @@ def write(networks: Sequence[tuple[Path, dict]], out: Path) -> list[Path]:
     return sorted(out.iterdir())
 
 
-def _packed(content: bytes, target: Path) -> dict:
+def packed(content: bytes, target: Path) -> dict:
     """Gzip something into a file; its name, its length and that of the content."""
     target.write_bytes(gzip.compress(content, mtime=0))
     return {"file": target.name, "bytes": len(content), "gzip_bytes": target.stat().st_size}

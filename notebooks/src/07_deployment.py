@@ -680,6 +680,11 @@ for timed in timing.networks[:1] + [n for n in timing.networks if n.stored.spec 
 # **What would fool you.** The bytes of the file: an entropy-coded artifact is decoded before it runs. And these are this
 # processor's milliseconds: export the network (`python -m nnc_utils.export`) and time it on the device.
 #
+# The device may be a phone's browser. `--to web` writes [a page](../docs/browser.md) in which the network runs on the
+# visitor's machine; one thread of WebAssembly has integer kernels, too. Draw, or choose an image:
+#
+# ![The page in a browser: an image of an ankle boot, the probability of each class, and a table of networks with size and milliseconds.](../docs/browser.png)
+#
 # ## 12 · Are the answers the same?
 #
 # **Agreement** is the share of test images to which the runtime gives the class that the artifact gives in eager PyTorch.

@@ -68,11 +68,12 @@ def options(profile: str) -> list[str]:
     return ["--executor", "slurm", f"--jobs={JOBS}", f"--latency-wait={SHARED}", "--slurm-requeue", *given]
 
 
-def cancel(profile: str) -> None:
-    """Cancel the jobs of a benchmark that was ended: they would go on, and hold their run folders."""
+def cancel(profile: str) -> int:
+    """Cancel the jobs of a benchmark that was ended, which would go on in their run folders; how many."""
     queue = _ask("squeue", "--me", "--noheader", "--format=%j %i").stdout.splitlines()
     if jobs := [job.split()[-1] for job in queue if job.startswith(f"{name(profile)}_")]:
         _ask("scancel", *jobs)
+    return len(jobs)
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:

@@ -87,6 +87,7 @@ def template(name: str, tables: Tables) -> jinja2.Template:
         "runtime": figures.name,
         "name_of": lambda dataset: NAMES.get(dataset, dataset),
         "figures": {n: alt for n, alt in FIGURES.items() if (tables.folder / f"figures/{n}.png").is_file()},
+        "scaling": lambda: _scaling(tables.profile),
         "history": history.read_text(encoding="utf-8").strip() if history.is_file() else "",
         "key": lambda row: tuple(row[committed.KEY]),
         "least": rows.NO_LOSS,
@@ -106,6 +107,15 @@ def _delta(row: Any) -> str:
 def factor(value: float | None) -> str:
     """How many times smaller or faster."""
     return "–" if value is None or pd.isna(value) else f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
+
+
+def _scaling(profile: str) -> pd.DataFrame | None:
+    """What more nodes would save of `full`, a row each; simulated from the seconds of `standard`."""
+    file = root() / "docs/scaling.csv"
+    if profile != "standard" or not file.is_file():
+        return None
+    table = pd.read_csv(file)
+    return table[table["graph"] == "full"].set_index("nodes")
 
 
 def _others(folder: Path) -> list[Path]:

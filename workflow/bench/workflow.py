@@ -20,6 +20,8 @@ from nnc_utils import processes, provenance
 from nnc_utils.provenance import root
 from nnc_utils.rows import run_name
 
+AGAIN = "Call the same command again to go on: what is finished stays."
+
 
 def benchmark(
     profile: str, *, cores: str = "all", rerun: str = "", only: Sequence[str] = (), on_cluster: str = ""
@@ -146,7 +148,7 @@ def _tell_failure(folder: Path, log: Path, begin: float) -> None:
     jobs = [file for file in cluster.logs(folder.name).rglob("*.log") if file.stat().st_mtime >= begin - 1]
     if jobs:
         print("\nSlurm's logs of the jobs that failed:", *jobs, sep="\n  ")
-    print("\nCall the same command again to go on: what is finished stays.")
+    print(f"\n{AGAIN}")
 
 
 def main(arguments: list[str]) -> int:
@@ -163,7 +165,10 @@ def main(arguments: list[str]) -> int:
     def end(number: int, frame: object) -> None:
         processes.end_tree()  # nobody submits any more
         if given.on_cluster:
-            cluster.cancel(given.profile)
+            print(
+                f"\nstopped: {cluster.cancel(given.profile)} jobs cancelled in Slurm's queue. {AGAIN}",
+                flush=True,
+            )
         processes.end_on_signal(number, frame)
 
     for number in (signal.SIGTERM, signal.SIGINT):
