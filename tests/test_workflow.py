@@ -213,6 +213,14 @@ def test_the_rest_is_told_by_what_the_last_run_took(two_stages, monkeypatch):
     assert execute._progress(two_stages.root / "mine/1") == ""
 
 
+def test_runs_that_share_the_cores_count_for_their_part():
+    took = json.loads((PROFILES.parents[1] / "results/quick/provenance.json").read_text(encoding="utf-8"))
+    planned = workflow.plan(PROFILES / "quick.yaml")
+    for notebook, part in (("06_pipeline", 2), ("07_deployment", 1)):
+        run = f"quick/{notebook}/seed=1"
+        assert planned[f"results/runs/{run}"] == took[run]["wall_seconds"] / part > 0
+
+
 def test_tables_that_do_not_hold_are_a_failure(published, monkeypatch, capsys):
     (published.parents[1] / "workflow/profiles").mkdir(parents=True)
     (published.parents[1] / "workflow/profiles/quick.yaml").write_text("seeds: [1]")

@@ -82,13 +82,17 @@ def benchmark(
 
 
 def plan(profile: Path, only: Sequence[str] = ()) -> dict[str, float]:
-    """The run folders of a profile, and the seconds that each took when its tables were made (or 0)."""
+    """The run folders of a profile, and the seconds that each took when its tables were made (or 0).
+
+    Of runs that share the cores it is their part of them: the sum is what the whole takes.
+    """
     config = yaml.safe_load(profile.read_text(encoding="utf-8"))
     grid = Grid(config | {"profile": profile.stem, "only": only})
     file = root() / "results" / profile.stem / "provenance.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    runs = {grid.folder(c): run_name(grid.profile, c.notebook, c.seed, c.shard) for c in grid.wanted}
-    return {folder: known.get(run, {}).get("wall_seconds", 0) for folder, run in runs.items()}
+    runs = {cell: run_name(grid.profile, cell.notebook, cell.seed, cell.shard) for cell in grid.wanted}
+    seconds = {cell: known.get(run, {}).get("wall_seconds", 0) for cell, run in runs.items()}
+    return {grid.folder(c): took * grid.threads(c, grid.jobs) / grid.jobs for c, took in seconds.items()}
 
 
 def longest(profile: Path, planned: dict[str, float]) -> list[str]:
