@@ -27,7 +27,7 @@ BUSY = 10  # percent of the processor that others may use before a warning
 SWEEPS = 4  # times that a round goes over all networks where that takes least: smallest batch, fewest threads
 CONVERTERS = 2  # processes that convert networks, or start, at a time
 IDENTITY_SECONDS = 0.05  # enough for thousands of calls
-SAMPLE = 1000  # test images by which a runtime is seen to compute what eager does,
+SAMPLE = 250  # test images by which a runtime is seen to compute what eager does,
 ALIKE = 99.5  # where it gives so many percent of their classes
 SCRATCH = ".latency-scratch"  # a folder inside the given one, for what only the measuring needs
 
@@ -76,7 +76,7 @@ def latency(
     What is compared is thus timed within seconds, so that a machine's changes of speed weigh on both.
 
     The whole test set is classified where the runtime rounds what eager does not, in int8 and bf16. What it
-    computes in fp32 (or in `s8s8`, from int8's codes) is seen to be the same by the first thousand images;
+    computes in fp32 (or in `s8s8`, from int8's codes) is seen to be the same by the first 250 images;
     where that fails, by all.
 
     Parameters

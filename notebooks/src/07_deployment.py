@@ -688,7 +688,7 @@ for timed in timing.networks[:1] + [n for n in timing.networks if n.stored.spec 
 # ## 12 · Are the answers the same?
 #
 # **Agreement** is the share of test images to which the runtime gives the class that the artifact gives in eager PyTorch.
-# *Predict* it for int8. (Where a runtime computes in fp32, or from the same codes in `s8s8`, the first thousand images are
+# *Predict* it for int8. (Where a runtime computes in fp32, or from the same codes in `s8s8`, the first 250 images are
 # compared; if they agree the accuracy is the [artifact](../docs/glossary.md#artifact)'s, and no agreement is given.)
 
 # %% tags=["machine-dependent"]

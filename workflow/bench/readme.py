@@ -55,11 +55,12 @@ def _rendered(folder: Path, name: str) -> dict[str, str]:
     if profile_dir is None:
         return {}
     tables, quick = Tables(profile_dir), folder / "results/quick"
-    known = Tables(quick).provenance if (quick / "provenance.json").is_file() else {}
+    known, recipe = (_provenance(folder / "results" / profile) for profile in ("quick", "usual"))
     template = report.template(name, tables)
     values = {"t": tables, "place": f"results/{profile_dir.name}/", "files": _kept_files(tables)}
     values |= {"stronger": _stronger(tables, quick)}
-    values |= {"recipes": recipes, "usual": lambda: _usual(known), "timed_notebooks": lambda: _seconds(known)}
+    values |= {"recipes": recipes, "usual": lambda: _usual(recipe)}
+    values |= {"timed_notebooks": lambda: _seconds(known)}
     context = template.new_context(values)
     return {name: report.tidy("".join(block(context))) for name, block in template.blocks.items()}
 
@@ -89,6 +90,10 @@ def recipes(tables: Tables) -> list[dict[str, Any]]:
             told = {"configuration": written, "point": point, "time": tables.fastest(point)}
             lines.append({k: line[k] for k in ("want", "notebook")} | told)
     return lines
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    return Tables(folder).provenance if (folder / "provenance.json").is_file() else {}
 
 
 def _usual(provenance: dict[str, Any]) -> dict[str, Any]:

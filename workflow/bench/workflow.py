@@ -96,13 +96,13 @@ def plan(profile: Path, only: Sequence[str] = ()) -> dict[str, float]:
 
 
 def longest(profile: Path, planned: dict[str, float]) -> list[str]:
-    """The result of the run that took longest of those that share the cores: begun last, it ends alone."""
+    """The results of the runs that took longest of those that share the cores: begun last, they end alone."""
     if not any(planned.values()):
         return []
     grid = Grid(yaml.safe_load(profile.read_text(encoding="utf-8")) | {"profile": profile.stem})
     shared = [grid.folder(cell) for cell in grid.cells if grid.threads(cell, grid.jobs) < grid.jobs]
     known = [folder for folder in shared if planned.get(folder)]
-    return [f"{max(known, key=planned.get)}/result.json"] if known else []
+    return [f"{folder}/result.json" for folder in sorted(known, key=planned.get)[-grid.jobs :]]
 
 
 def snakemake_options(
