@@ -205,9 +205,10 @@ def run_name(profile: str, notebook: str, seed: int, shard: str = "") -> str:
 
 
 def interval_text(row: Any) -> str:
-    """A difference and its interval in percentage points; an end near the limit has a third digit."""
+    """A difference and its interval in percentage points; an end near the limit has more digits."""
     ends = [row["delta_ci_low"], row["delta_ci_high"]]
-    low, high = (f"{end:+.{3 if round(end, 2) == NO_LOSS else 2}f}" for end in ends)
+    digits = [next((d for d in (2, 3, 4) if round(end, d) != NO_LOSS), 2) for end in ends]
+    low, high = (f"{end:+.{d}f}" for end, d in zip(ends, digits))
     return f"{row['accuracy_delta']:+.2f} [{low}, {high}]"
 
 

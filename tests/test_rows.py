@@ -182,6 +182,7 @@ def test_settings_become_columns_with_their_defaults():
     ("low", "high", "said", "text"),
     [
         (-0.2991, 1, "yes", "[-0.299, +1.00]"),  # a third digit says on which side of the limit an end is
+        (-0.2997, 1, "yes", "[-0.2997, +1.00]"),
         (-0.31, -0.29, "cannot tell", "[-0.31, -0.29]"),
         (-0.5, -0.3012, "no", "[-0.50, -0.301]"),
     ],
