@@ -26,8 +26,10 @@ def measured(commit: str, folder: Path) -> dict[str, str]:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     subprocess.run(["git", "checkout", "--quiet", commit], cwd=folder, check=True)
     begin = time.perf_counter()
-    subprocess.run(["make", "benchmark", f"PYTHON={sys.executable}"], cwd=folder, check=True)
-    told = {"all, with set-up": f"{time.perf_counter() - begin:.0f} s"}
+    failed = subprocess.run(["make", "benchmark", f"PYTHON={sys.executable}"], cwd=folder).returncode
+    told = {"all, with set-up": f"{'failed after ' if failed else ''}{time.perf_counter() - begin:.0f} s"}
+    if failed:
+        return told
     tables = folder / "results/quick"
     for run, record in sorted(json.loads((tables / "provenance.json").read_text(encoding="utf-8")).items()):
         told[run.split("/")[1]] = f"{record['wall_seconds']:.0f} s"
