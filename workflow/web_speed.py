@@ -89,7 +89,7 @@ WAYS = {  # what is timed beside int8 (U8 activations, S8 weights, pairs) -> its
 def add_ways(site: Path, files: Sequence[str]) -> None:
     """Put the other ways of each int8 network into an exported folder."""
     described = json.loads((site / web.NETWORKS).read_text(encoding="utf-8"))
-    paths = [Path(file.rpartition("=")[2]) for file in files]
+    paths = [Path(file if Path(file).exists() else file.partition("=")[2]) for file in files]
     stored = {network.sha256: network for network in map(artifact.read, paths)}
     for network in [n for n in described["networks"] if n["precision"] == "int8"]:
         for way, (graph, options) in WAYS.items():
