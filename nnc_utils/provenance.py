@@ -58,8 +58,11 @@ def json_sha256(value: Any) -> str:
 def write_atomically(path: Path, text: str | bytes) -> None:
     """Write a file that is there completely or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(text.encode() if isinstance(text, str) else text)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(text.encode() if isinstance(text, str) else text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # --- What code means -----------------------------------------------------------------------------
@@ -138,10 +141,12 @@ class _Watch:
 
 
 def loaded(log: Path) -> dict[str, str]:
-    """The modules that a file of `watch` lists, and their hashes; "edited" where one had two of them."""
+    """The modules that a file of `watch` lists, and their hashes; "edited" where one had two of them, or its
+    line is not whole, since the disk was full."""
     code: dict[str, str] = {}
     for line in sorted(Path(log).read_text().splitlines()) if Path(log).is_file() else []:
-        file, _, sha256 = line.split(" ")
+        file, *rest = line.split(" ")
+        sha256 = rest[1] if len(rest) == 2 else "edited"
         code[file] = sha256 if code.get(file, sha256) == sha256 else "edited"
     return code
 

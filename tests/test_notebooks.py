@@ -57,6 +57,14 @@ def test_images_have_as_many_pixels_as_figures_and_strides_need():
         size.check(1)
 
 
+def test_one_process_of_several_gets_a_whole_notebook():
+    import conftest
+
+    scope = object.__new__(conftest._NotebooksInOrder)._split_scope
+    assert scope("notebooks/03_pruning.ipynb::Cell 4") == scope("notebooks/03_pruning.ipynb::Cell 5")
+    assert scope("tests/test_data.py::a") != scope("tests/test_images.py::a")
+
+
 def test_one_pass_executes_every_notebook():
     assert sorted(name for step in STEPS for name in step) == [path.stem for path in NOTEBOOKS]
 

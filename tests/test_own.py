@@ -20,7 +20,7 @@ from bench import own, own_goal, own_result, parameters, publish
 from bench.candidates import TECHNIQUES
 from bench.committed import Tables
 from bench.own_goal import Goal, GoalError, Offer
-from nnc_utils import artifact, configurations, data, evaluation, models, provenance
+from nnc_utils import artifact, configurations, data, evaluation, export, models, provenance
 
 ROOT = provenance.PACKAGE.parent
 GOAL = Goal(points=0.3)
@@ -314,6 +314,27 @@ def test_the_program_names_the_classes_of_the_artifact(trained_digits, tmp_path)
     command = [sys.executable, str(tmp_path / "classify.py"), str(tmp_path / "0.png")]
     alone = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)
     assert alone.stdout.strip() == said[0]
+
+
+def test_without_a_network_for_it_there_is_no_program(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise export.ExportError("not here")
+
+    monkeypatch.setattr(own_result.export, "export", refused)
+    for name in ("net", "classify.py"):
+        (tmp_path / name).write_text("of an earlier goal")
+    told = own_result.deliver(tmp_path / "net", tmp_path)
+    assert told[1:] == ["no net.onnx: not here", "no net.pte: not here"]
+    assert not (tmp_path / "classify.py").exists()
+
+
+def test_a_full_disk_is_one_line(asked, monkeypatch, capsys):
+    monkeypatch.setattr(own.signal, "signal", lambda *_: None)
+    for name, value in {"check": asked, "claim_folder": None, "estimate": {}}.items():
+        monkeypatch.setattr(own, name, lambda *_, value=value: value)
+    monkeypatch.setattr(own, "run", lambda *_: Path("/dev/full").write_text("x"))
+    assert own.main(["--data", "."]) == 1
+    assert capsys.readouterr().err.endswith("No space left on device\n")
 
 
 def test_the_table_and_the_figure_show_what_was_measured(published, tmp_path):

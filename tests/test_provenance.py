@@ -109,6 +109,8 @@ def test_a_module_that_was_edited_during_the_run_counts_as_changed(tmp_path):
     log = tmp_path / "log"
     log.write_text("models.py 1 aa\nmodels.py 2 aa\ntraining.py 1 aa\ntraining.py 2 bb\n")
     assert provenance.loaded(log) == {"models.py": "aa", "training.py": "edited"}
+    log.write_text("models.py 1 aa\ntraining.py 1trainable.py 2 bb\nmode")  # the disk was full
+    assert provenance.loaded(log) == {"models.py": "aa", "training.py": "edited", "mode": "edited"}
     assert provenance.loaded(tmp_path / "none") == {}
 
 
@@ -135,6 +137,9 @@ def test_small_things(tmp_path, monkeypatch):
     path = tmp_path / "a" / "b.txt"
     path.parent.mkdir()
     provenance.write_atomically(path, "text")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        provenance.write_atomically(path, "other")
     assert path.read_text() == "text" and len(list(path.parent.iterdir())) == 1
     assert provenance.file_sha256(path) == hashlib.sha256(b"text").hexdigest()
     monkeypatch.setenv("NNC_ROOT", str(tmp_path))

@@ -52,7 +52,7 @@ def test_the_readme_gets_the_best_profile_between_its_markers(published):
         readme.update(root)
 
 
-def test_the_command_writes_figure_report_and_readme(published):
+def test_the_command_writes_figure_report_and_readme(published, monkeypatch):
     root = published.parents[1]
     (published / "compression.csv").rename(root / "before.csv")
     command = [sys.executable, "-m", "bench", "publish", "--profile", "quick"]  # from runs, then the report
@@ -67,6 +67,9 @@ def test_the_command_writes_figure_report_and_readme(published):
         report.main(["publish"])  # of which profile?
     with pytest.raises(SystemExit, match="no tables of full"):
         report.main(["report", "--profile", "full"])
+    monkeypatch.setattr(report, "publish_finished", lambda *_: (root / "README.md" / "a").touch())
+    with pytest.raises(SystemExit, match="Not a directory"):
+        report.main(["publish", "--profile", "quick"])
 
 
 def test_a_profile_is_chosen_by_what_its_table_holds(published):

@@ -203,6 +203,17 @@ def test_an_unknown_profile_or_run_is_named(two_stages, capsys):
     assert "'frist/*' is none of the runs of tiny: first/seed=1, second/seed=1" in capsys.readouterr().out
 
 
+def test_a_disk_that_cannot_be_written_to_is_told(two_stages, monkeypatch, capsys):
+    monkeypatch.setattr(workflow.signal, "signal", lambda *_: None)
+    (two_stages.root / "results").write_text("no folder")
+    assert workflow.main(["--profile", "tiny"]) == 1
+    assert f"{two_stages.root}/results" in (said := capsys.readouterr().out) and workflow.AGAIN in said
+    monkeypatch.setattr(workflow, "FULL", 2**80)
+    (two_stages.root / "log").touch()
+    workflow._tell_failure(two_stages.root, two_stages.root / "log", 0)
+    assert f"No space left on the disk of {two_stages.root}" in capsys.readouterr().out
+
+
 def test_the_rest_is_told_by_what_the_last_run_took(two_stages, monkeypatch):
     assert workflow.plan(two_stages.profile) == {f"results/runs/tiny/{name}/seed=1": 0 for name in STAGES}
     (two_stages.root / "results/tiny").mkdir(parents=True)

@@ -271,7 +271,7 @@ def main(arguments: Sequence[str]) -> int:
         from bench import own_result  # draws and exports, which what comes before does not need
 
         print("\n" + own_result.write(asked, folders))
-    except ResultError as error:
+    except (ResultError, OSError) as error:  # the latter of a full disk
         print(error, file=sys.stderr)
         return 1
     print(f"\n{asked.out / 'report.md'} says the same ({(time.time() - begin) / 60:.0f} min)")

@@ -14,8 +14,8 @@ PART = re.compile(
 )
 
 HELPS = {
-    "smaller": "a pipeline with a larger `lambda_` or `macs` in 06",
-    "faster": "smaller images (SIZE), or fewer multiplications: a larger `macs` in 06",
+    "smaller": "06 by hand, as the README says, with a larger `lambda_` or `macs`",
+    "faster": "smaller images (SIZE), or 06 by hand, as the README says, with a larger `macs`",
     "points": "a trained start (WEIGHTS), more epochs (EPOCHS), more images",
 }
 

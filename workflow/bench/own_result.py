@@ -155,6 +155,9 @@ def deliver(file: Path, out: Path) -> list[str]:
             lines.append(f"`{written[0].name}` for {runtime}, beside it how to use it")
         except export.ExportError as error:
             lines.append(f"no net.{suffix}: {error}")
+    if not (out / "net.onnx").is_file():
+        (out / "classify.py").unlink(missing_ok=True)
+        return lines
     shutil.copy(PROGRAM, out / "classify.py")
     return [*lines, f"`python {out / 'classify.py'} IMAGE` names its class"]
 

@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> int:
             return 0
         if options.command == "publish":
             publish_finished(options.profile, options.attempts)
-    except ResultError as error:
+    except (ResultError, OSError) as error:
         raise SystemExit(str(error)) from None
     names = [options.profile] if options.profile else [*ALL_PROFILES, "smoke"]
     folders = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from nnc_utils.provenance import root
 from nnc_utils.rows import run_name
 
 AGAIN = "Call the same command again to go on: what is finished stays."
+FULL = 2**20  # bytes: with fewer a disk is full
 
 
 def benchmark(
@@ -149,6 +151,8 @@ def _tell_failure(folder: Path, log: Path, begin: float) -> None:
     if not errors:
         said = log.read_text(encoding="utf-8").splitlines()[-15:]
         print("\n".join(["\nthe workflow was ended" if not said else "\nthe workflow failed:", *said]))
+    if shutil.disk_usage(folder).free < FULL:
+        print(f"\nNo space left on the disk of {folder}: make room")
     jobs = [file for file in cluster.logs(folder.name).rglob("*.log") if file.stat().st_mtime >= begin - 1]
     if jobs:
         print("\nSlurm's logs of the jobs that failed:", *jobs, sep="\n  ")
@@ -177,7 +181,11 @@ def main(arguments: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    return benchmark(**vars(given))
+    try:
+        return benchmark(**vars(given))
+    except OSError as error:  # a full disk, or one that is read-only
+        print(f"{error}\n{AGAIN}")
+        return 1
 
 
 if __name__ == "__main__":  # Snakemake, as a child that cannot outlive the benchmark
