@@ -56,6 +56,8 @@ TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
+# a job that no node can run is refused, it would wait for ever
+EnforcePartLimits=ALL
 # a killed node is missed after seconds, and its jobs run again elsewhere
 SlurmdTimeout=10
 KillWait=2

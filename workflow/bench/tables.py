@@ -62,6 +62,7 @@ class Extra(BaseModel):
     search: dict[str, Any] = {}  # of 05: what each search found, and what it cost
     images: dict[str, str] = {}  # split -> digest, of own images (`Data.digests`)
     latency: dict[str, Any] = {}  # of 05: milliseconds of blocks and of networks in a runtime
+    failures: list[dict[str, Any]] = []  # of 00: published lines that fail, for the README
     fewest_samples: int | None = None  # of 07: predictions behind a median, at least
     cpu_busy_before: float | None = None  # of 07: percent that other processes used before the first round
 
@@ -123,8 +124,9 @@ class Run:
 
     @property
     def is_evidence(self) -> bool:
-        """Whether tables need it: it has rows, or it searched, or timed what searches look up."""
-        return bool(self.compression or self.latency or self.record.extra.search or self.record.extra.latency)
+        """Whether tables need it: it has rows, or it searched, timed what they look up, or saw lines fail."""
+        extra = self.record.extra
+        return bool(self.compression or self.latency or extra.search or extra.latency or extra.failures)
 
     def check_images(self, bench: Any) -> None:
         """ResultError, if `bench.images`, own images, are no longer those that the run saw."""
