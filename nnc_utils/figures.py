@@ -116,8 +116,9 @@ def parameters_against_accuracy(compression: pd.DataFrame, axes: Axes | None = N
     axes = axes or plt.subplots(figsize=(8, 4.2))[1]
     _lines(axes, _pooled(compression, compression["params"]), grey_controls=True)
     counts: list[int] = []  # labels, where there is room for one
+    room = max(1.25, (compression["params"].max() / compression["params"].min()) ** 0.1)
     for count in sorted(set(compression["params"])):
-        counts += [count] if not counts or count > 1.25 * counts[-1] else []
+        counts += [count] if not counts or count > room * counts[-1] else []
     axes.set(xscale="log", xlabel="parameters", title="How good is a small network?")
     axes.set_xticks(counts, [f"{count / 1e6:.2g} M" for count in counts])
     axes.minorticks_off()
@@ -321,8 +322,8 @@ def headline(profile_dir: Path) -> Figure:
         right.set_ylabel("")
     for axes in figure.axes:
         axes.get_legend().remove()
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncols=4)
+    figure.tight_layout()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)  # below the figure
     return figure
 
 

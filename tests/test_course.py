@@ -62,6 +62,15 @@ def test_every_term_of_the_glossary_is_linked_from_a_notebook():
     assert linked == {github_slugify(term) for term in terms}
 
 
+@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_links_of_the_student_edition_lead_to_files(path):
+    folder = NOTEBOOK.parents[1] / "build/course"
+    notebook = course.moved(course.student(nbformat.read(path, as_version=4)), folder)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = set(re.findall(r"\]\((\.\./[^)#]*)", prose))
+    assert links and all(Path(os.path.normpath(folder / link)).exists() for link in links), links
+
+
 @pytest.fixture(scope="module")
 def solved():
     """A notebook of two exercises of 01, with their solutions, as it is in the repository."""

@@ -5,11 +5,14 @@ import html
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
+from myst_parser.slugs import github_slugify
 
 from bench import course
 from nnc_utils import exercises
@@ -22,8 +25,8 @@ SOURCES = sorted((Path(__file__).parent.parent / "notebooks/src").glob("0[1-7]_*
 class Exercise:
     """An exercise as it stands in a notebook: the text before it, its cell, and the call that checks it."""
 
-    def __init__(self, text, cell, call, before):
-        self.text, self.cell, self.before = text, cell, before
+    def __init__(self, notebook, text, cell, call, before):
+        self.notebook, self.text, self.cell, self.before = notebook, text, cell, before
         self.number = ast.literal_eval(call.args[0])
         self.answers = [ast.unparse(argument) for argument in call.args[1:]]
 
@@ -53,7 +56,7 @@ def found(path):
         if "exercise" in cell.metadata.get("tags", []):
             [call] = [s.value for s in ast.parse(checker.source).body if isinstance(s, ast.Expr)]
             assert call.func.id == "check" and "checks" in checker.metadata["tags"], checker.source
-            yield Exercise(text.source, cell, call, [*before])
+            yield Exercise(path.stem, text.source, cell, call, [*before])
             before.append(cell.source)
 
 
@@ -125,6 +128,13 @@ def test_numbers_are_of_their_notebook_and_unique():
     assert sorted(exercises.CHECKERS) == sorted(numbers)
 
 
+def test_the_first_check_in_a_kernel_writes_nothing_to_standard_error():
+    """It imports the checkers, and a grader takes anything there for a failure."""
+    names = ", ".join(f"nnc_utils.exercises.{name}" for name in exercises.MODULES.values())
+    done = subprocess.run([sys.executable, "-c", f"import {names}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_answer_of_another_kind_is_told_so():
     for answer, words in ((None, "returns nothing"), ("9", "is a str"), ([1.0, 2.0], "shape is (2,)")):
         with pytest.raises(Wrong, match=re.escape(words)):
@@ -157,12 +167,13 @@ def table():
         "Each checker passes the solution and another right answer. It has to notice wrong ones, too:",
     ]
     lines += ["the mistakes that learners make. A test holds both.", ""]
-    lines += ["| exercise | | right answers | wrong answers noticed |", "| --- | --- | --- | --- |"]
+    lines += ["| exercise | title | right answers | wrong answers noticed |", "| --- | --- | --- | --- |"]
     total = 0
     for one in ALL:
         right, wrong = answers(one.number)
         name = re.search(rf"### Exercise {one.number} · (.*)", one.text)[1]
-        lines.append(f"| {one.number} | {name} | {1 + len(right)} | {len(wrong)} |")
+        place = f"../notebooks/{one.notebook}.ipynb#{github_slugify(f'Exercise {one.number} · {name}')}"
+        lines.append(f"| [{one.number}]({place}) | {name} | {1 + len(right)} | {len(wrong)} |")
         total += len(wrong)
     return "\n".join([*lines, "", f"{len(ALL)} exercises; {total} wrong answers are noticed.", ""])
 

@@ -169,10 +169,23 @@ def test_worth_having_is_what_noise_does_not_decide():
     assert list(figures._worth_having(networks)["p50_ms"]) == [1.08, 1.16, 4.0]
 
 
+def test_labels_of_parameters_do_not_overlap():
+    rows = [("baseline", "train", "", "", 90.0 + place, 1) for place in range(5)]
+    counts = [120_000, 330_000, 420_000, 900_000, 11_172_810]
+    figure = figures.parameters_against_accuracy(table(*rows, params=counts))
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) >= 3 and all(one.x1 < other.x0 for one, other in zip(boxes, boxes[1:]))
+
+
 def test_headline_reads_the_tables_of_a_profile(tmp_path):
     COMPRESSION.to_csv(tmp_path / "compression.csv", index=False)
     LATENCY.to_csv(tmp_path / "latency.csv", index=False)
     figure = figures.headline(tmp_path)
+    figure.tight_layout()  # as `show` does
+    figure.canvas.draw()
+    top = figure.legends[0].get_window_extent().y1
+    assert all(top <= axes.xaxis.label.get_window_extent().y0 for axes in figure.axes)
     figure.savefig(tmp_path / "headline.png")
     assert len(figure.axes) == 2
     assert 10_000 < (tmp_path / "headline.png").stat().st_size < 200_000

@@ -617,7 +617,7 @@ for technique in ("quantization", "pruning", "distillation", "pipeline"):
 # %% [markdown]
 # ## Your predictions
 #
-# If you left the claims where they stood, their bars say what is left of them. A bar at 1 is a claim that holds.
+# If you left the claims where they stood, their bars say what is left of them. A claim without a bar holds.
 
 # %%
 shown = "For each prediction a bar: what was measured, divided by what was predicted"
@@ -639,6 +639,8 @@ figures.show(predictions.show(), shown)
 # <!-- numbers:end -->
 #
 # ## Questionnaire
+#
+# Answer before you unfold.
 #
 # <details><summary>1. Why does the engine called qint8 not exist?</summary>qint8 is a data type. A backend is a library that computes with it, such as x86 or qnnpack.</details>
 # <details><summary>2. Which of the recipe's lines fail without a message?</summary>Those that convert nothing: without a configuration and without modules that fit, the network comes back as it was.</details>

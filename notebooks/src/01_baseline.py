@@ -569,7 +569,7 @@ seeds[["profile", "train_images", "train_seconds", "correct", "accuracy"]].round
 # %% [markdown]
 # ## Your predictions
 #
-# How near were they? A bar at 1 means that you understood.
+# How near were they? The bars begin at 1: no bar means that you understood.
 
 # %%
 figures.show(
@@ -592,6 +592,8 @@ figures.show(
 # <!-- numbers:end -->
 #
 # ## Questionnaire
+#
+# Answer before you unfold.
 #
 # <details><summary>1. Why does halving every width not halve the parameters of a convolution?</summary>A convolution has in × out ×
 # kernel² weights. Both numbers of channels are halved, so a quarter is left.</details>

@@ -1183,7 +1183,7 @@ for (_, title), row in smallest.iterrows():
 # %% [markdown]
 # ## Your predictions
 #
-# How near were they? A bar at 1 means that you understood.
+# How near were they? The bars begin at 1: no bar means that you understood.
 
 # %%
 shown = "For each prediction a bar: what was measured, divided by what was predicted"

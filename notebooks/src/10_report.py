@@ -295,7 +295,7 @@ print(f"{run.finish().run} is finished; the rest is in {folder.name}/report.md")
 # %% [markdown]
 # ## Your predictions
 #
-# How near were they? A bar at 1 means that you understood.
+# How near were they? The bars begin at 1: no bar means that you understood.
 
 # %%
 shown = "For each prediction a bar: what was measured, divided by what was predicted"
@@ -316,6 +316,8 @@ figures.show(predictions.show(), shown)
 # <!-- numbers:end -->
 #
 # ## Questionnaire
+#
+# Answer before you unfold.
 #
 # <details><summary>1. Why is the paired interval narrower than that of each accuracy?</summary>Most images are right or wrong for both networks. They add noise to each accuracy, and none to the difference.</details>
 # <details><summary>2. What shrinks an interval: more seeds or more images?</summary>More images. Seeds say how much another training differs, which the interval does not contain.</details>

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import re
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def assignment(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
+def moved(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """A notebook whose links lead to the repository's files from this folder, too."""
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](../", f"]({os.path.relpath(root(), folder)}/")
+    return notebook
+
+
 def main(arguments: list[str]) -> int:
     """``python -m bench course``"""
     parser = argparse.ArgumentParser(prog="python -m bench course", description=__doc__)
@@ -75,6 +85,6 @@ def main(arguments: list[str]) -> int:
     for path in sorted((root() / "notebooks").glob("*.ipynb")):
         folder = root() / "build" / ("nbgrader/source/" + path.stem if options.nbgrader else "course")
         folder.mkdir(parents=True, exist_ok=True)
-        nbformat.write(made(nbformat.read(path, as_version=4)), folder / path.name)
+        nbformat.write(moved(made(nbformat.read(path, as_version=4)), folder), folder / path.name)
         print(Path(folder / path.name).relative_to(root()))
     return 0
