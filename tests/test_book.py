@@ -56,4 +56,5 @@ def test_solutions_are_folded_and_figures_have_a_text(book):
         outputs = [one for cell in json.loads(path.read_text())["cells"] for one in cell.get("outputs", [])]
         drawn = [one["metadata"]["image/png"]["alt"] for one in outputs if "image/png" in one.get("data", {})]
         read = [html.unescape(text) for text in re.findall(r'<img alt="([^"]*)"', page)]
-        assert drawn and read == drawn and all(len(text) >= 20 for text in drawn), path
+        assert drawn and [text for text in read if text in drawn] == drawn, path
+        assert all(len(text) >= 20 and not text.endswith(".png") for text in read), path
