@@ -54,7 +54,7 @@ test: python ## linter, unit tests, every notebook, the workflow, the audit of t
 lab: python ## JupyterLab with the notebooks
 	@$(SETUP)
 	@$(VENV_PYTHON) -m jupytext --quiet --sync notebooks/*.ipynb  # JupyterLab refuses one newer than its pair
-	@$(VENV_PYTHON) -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+	@$(VENV_PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: python ## every notebook executed where it stands, in one pass
 	@$(SETUP)

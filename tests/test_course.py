@@ -62,6 +62,13 @@ def test_every_term_of_the_glossary_is_linked_from_a_notebook():
     assert linked == {github_slugify(term) for term in terms}
 
 
+def test_make_lab_serves_all_that_notebooks_link_to():
+    """JupyterLab opens nothing outside of its root, which is a folder that it is given, or else the clone."""
+    makefile = (NOTEBOOK.parents[1] / "Makefile").read_text(encoding="utf-8")
+    options = re.search(r"-m jupyterlab (.*) \$\(if", makefile)[1].split()
+    assert options == ["--LabApp.default_url=/lab/tree/notebooks"]
+
+
 @pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_links_of_the_student_edition_lead_to_files(path):
     folder = NOTEBOOK.parents[1] / "build/course"
