@@ -12,7 +12,7 @@ copyright = "MIT licence"
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 root_doc = "docs/index"
 exclude_patterns = [".*", "build", "findings", "notebooks/src", "results/runs"]
-exclude_patterns += ["results/smoke", "results/*/history.md", "tests"]
+exclude_patterns += ["results/smoke", "results/usual", "results/*/history.md", "tests"]
 
 nb_execution_mode = "off"  # the outputs are those that are stored
 nb_merge_streams = True
