@@ -225,35 +225,57 @@ def test_a_node_is_killed_and_the_networks_are_those_of_a_local_run(tmp_path, mo
     assert len(ours) == 3 and ours == artifacts(local)
 
 
-@pytest.mark.slow
-def test_with_accounting_a_failed_job_is_named_with_its_log_and_a_stopped_benchmark_goes_on(
-    tmp_path, monkeypatch, capfd
-):
+@pytest.fixture
+def one_stage(tmp_path, monkeypatch):
+    """A clone whose profile has the first notebook alone."""
     root = clone(tmp_path)
     monkeypatch.setenv("NNC_ROOT", str(root))
-    first = PROFILE | {"stages": {"01_baseline": STAGES["01_baseline"]}}
-    (root / "workflow/profiles/tiny.yaml").write_text(yaml.safe_dump(first))
-    cells = root / "notebooks/01_baseline.ipynb"
+    profile = PROFILE | {"stages": {"01_baseline": STAGES["01_baseline"]}}
+    (root / "workflow/profiles/tiny.yaml").write_text(yaml.safe_dump(profile))
+    return root
+
+
+def command():
+    """The README's, as a process."""
+    called = [sys.executable, "-m", "bench", "benchmark", "--profile", "tiny", "--cluster", "slurm"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(called, env=environment(), **pipes)
+
+
+def succeeds(root):
+    done = command()
+    said = done.communicate()[0]
+    assert done.returncode == 0 and "profile tiny is complete" in said, said
+    assert len(artifacts(root)) == 1
+
+
+@pytest.mark.slow
+def test_with_accounting_a_failed_job_is_named_with_its_log_and_once_mended_it_succeeds(
+    one_stage, monkeypatch
+):
+    cells = one_stage / "notebooks/01_baseline.ipynb"
     whole = cells.read_text()
     cells.write_text(whole.replace("from bench", "import os; os._exit(3)\\nfrom bench", 1))
     with slurm(monkeypatch, accounting=True) as running:
         join(monkeypatch, running)
         assert cluster.status_command() == "sacct"
-        assert workflow.benchmark("tiny", on_cluster="slurm") == 1
-        said = capfd.readouterr().out
+        failed = command()
+        said = failed.communicate()[0]
         logs = list(cluster.logs("tiny").rglob("*.log"))
-        assert len(logs) == 2 and all(str(log) in said for log in logs), said  # tried twice
-        workflow.processes.unlock(root / "results/runs/tiny/.benchmark.lock")
-
+        assert failed.returncode == 1 and len(logs) == 2, said  # tried twice
+        assert all(str(log) in said for log in logs), said
         cells.write_text(whole)
-        command = [sys.executable, "-m", "bench", "benchmark", "--profile", "tiny", "--cluster", "slurm"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        stopped = subprocess.Popen(command, env=environment(), **pipes)
+        succeeds(one_stage)
+
+
+@pytest.mark.slow
+def test_a_stopped_benchmark_cancels_its_jobs_and_goes_on(one_stage, monkeypatch):
+    with slurm(monkeypatch) as running:
+        join(monkeypatch, running)
+        stopped = command()
         in_time(lambda: running.ask("squeue", "--noheader", "--states=running"), lambda: "no job runs")
         stopped.send_signal(signal.SIGINT)  # Ctrl-C
         said = stopped.communicate(timeout=60)[0]
         assert "Jobs cancelled in Slurm's queue: 1. Call the same command again to go on" in said
         in_time(lambda: not running.ask("squeue", "--noheader"), lambda: "the job goes on", 30)
-        done = subprocess.run(command, env=environment(), **pipes)
-        assert done.returncode == 0 and "profile tiny is complete" in done.stdout, done.stdout
-    assert len(artifacts(root)) == 1
+        succeeds(one_stage)
