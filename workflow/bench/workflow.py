@@ -173,10 +173,7 @@ def main(arguments: list[str]) -> int:
     def end(number: int, frame: object) -> None:
         processes.end_tree()  # nobody submits any more
         if given.on_cluster:
-            print(
-                f"\nstopped: {cluster.cancel(given.profile)} jobs cancelled in Slurm's queue. {AGAIN}",
-                flush=True,
-            )
+            print(f"\nJobs cancelled in Slurm's queue: {cluster.cancel(given.profile)}. {AGAIN}", flush=True)
         processes.end_on_signal(number, frame)
 
     for number in (signal.SIGTERM, signal.SIGINT):
