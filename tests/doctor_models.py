@@ -14,7 +14,7 @@ UNSIGNED = {"activation_type": quantization.QuantType.QUInt8, "per_channel": Tru
 
 
 def network(
-    *, batch_norm=False, activation="Relu", transpose=False, mask=False, one_bias=False
+    *, batch_norm=False, activation="Relu", transpose=False, mask=False, one_bias=False, pool=False
 ) -> onnx.ModelProto:
     """conv1, a block of conv2 and conv3 with its residual add, conv4, pool, fc."""
     random = np.random.default_rng(0)
@@ -47,6 +47,7 @@ def network(
         return node(activation, [output], f"{name}.act") if act else output
 
     stem = convolution("conv1", "images", 3)
+    stem = node("MaxPool", [stem], "pooled", kernel_shape=[2, 2]) if pool else stem
     inner = convolution("conv3", convolution("conv2", stem, WIDTH), WIDTH, act=False)
     last = convolution("conv4", node("Relu", [node("Add", [inner, stem], "add")], "add.act"), WIDTH)
     if transpose:

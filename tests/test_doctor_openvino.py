@@ -9,7 +9,8 @@ import pytest
 from onnxruntime.quantization import QuantType
 
 pytest.importorskip("openvino")
-from nnc_utils.doctor import examine, in_openvino, rules  # noqa: E402, before openvino: no telemetry
+# in_openvino comes before openvino: no telemetry
+from nnc_utils.doctor import DoctorError, examine, in_openvino, rules  # noqa: E402
 from nnc_utils.runtimes.openvino import count_operators  # noqa: E402
 
 import openvino  # noqa: E402, isort: skip
@@ -37,9 +38,12 @@ def compressed(folder, mode):
     return folder / "net.xml"
 
 
-def test_versions():
-    seen = f"OpenVINO {version('openvino')}"
-    assert seen == rules.TABLE["float-weights-kept"].runtime, (
+@pytest.mark.parametrize(
+    ("tool", "rule"), [("OpenVINO", "float-weights-kept"), ("NNCF", "int4-as-int8"), ("NNCF", "masks-left")]
+)
+def test_versions(tool, rule):
+    pytest.importorskip(tool.lower())
+    assert f"{tool} {version(tool.lower())}" == rules.TABLE[rule].runtime, (
         "another version: see whether it still does what these tests say"
     )
 
@@ -101,6 +105,19 @@ def test_compressed_weights_compute_in_floats(tmp_path):
         assert not {"conv", "linear"} & set(count_operators(compiled))
         sizes[mode] = path.with_suffix(".bin").stat().st_size
     assert sizes["INT8_ASYM"] == sizes["INT4_SYM"]
+
+
+@pytest.mark.parametrize("damage", ["foreign", "without weights", "cut weights"])
+def test_a_damaged_file_takes_one_line(damage, tmp_path):
+    path = saved(made.network(), tmp_path)
+    weights = path.with_suffix(".bin")
+    if damage == "foreign":
+        path.write_text("<html></html>")
+    else:
+        weights.write_bytes(weights.read_bytes()[:100] if damage == "cut weights" else b"")
+    with pytest.raises(DoctorError, match=r"net\.xml: ") as error:
+        examine(path)
+    assert "\n" not in str(error.value)
 
 
 def test_macs(tmp_path):

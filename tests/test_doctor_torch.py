@@ -41,8 +41,8 @@ def exported(module=None):
     return torch.export.export(module or Network().eval(), (torch.randn(SHAPE),))
 
 
-def converted(quantizer):
-    prepared = prepare_pt2e(exported().module(), quantizer)
+def converted(quantizer, module=None):
+    prepared = prepare_pt2e(exported(module).module(), quantizer)
     prepared(torch.randn(SHAPE))
     return convert_pt2e(prepared)
 
@@ -70,7 +70,7 @@ def xnnpack(folder, *, module=None, partitioned=True, **settings):
     from executorch.exir import to_edge_transform_and_lower
 
     config = xnn.get_symmetric_quantization_config(is_per_channel=True, **settings)
-    module = converted(xnn.XNNPACKQuantizer().set_global(config)) if settings else module
+    module = converted(xnn.XNNPACKQuantizer().set_global(config), module) if settings else module
     partitioners = [XnnpackPartitioner()] if partitioned else []
     program = to_edge_transform_and_lower(exported(module), partitioner=partitioners)
     (folder / "net.pte").write_bytes(program.to_executorch().buffer)
@@ -117,6 +117,15 @@ def test_what_is_not_quantized_or_not_delegated(tmp_path):
 
 
 @needs_executorch
+@pytest.mark.slow
+def test_additions_of_a_number_are_no_layers(tmp_path):
+    """XNNPACK adds 3 within a hard sigmoid, in floats."""
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardsigmoid(), nn.Conv2d(8, 8, 3)).eval()
+    report = examined(xnnpack(tmp_path, module=module, is_dynamic=False))
+    assert (report.named(), [layer.kind for layer in report.layers]) == ({}, ["conv", "conv"])
+
+
+@needs_executorch
 @pytest.mark.parametrize("partitioned", [True, False])
 def test_transposed_convolutions_and_products_count_in_executorch(partitioned, tmp_path):
     report = examined(xnnpack(tmp_path, module=Products().eval(), partitioned=partitioned))
@@ -135,11 +144,11 @@ def test_weights_of_4_bits_in_groups_are_integers(tmp_path):
     ]
 
 
-@needs_executorch
-def test_a_damaged_program_takes_one_line(tmp_path):
-    (tmp_path / "net.pte").write_bytes(b"no program" * 100)
-    with pytest.raises(doctor.DoctorError, match=r"net\.pte: ") as error:
-        doctor.examine(tmp_path / "net.pte")
+@pytest.mark.parametrize("suffix", [pytest.param("pte", marks=needs_executorch), "pt2", "safetensors"])
+def test_a_damaged_program_takes_one_line(suffix, tmp_path):
+    (tmp_path / f"net.{suffix}").write_bytes(b"no program" * 100)
+    with pytest.raises(doctor.DoctorError, match=rf"net\.{suffix}: ") as error:
+        doctor.examine(tmp_path / f"net.{suffix}")
     assert "\n" not in str(error.value)
 
 
@@ -199,6 +208,19 @@ def test_calls_that_no_layer_is_known_of(tmp_path, monkeypatch):
 def test_masks_and_unread_weights_are_notes():
     assert in_inductor.notes(exported(Masked())) == ("masks-left",)
     assert in_inductor.notes(exported()) == ()
+
+
+@pytest.mark.parametrize(("form", "notes"), [("NATIVE", ("masks-left",)), ("IN_PLACE", ())])
+def test_masks_that_nncf_leaves(form, notes):
+    """Its `strip` after pruning: NATIVE is the default."""
+    if runtimes.available("openvino"):  # before nncf: no telemetry
+        pytest.skip("no openvino")
+    nncf = pytest.importorskip("nncf")
+    network, images = Network().eval(), torch.randn(SHAPE)
+    mode = nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL
+    pruned = nncf.prune(network, mode=mode, ratio=0.5, examples_inputs=images)
+    stripped = nncf.strip(pruned, strip_format=nncf.StripFormat[form], example_input=images)
+    assert in_inductor.notes(exported(stripped)) == notes
 
 
 def test_an_artifact_is_exported_first(tmp_path):

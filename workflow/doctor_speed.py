@@ -2,11 +2,13 @@
 
 From an fp32 artifact come the files that ONNX Runtime's `quantize_static` and NNCF's PyTorch quantization
 write with their defaults. Each is repaired, and all are timed in turns in one process: fp32, before, after.
+`--csv docs/doctor_speed.csv` keeps the table, for docs/doctor.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import tempfile
 import time
@@ -25,10 +27,13 @@ from nnc_utils.runtimes.onnxruntime import session_options
 
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # it compiles for minutes at its first use
 CALIBRATION, TESTED = 256, 2000
+MARKERS = "<!-- speed:begin -->", "<!-- speed:end -->"
 COLUMNS = ("file", "MACs in integers", "ms", "times fp32", "times unfixed", "agreement", "accuracy")
 
 
-class _Reader(quantization.CalibrationDataReader):
+class Reader(quantization.CalibrationDataReader):
+    """Gives the calibration images once."""
+
     def __init__(self, images: np.ndarray) -> None:
         self._batches = iter([{"images": images}])
 
@@ -40,7 +45,7 @@ def ort_default(stored: artifact.Artifact, images: np.ndarray, target: Path) -> 
     """`quantize_static` as it comes."""
     source = target.with_name("source.onnx")
     onnx.save(qdq.onnx_model(stored, "fp32"), source)
-    quantization.quantize_static(str(source), str(target), _Reader(images))
+    quantization.quantize_static(str(source), str(target), Reader(images))
 
 
 def nncf_default(stored: artifact.Artifact, images: np.ndarray, target: Path) -> None:
@@ -83,6 +88,23 @@ def predictions(file: Path, images: np.ndarray) -> np.ndarray:
     return np.concatenate([session.run(None, {"images": batch})[0].argmax(1) for batch in batches])
 
 
+def markdown(file: Path) -> str:
+    """The kept table, as docs/doctor.md shows it."""
+    columns, *rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
+    return tabulate(rows, columns, "github", disable_numparse=True)
+
+
+def write(rows: list[list[str]], file: Path) -> None:
+    """Keep the table as CSV, and between the markers of the page beside it."""
+    with open(file, "w", encoding="utf-8", newline="") as out:
+        csv.writer(out, lineterminator="\n").writerows([COLUMNS, *rows])
+    page = file.with_name("doctor.md")
+    if page.is_file():
+        before, rest = page.read_text(encoding="utf-8").split(MARKERS[0])
+        after = rest.split(MARKERS[1])[1]
+        page.write_text(f"{before}{MARKERS[0]}\n{markdown(file)}\n{MARKERS[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
@@ -91,7 +113,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each visit to a file")
+    parser.add_argument("--csv", type=Path, help="keep the table in this file, and in a doctor.md beside it")
     options = parser.parse_args()
+    if options.csv and not options.csv.parent.is_dir():
+        parser.error(f"--csv {options.csv}: {options.csv.parent} is no folder")
     stored, images = artifact.read(options.artifact), data.load(options.data)
     calibration = images.normalize(images.train.images[:CALIBRATION]).numpy()
     tested = images.normalize(images.test.images[:TESTED]).numpy()
@@ -118,6 +143,8 @@ def main() -> None:
             row += [f"{(classes[file] == other).mean():.2%}" for other in (classes[unfixed], labels)]
             rows.append(row)
     print(tabulate(rows, COLUMNS, "simple", disable_numparse=True))
+    if options.csv:
+        write(rows, options.csv)
 
 
 if __name__ == "__main__":

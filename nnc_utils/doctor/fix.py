@@ -15,13 +15,13 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from nnc_utils.doctor.in_onnxruntime import load, random_inputs, session
-from nnc_utils.doctor.onnx_graph import MOVING, Graph
+from nnc_utils.doctor.onnx_graph import MOVING, PASSED, Graph
 from nnc_utils.doctor.onnx_rules import bias_of_another_scale, is_middle, is_relu
 
 INPUTS, BATCH = 256, 32
 NEAR = 0.1  # of a standard deviation: so alike are outputs of one value
 # operators whose output is not negative if their input is not
-KEEPING = (*MOVING, "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
+KEEPING = (*MOVING, "AveragePool", "GlobalAveragePool", "ReduceMean")
 KEEPING += ("QuantizeLinear", "DequantizeLinear")
 BIAS_LIMIT = 2**30  # of a bias in int32: room for the products
 SMALLEST_SCALE = 2.0**-90
@@ -164,7 +164,7 @@ def _fold_batch_norm(model: onnx.ModelProto) -> int:
         alone = len(graph.readers[norm.input[0]]) == 1 and norm.input[0] not in graph.outputs
         if conv is None or conv.op_type != "Conv" or not alone:
             continue
-        weight, source = _weight(graph, conv.input[1]), graph.pair(conv.input[0])
+        weight, source = _weight(graph, conv.input[1]), graph.pair(graph.original(conv.input[0], PASSED))
         parts = [graph.values(name) for name in norm.input[1:5]]
         bias = graph.values(conv.input[2]) if len(conv.input) > 2 else np.zeros(1)
         known = weight is not None and source is not None and all(p is not None for p in (*parts, bias))
@@ -228,7 +228,7 @@ def _quantize_again(model: onnx.ModelProto) -> int:
             continue  # a weight in floats: it stays a layer of floats
         for place in (0, 1) if kind == "add" else (0,):
             source = graph.original(node.input[place], MOVING)
-            if source == graph.original(node.input[place]) or graph.pair(source) is None:
+            if source == graph.original(node.input[place], PASSED) or graph.pair(source) is None:
                 continue
             names = [f"{node.name or node.output[0]}.{place}.{part}" for part in ("codes", "floats")]
             parameters = graph.producers[source].input[1:]

@@ -45,6 +45,8 @@ def _delegated(graph: dict, before: int, batch: int) -> list[Layer]:
             continue
         kind = KINDS[operator]
         read = [values[about[key]] for key in ("input1_id", "input2_id", "filter_id") if key in about]
+        if kind == "add" and any(math.prod(dims) == 1 for _, dims in read):
+            continue  # of a number, as within a hard sigmoid
         integer = all(name.startswith("q") for name, _ in read)
         source = read[0][0]
         runs = f"{operator} {'dynamic ' if source.startswith('qd') else ''}{source}"

@@ -17,7 +17,9 @@ FUSED = ("FusedGemm", "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFl
 KINDS |= dict.fromkeys(FUSED, "linear")
 KINDS |= dict.fromkeys(("Add", "QLinearAdd"), "add")
 WEIGHT = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}  # which input it is, 1 in all others
-MOVING = ("Identity", "Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+# operators that only move or choose values; behind the first ones ONNX Runtime quantizes again by itself
+PASSED = ("Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+MOVING = (*PASSED, "Flatten")
 LONGEST = 4  # operators between a layer and its quantizer
 
 
@@ -91,7 +93,7 @@ class Graph:
 
     def bias_scale(self, node: NodeProto) -> np.ndarray | None:
         """The scale that a layer's sums have, and its bias should: (out,) or (1,); None for floats."""
-        source, weight = (self.pair(name) for name in node.input[:2])
+        source, weight = (self.pair(self.original(name, PASSED)) for name in node.input[:2])
         if source is None or weight is None or source.scale.size != 1:
             return None
         return source.scale.reshape(1).astype(np.float64) * weight.scale.reshape(-1)

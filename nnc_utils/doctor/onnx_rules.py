@@ -7,7 +7,7 @@ import re
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from nnc_utils.doctor.onnx_graph import KINDS, MOVING, Graph, Pair
+from nnc_utils.doctor.onnx_graph import KINDS, MOVING, PASSED, Graph, Pair
 
 SIGNED = TensorProto.INT8
 NOT_COUNTED = re.compile(r"Attention|LSTM|^(If|Loop|Scan|GRU|RNN|Einsum)$")  # operators that multiply
@@ -38,7 +38,7 @@ def reasons(graph: Graph, node: NodeProto) -> tuple[str, ...]:
         and any(pair.scale.ndim or pair.zero_point.ndim for pair in pairs),
         "float-bias": float_bias and quantizer is None,
         "bias-of-another-scale": bias_of_another_scale(graph, node),
-        "operator-before": inputs != list(map(graph.original, node.input[:2])),
+        "operator-before": inputs != [graph.original(name, PASSED) for name in node.input[:2]],
         **_no_quantizer_behind(graph, node, between, quantizer),
     }
     signed = any(pair.zero_point.dtype.kind == "i" for pair in (source, written) if pair is not None)
