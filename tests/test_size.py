@@ -8,10 +8,10 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 400  # lines of a module
 MOST = {  # lower them with every cut; a folder in a folder counts for itself
     "nnc_utils": 12_365,
-    "nnc_utils/doctor": 1_407,
+    "nnc_utils/doctor": 1_411,
     "nnc_utils/exercises": 1_816,
     "workflow/bench": 4_974,
-    "tests": 15_996,
+    "tests": 16_101,
     "tests/exercises": 1_489,
 }
 
