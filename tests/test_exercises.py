@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import jupytext
@@ -88,6 +89,10 @@ class TestExercise:
                 check(one.number, answer)
         assert len({words for _, words in wrong}) == len(wrong)
 
+    def test_a_forgotten_return_is_told(self, one):
+        with pytest.raises(Wrong, match="returns nothing|In this order"):
+            check(one.number, *[lambda *given, **named: None] * len(one.answers))
+
     def test_the_stub_is_the_solution_without_its_lines(self, one):
         stub = course.cleared(one.cell.source)
         assert course.BEGIN in one.cell.source and course.BEGIN not in stub
@@ -142,6 +147,13 @@ def test_an_answer_of_another_kind_is_told_so():
     with pytest.raises(Wrong, match="not finite"):
         exercises.same(float("nan"), 1.0, "It differs.")
     assert Wrong("Look again.")._render_traceback_() == ["Not yet. Look again."]
+
+
+def test_an_error_of_a_learners_function_shows_no_line_of_the_checker():
+    with pytest.raises(IndexError) as raised:
+        check("5.2", lambda terms, architecture: terms[0].values[99, 99, 99])
+    shown = {Path(place.filename).name for place in traceback.extract_tb(raised.tb)}
+    assert Path(__file__).name in shown and "search.py" not in shown
 
 
 def test_the_student_edition_has_the_holes_and_no_answer():

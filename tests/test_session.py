@@ -114,6 +114,11 @@ def test_parameters_are_recorded_as_they_were_given_and_the_setup_cell_can_run_a
     assert again.parameters["configurations"] == bench.parameters["configurations"]
 
 
+def test_the_setup_cell_can_run_again_after_a_module_of_a_lists_name_was_imported(baseline):
+    _, namespace = start(baseline)
+    assert Bench("03_pruning", namespace | {"peers": peers}).parameters["configurations"] == []
+
+
 def test_cells_that_run_twice_measure_each_network_once(baseline):
     bench, namespace = start(baseline, configurations=SPARSE)
     for _ in range(2):

@@ -75,6 +75,7 @@ def share_of_right(accuracy: Callable) -> None:
     labels = np.arange(10)
     batches = [(labels.copy(), labels), (np.array([0, 9]), np.array([0, 1]))]  # 10 of 10, then 1 of 2
     given = accuracy(batches)
+    expect(given is not None, "Your function returns nothing: does it end in `return`?")
     expect(
         abs(given - 75) > 1e-9,
         "You average the batches: the last has 2 images and counts as much as one of 10.",

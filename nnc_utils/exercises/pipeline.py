@@ -86,7 +86,9 @@ def loss(mixed_loss: Callable) -> None:
 
     def given(a: float, ours: np.ndarray = student) -> float:
         both = {"student_logits": torch.tensor(ours), "teacher_logits": torch.tensor(teacher)}
-        return float(mixed_loss(**both, labels=torch.tensor(labels), temperature=t, alpha=a))
+        value = mixed_loss(**both, labels=torch.tensor(labels), temperature=t, alpha=a)
+        expect(value is not None, "Your function returns nothing: does it end in `return`?")
+        return float(value)
 
     hard = float(-log_softmax(student)[range(3), labels].mean())
     same(

@@ -52,11 +52,11 @@ def cost(look_up: Callable) -> None:
     space, parts = costed()
     shallow = space.canonical([0 if c.kind == "depth" else len(c.options) - 1 for c in space.choices])
 
-    def total(numbers: tuple, has: Callable) -> float:
+    def total(numbers: tuple, has: Callable, of: list = parts) -> float:
         """The entries of these numbers, of the parts that are said to be there."""
         return sum(
             term.values[tuple(numbers[place] for place in term.places)]
-            for term in parts
+            for term in of
             if has(numbers[term.depth], term.when)
         )
 
@@ -72,6 +72,11 @@ def cost(look_up: Callable) -> None:
             sum(term.values.mean() for term in parts if shallow[term.depth] in term.when),
             "You take the mean of each table: the entry at the architecture's numbers is asked for.",
         ),
+        (
+            sum(total(shallow, lambda n, when: True, [term]) for term in parts if term.depth in term.when),
+            "`term.depth` is a place: ask whether the number that stands there is in the range.",
+        ),
+        (total(shallow, lambda n, when: n in when, parts[:1]), "One table alone: is `return` in the loop?"),
     ]
     said = "Those are not the MACs of a network of three stages."
     judge(given, models.macs(space.spec(shallow)), said, known)
@@ -100,8 +105,8 @@ def relative(fit_coefficients: Callable) -> None:
         (10 * least, "These belong to the scaled inputs: divide the coefficients by the scale, too."),
         ((t / x).mean(), "That is the mean of t / x: least squares of the relative errors is asked for."),
         (
-            (x / t**2).sum() / (x**2 / t**3).sum(),
-            "That weighs with 1/t before the square: divide by t itself.",
+            x.sum() / (x**2 / t).sum(),
+            "You divide by √t, which weighs the squares with 1/t: divide by t itself.",
         ),
     ):
         expect(not near(given, [wrong]), said)
@@ -158,11 +163,16 @@ def sandwich(sandwich_by_hand: Callable) -> None:
         ),
         (sum(losses(others, lambda z: z.detach())), "Logits are no probabilities: take their softmax."),
         (
+            largest
+            + sum(functional.cross_entropy(soft(network(images)), network(images, o)) for o in others),
+            "Logits and target are swapped: `F.cross_entropy(logits, target)`.",
+        ),
+        (
             sum(losses(others, lambda z: z.detach().softmax(0))),
             "The softmax runs over the images: the classes of an image are to add up to 1.",
         ),
     ]
-    judge(torch.as_tensor(given).detach(), (largest + rest).detach(), "Another loss than L comes out.", known)
+    judge(given, (largest + rest).detach(), "Another loss than L comes out.", known)
     expect(torch.as_tensor(given).requires_grad, "The loss has no gradient: detach the soft labels alone.")
     [gradient] = torch.autograd.grad(given, weights)
     [wanted] = torch.autograd.grad(largest + rest, weights)
@@ -226,6 +236,14 @@ def reinforce(policy_gradient: Callable) -> None:
             "You push what was drawn, but do not subtract p: what is drawn often is pushed often.",
         ),
         (
+            (advantages[:, None, None] * (one_hot - chances)).mean(0),
+            "Decisions that do not matter still get −p: multiply the whole difference by `matters`.",
+        ),
+        (
+            4 * wanted / matters.sum(0)[:, None],
+            "You divide by the samples in which a decision matters: the mean over all of them is asked for.",
+        ),
+        (
             gradient(of_chosen.exp() * matters),
             "That is the gradient of p: the gradient of log p is asked for.",
         ),
@@ -254,6 +272,8 @@ def ranks(tau: Callable) -> None:
         (4 / 3, "More than 1: the outer difference holds each pair twice, above and below."),
         (-2 / 3, "The sign is turned around: the same order is 1."),
         (8 / 12**2, "The root is missing: √(n_x n_y)."),
+        (4 / 12, "Each pair is counted once above, but twice below: the outer difference holds it twice."),
+        (8 / 4, "You count the ties, and each network with itself: those that are not tied are asked for."),
         (5 / 6, "That is the share of concordant pairs: subtract the discordant ones."),
         (8 / 16, "A network is no pair with itself: n (n − 1) differences, not n²."),
         (np.corrcoef(x, y)[0, 1], "That is the correlation of the values: only their order counts."),
@@ -271,6 +291,8 @@ def ranks(tau: Callable) -> None:
             pairs.sum() / (pairs**2).sum(),
             "You drop a pair if either score ties: count the pairs of each alone.",
         ),
+        (pairs.sum() / 18, "You leave out the ties of x alone: √(n_x n_y) leaves out those of y, too."),
+        (pairs.sum() / 14, "You leave out the ties of y alone: √(n_x n_y) leaves out those of x, too."),
     ]
     judge(given, scipy.stats.kendalltau(x, y).statistic, "With ties another τ is asked for.", known)
     same(tau(x, x), 1.0, "τ of a score with itself is 1.")

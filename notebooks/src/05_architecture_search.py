@@ -22,8 +22,9 @@
 # hand**, with an equal training budget. Here both stand beside every method.
 #
 # **You will be able to** describe a space of networks, predict what each costs, judge candidates without training them,
-# search in four ways, and say whether the search was worth it. **You need** [01](01_baseline.ipynb) and the soft labels of
-# [04](04_distillation.ipynb). **Time:** an hour to read, an hour for the seven exercises, a minute to run.
+# search in four ways, and say whether the search was worth it. **You need** [01](01_baseline.ipynb), which runs first if it
+# has not, and the soft labels of [04](04_distillation.ipynb); int8, in section 3, is from [02](02_quantization.ipynb).
+# **Time:** an hour to read, an hour for the seven exercises, a minute to run.
 #
 # **Contents.**
 # [1 · What may a network be?](#1-·-What-may-a-network-be?)
@@ -107,15 +108,16 @@ for name, spec in (
 #
 # A residual network is a list of decisions. Each stage has a width and a depth, the fourth perhaps no block at all. Each
 # block has a width of its own between its two convolutions, so that it may expand or narrow, and begins with a 3×3 or a
-# 5×5 kernel. An **architecture** is one small number for each decision. With $|W_s|$ widths and $o_{sb}$ ways to fill
-# block $b$ a space has
+# 5×5 kernel. An **architecture** is one small number for each decision. With $|W_s|$ widths, at most $D$ blocks and
+# $o_{sb}$ ways to fill block $b$ a space has
 #
 # $$\prod_{s} |W_s| \sum_{d=1}^{D} \prod_{b=1}^{d} o_{sb}$$
 #
 # networks: one of $d$ blocks has no decisions about the others. (A stage that may be missing adds 1 to its factor.)
 #
-# *Predict*: four stages of at most two blocks: millions, billions or more networks? First the decoder, from numbers to
-# a Spec.
+# *Predict*: four stages of at most two blocks, with three or four widths to choose from: how many digits has the number
+# of networks? First the decoder, from numbers to a Spec. In its last line `(1, 0, 0, 1, 0, 0, …)` says of stage 1: width 8,
+# the option 1 of `(4, 8)`; one block; 4 wide inside, a 5×5 kernel; and zeros for the second block, which is absent.
 
 # %% tags=["nbval-check-output"]
 from nnc_utils.search.space import Space, around
@@ -206,7 +208,12 @@ print(f"{years:,.0f} years at a minute each")
 #
 # $$C(a) = \sum_t T_t[a_t]$$
 #
-# So each term is a table, filled once. *Predict*: how many entries do all tables have together, for those networks?
+# So each term is a table, filled once. (Peak memory is no such sum, nor is time where a runtime joins layers of two
+# blocks.) *Predict*: how many entries do all tables have together, for those networks?
+#
+# One table by hand: the second block of stage 2, behind the stem and a block of each of the stages 1 and 2. `space.places`
+# says where in an architecture a decision stands: `place[1, 1, "inner"]` is that of stage 2, block 2 (both count from 0),
+# and −1 instead of a block stands for the stage itself.
 
 # %% tags=["nbval-check-output"]
 FIXED = space.smallest  # the decisions that a table is not about
@@ -236,6 +243,9 @@ pd.DataFrame(by_hand[:, :, 0], index=space.widths[1], columns=inner).rename_axis
 # The package keeps each table as a `Term`. `term.values` is an array with an axis for each decision at `term.places`,
 # in this order. A network has this part if its number at `term.depth` is in `term.when`, a Python `range`. Return the
 # sum of the entries of the parts that the architecture, a tuple of numbers, has.
+#
+# The table above, for example, has `places` (6, 10, 11), `depth` 7 and `when` range(1, 2): its entry counts only if
+# `architecture[7]` is 1, for two blocks.
 #
 # <details><summary>Hint 1</summary>An array takes a tuple as its index: <code>values[2, 0, 1]</code> is <code>values[(2, 0, 1)]</code>.</details>
 # <details><summary>Hint 2</summary>Collect <code>architecture[place]</code> for each place of the term, as a tuple.</details>
@@ -292,7 +302,9 @@ figures.show(figure, "Histogram of the MACs of 1,000 random networks; a line mar
 # ## 3 · How long will a network take?
 #
 # A ratio of MACs is no speed-up, and a search cannot time every candidate. So **blocks** are timed beforehand, in int8, one
-# thread, alone on the machine, and a sum of features $f_i$ (calls, convolutions, padded MACs, gathered inputs …) is fitted:
+# thread, alone on the machine, and a sum of features $f_i$ is fitted: a call of the runtime, the number of convolutions,
+# *padded* MACs (integer kernels fill channels up to multiples of 4 and 16), *gathered* inputs (all that a kernel reads,
+# over its positions) …
 #
 # $$\begin{gathered} \hat t(a) = \sum_i c_i f_i(a) \\ c = \arg\min_{c \ge 0} \sum_n \left(\hat t(a_n) / t_n - 1\right)^2 \end{gathered}$$
 #
@@ -326,8 +338,8 @@ def features(spec: models.Spec) -> np.ndarray:
 # ### Exercise 5.3 · Find the bug: the slowest decide
 #
 # `inputs` are features, (blocks, features), and `times` their milliseconds, (blocks,). This fit has one fault: an error of
-# 1 ms weighs the same in a block of 2 ms and in one of 100 ms. Return the coefficients that minimize the sum of squared
-# **relative** errors of the formula above.
+# 0.01 ms weighs the same in a block of 0.02 ms and in one of 0.1 ms. Return the coefficients that minimize the sum of
+# squared **relative** errors of the formula above.
 #
 # ```python
 # scale = inputs.max(0)  # MACs are millions, calls are ones: the solver wants numbers of one size
@@ -449,7 +461,8 @@ predictions.measured("parameters of the smallest network, of the largest (%)", 1
 # ### How does one set of weights learn to be many networks?
 #
 # By the [**sandwich rule**](../docs/glossary.md#sandwich-rule) ([Yu and Huang, 2019](https://arxiv.org/abs/1903.05134)): each step trains the largest
-# network, one of the narrowest and two random ones between. The largest learns from labels, the others from its [soft
+# network, one of the narrowest (the least widths; depths and kernels are drawn) and two random ones between. The first two
+# bound the space: what lies between shares weights with both. The largest learns from labels, the others from its [soft
 # labels](../docs/glossary.md#soft-labels):
 #
 # $$L = \text{CE}(z_\text{largest}, y) + \sum_{\text{others}} \text{CE}(z, \text{softmax}(z_\text{largest}))$$
@@ -540,7 +553,8 @@ print(f"{own - borrowed:+.1f} pp for {evaluate.cost - 200} images and no trainin
 # ## 5 · Which network next?
 #
 # Four ways to choose what to ask: at random, by [evolution or REINFORCE](../docs/glossary.md#evolution-reinforce), by gradients. To see them at work without waiting, ask a **made-up landscape**: each option has a worth,
-# and so has each pair of options. It needs no images, and we know its rules; no method does.
+# and so has each pair of options. It needs no images, and we know its rules; no method does. Only 119 of its networks are
+# within the limit, so that the best is known, too.
 
 # %%
 field = Space(1, 28, 10, "small_stride2", ((8, 16, 24), (8, 16, 32)), blocks=1)
@@ -636,7 +650,9 @@ for best_networks in (round(0.05 * len(ranked)), 1):
 # ### Evolution: change the best
 #
 # Keep the last 12 networks; of five of them the best has a child with one decision changed; the oldest dies
-# ([Real et al., 2019](https://arxiv.org/abs/1802.01548)). Dying by age, not by score, forgets what was only lucky.
+# ([Real et al., 2019](https://arxiv.org/abs/1802.01548)). Dying by age, not by score, forgets what was only lucky. A child
+# that was asked before or is too expensive costs no query: it gives way to another one of its parent, or, with probability
+# 0.3, to a child of its own.
 
 
 # %%
@@ -757,7 +773,8 @@ print(f"REINFORCE finds {gain:+.2f} pp on average against random search")
 # Replace each decision by probabilities; then accuracy and cost can be differentiated
 # (DARTS, [Liu et al., 2019](https://arxiv.org/abs/1806.09055)). FBNet ([Wu et al., 2019](https://arxiv.org/abs/1812.03443))
 # draws them by **Gumbel-softmax** ([Jang et al., 2017](https://arxiv.org/abs/1611.01144)), $\text{softmax}((z + g)/\tau)$
-# with $g = -\log(-\log u)$, and puts the mean cost into the loss. Decisions are independent, so that mean is exact:
+# with $g = -\log(-\log u)$ and $u$ uniform between 0 and 1, and puts the mean cost into the loss. The temperature τ falls, so
+# that samples come close to one-hot. Decisions are independent, so that the mean is exact ($d$ are the decisions of a table):
 #
 # $$\mathbb{E}[C] = \sum_t P(\text{block exists}) \sum_{a_t} T_t[a_t] \prod_{d \in t} p_d[a_{td}]$$
 #
@@ -841,7 +858,7 @@ print(f"above random search in the median: {', '.join(ahead) or 'none'}")
 # ## 6 · Do shared weights rank networks?
 #
 # A search asks the supernet; you will train the winner alone. **Kendall's τ** says whether both agree on the order:
-# over all pairs of networks, concordant minus discordant, ties aside.
+# over all pairs of networks, concordant minus discordant, ties aside (it is no temperature).
 #
 # $$\tau = \frac{\sum_{i<j} \text{sign}(x_i - x_j)\,\text{sign}(y_i - y_j)}{\sqrt{n_x n_y}}$$
 #
@@ -907,8 +924,12 @@ print(f"the 16 networks lie within {spread[0]:.1f} pp (shared weights) and {spre
 #
 # The benchmark trains a supernet, repeats each search with other seeds at **equal cost** (the same number of networks asked;
 # what a search has asked before is free), sends each method's best into a short training of its own, and retrains the
-# winner. Its rivals are ResNet-18 and ResNet-20 with all widths scaled by one factor, with **no fewer** MACs and the same
-# epochs.
+# winner. Its rivals are ResNet-18 and ResNet-20 with all widths scaled by one factor, with **no fewer** MACs than the winner
+# and the same epochs. "32× fewer MACs" is the limit of the search: a winner may need less, see *MACs ÷*.
+#
+# A fifth method, **random near limit**, draws only networks that cost at least half of the limit: how much of a method's
+# gain is only that larger networks are better? With `evaluations` above 0, as here, the supernet judges only that many
+# networks, and all searches ask a *model* fitted to them, so that they can be repeated in seconds.
 
 # %% tags=["benchmark"]
 from nnc_utils import measure, peers
@@ -937,7 +958,10 @@ if len(rows):
         print(f"{pair['ours']}: {pair['verdict']} {pair['theirs']}, {pair['difference (pp) [95 %]']} pp")
 
 # %% [markdown]
-# What did the searches find? Lines are medians over the seeds, bands are quartiles.
+# What did the searches find? Lines are medians over the seeds, bands are quartiles, of what the searches were *told*: here
+# by the model. The lines printed below are what the **supernet** says of the networks with which they ended, with a
+# Mann-Whitney test: p is the chance to see a method so far above random search if it were no better. *Predict*: does the
+# highest curve win there, too?
 
 
 # %%
@@ -980,7 +1004,7 @@ if mine := candidates.found(bench, "search"):
 # ## The committed results
 #
 # The same search on Fashion-MNIST, with a ResNet-18 trained for twenty epochs. All queries went to the supernet itself.
-# Does a clever search find more than a random one?
+# The tool Optuna searches, too, by NSGA-II, an evolution. Does a clever search find more than a random one?
 
 # %% tags=["nbval-check-output"]
 print(verdict(committed))
@@ -994,7 +1018,8 @@ figures.show(
 )
 
 # %% [markdown]
-# And does the winner beat what somebody drew in a minute? Test images; differences over the seeds that both have. The
+# And does the winner beat what somebody drew in a minute? Test images; differences over the seeds that both have. *Alone*:
+# trained from labels; *distilled*: from the soft labels of the compressed network of [06](06_pipeline.ipynb). The
 # three-stage ResNet is among the rivals once it has committed rows.
 
 # %% tags=["nbval-check-output"]
@@ -1108,9 +1133,11 @@ figures.show(predictions.show(), shown)
 # it?</summary>That it is not shown to rank networks better than chance. The score then says little: train the winner,
 # random networks and the rivals by hand alone, and compare these.</details>
 #
-# **Try it.** (1) Set `macs = 64`: which stage does the winner narrow first? Predict, then read its Spec. (2)
-# Remove `* matters[..., None]` from exercise 5.6: does REINFORCE still find as much? (3) Use the fit with the bug of
-# exercise 5.3: which networks get worse? (4) Set `alone = 16`: does your own τ have an interval without 0?
+# **Try it.** Change parameters at the top and run all cells again. (1) Set `macs = 64`, there and in both
+# `configurations`: which stage does the winner narrow first? Predict, then print `mine["winner"]["spec"]`. (2) Leave
+# `matters` out of exercise 5.6: REINFORCE finds exactly the same in the landscape. Which networks does the landscape lack?
+# (3) Put the bug back into exercise 5.3 and print `error(features, fitted, fitted)`, too: why are the blocks predicted
+# worse, but not the networks, which are slower? (4) Set `alone = 16`: has your own τ, `mine["tau"]`, an interval without 0?
 #
 # **Further reading.** [Once-for-all](https://arxiv.org/abs/1908.09791) trains a supernet to serve as it is;
 # [MnasNet](https://arxiv.org/abs/1807.11626) puts milliseconds into the reward.

@@ -68,6 +68,12 @@ def divergences(network, images, labels, others):
     return F.cross_entropy(z, labels) + sum(kl)
 
 
+def swapped(network, images, labels, others):
+    z = network(images)
+    rest = [F.cross_entropy(probabilities(z), network(images, other)) for other in others]
+    return F.cross_entropy(z, labels) + sum(rest)
+
+
 def queries(top, sure, whole=math.ceil):
     return whole(round(math.log(1 - sure) / math.log(1 - top), 9))
 
@@ -89,6 +95,11 @@ def policy(chances, chosen, matters, advantages, *, reduce=np.mean, direction="o
     return reduce(rows, axis=0)
 
 
+def masked_early(chances, chosen, matters, advantages):
+    one_hot = np.eye(chances.shape[1])[chosen] * matters[..., None]
+    return (advantages[:, None, None] * (one_hot - chances)).mean(0)
+
+
 def by_pairs(x, y, *, below=None):
     """Kendall's tau by loops over the pairs."""
     concordant = discordant = of_x = of_y = 0
@@ -99,6 +110,11 @@ def by_pairs(x, y, *, below=None):
     if below:
         return below(concordant, discordant, of_x, of_y, len(x))
     return (concordant - discordant) / math.sqrt(of_x * of_y)
+
+
+def ties(x, y):
+    same_x, same_y = (np.subtract.outer(values, values) == 0 for values in (x, y))
+    return 2 * by_pairs(x, y, below=lambda c, d, *_: c - d) / math.sqrt(same_x.sum() * same_y.sum())
 
 
 RIGHT = {
@@ -132,6 +148,11 @@ WRONG = {
         (lambda terms, a: summed(terms, a, lambda number, when: number > when.start), "holds its start"),
         (lambda terms, a: summed(terms, a, lambda number, when: number >= when.start), "also ends"),
         (lambda terms, a: summed(terms, a, take=lambda term, _: term.values.mean()), "mean of each table"),
+        (
+            lambda terms, a: sum(entry(term, a) for term in terms if term.depth in term.when),
+            "is a place",
+        ),
+        (lambda terms, a: summed(terms[:1], a), "in the loop"),
         (lambda terms, a: summed(terms, a, take=backwards), "three stages"),
     ],
     "5.3": [
@@ -139,7 +160,7 @@ WRONG = {
         (lambda inputs, times: fit(inputs, times, target=times), "the target is not"),
         (lambda inputs, times: fit(inputs, times, undo=False), "by the scale"),
         (lambda inputs, times: (times[:, None] / inputs).mean(0), "mean of t / x"),
-        (lambda inputs, times: fit(inputs, times, weights=times**-1.5), "before the square"),
+        (lambda inputs, times: fit(inputs, times, weights=times**-0.5), "divide by √t"),
         (lambda inputs, times: fit(inputs, times, solve=unconstrained), "negative coefficient"),
         (lambda inputs, times: fit(inputs, times, solve=unconstrained).clip(0), "non-negative coefficients"),
     ],
@@ -160,6 +181,7 @@ WRONG = {
         (one_hot_labels, "learn from the labels"),
         (lambda n, x, y, others: sandwich(n, x, y, others, target=hard), "hard classes"),
         (lambda n, x, y, others: sandwich(n, x, y, others, target=lambda z: z.detach()), "no probabilities"),
+        (swapped, "swapped"),
         (
             lambda n, x, y, others: sandwich(n, x, y, others, target=lambda z: probabilities(z.T).T),
             "over the images",
@@ -197,6 +219,8 @@ WRONG = {
         (lambda *given: policy(*given, direction="by p"), "by the logits"),
         (lambda p, c, m, a: policy(p, c, m, np.ones(len(a))), "advantages are not in it"),
         (lambda *given: policy(*given, direction="of all"), "one-hot − p"),
+        (masked_early, "still get −p"),
+        (lambda p, c, m, a: len(m) * policy(p, c, m, a) / m.sum(0)[:, None], "samples in which"),
     ],
     "5.7": [
         (
@@ -215,8 +239,18 @@ WRONG = {
         (lambda x, y: by_pairs(x, y, below=lambda c, d, *_: (c - d) / (c + d)), "either score"),
         (
             lambda x, y: by_pairs(x, y, below=lambda c, d, of_x, of_y, n: (c - d) / of_x),
+            "ties of x alone",
+        ),
+        (
+            lambda x, y: by_pairs(x, y, below=lambda c, d, of_x, of_y, n: (c - d) / of_y),
+            "ties of y alone",
+        ),
+        (
+            lambda x, y: by_pairs(x, y, below=lambda c, d, of_x, of_y, n: 2 * (c - d) / (of_x + of_y)),
             "With ties another",
         ),
+        (lambda x, y: by_pairs(x, y) / 2, "once above"),
+        (ties, "You count the ties"),
         (
             lambda x, y: by_pairs(x, y, below=lambda c, d, of_x, of_y, n: 2 * (c - d) / (4 * of_x * of_y)),
             "root is missing",

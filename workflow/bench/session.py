@@ -47,10 +47,10 @@ class Bench:
         self.notebook = notebook
         self.technique, modules = TECHNIQUES[notebook]
         faults = []
-        given = {name: namespace[name] for name in LISTS if name in namespace}
         plain = {  # mappings, also where the setup cell runs once more and finds what it made of them
-            name: [one.mapping() if isinstance(one, Configuration) else one for one in ones]
-            for name, ones in given.items()
+            name: [one.mapping() if isinstance(one, Configuration) else one for one in namespace[name]]
+            for name in LISTS
+            if isinstance(namespace.get(name), list)  # and no module: a later cell of 05 imports `peers`
         }
         for name in plain:
             try:
