@@ -90,7 +90,7 @@ class TestExercise:
         assert len({words for _, words in wrong}) == len(wrong)
 
     def test_a_forgotten_return_is_told(self, one):
-        with pytest.raises(Wrong, match="returns nothing|In this order"):
+        with pytest.raises(Wrong):
             check(one.number, *[lambda *given, **named: None] * len(one.answers))
 
     def test_the_stub_is_the_solution_without_its_lines(self, one):

