@@ -255,7 +255,7 @@ def _cut(axes: Axes, accuracies: pd.Series) -> None:
     """Show the `SHOWN` points below the best, where networks differ, and say how many are further down."""
     lowest = accuracies.max() - SHOWN
     if below := int((accuracies < lowest).sum()):
-        axes.set_ylim(lowest, accuracies.max() + 0.05 * SHOWN)
+        axes.set_ylim(lowest, accuracies.max() + 0.2 * SHOWN)
         text = f"↓ {below} more down to {accuracies.min():.1f} %"
         axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", fontsize=9)
 

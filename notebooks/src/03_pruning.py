@@ -1014,9 +1014,9 @@ axes.set(
     xlabel="share of the fine-tuning",
     ylabel="share of zeros",
     title="When is how much removed?",
-    xlim=(-0.02, 1.35),
+    xlim=(-0.02, 1.02),
 )
-axes.legend(loc="center right")
+axes.legend(loc="lower right")
 figures.show(figure, "The share of zeros over the training for three schedules that end at 90 %")
 
 # %% [markdown]

@@ -451,6 +451,7 @@ figure, panels = plt.subplots(1, 2, figsize=(7, 3.4))
 for axes, network, name in zip(panels, (teacher, student), ("teacher", "untrained student"), strict=True):
     axes.imshow(relations(stage(network, ordered, "layer4")), cmap="viridis")
     axes.set(title=name, xlabel="image, sorted by class", ylabel="image")
+    axes.grid(visible=False)
 figures.show(figure, "Similarity of 64 images sorted by class: blocks for the teacher alone")
 
 # %% tags=["nbval-check-output"]

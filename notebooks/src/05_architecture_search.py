@@ -972,8 +972,10 @@ def draw_curves(search: dict) -> plt.Figure:
         asked = np.arange(1, len(middle) + 1)
         axes.plot(asked, middle, marker=marker, markevery=0.2, label=figures.name(name))
         axes.fill_between(asked, low, high, alpha=0.12)
-    modelled = ", as the model of the evaluations predicts" * search["modelled"]
-    axes.set(xlabel="networks asked", ylabel=f"best so far (%){modelled}")
+    axes.set(
+        xlabel="networks asked",
+        ylabel="predicted best so far (%)" if search["modelled"] else "best so far (%)",
+    )
     axes.set_title("Is a clever search better than a random one?")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
