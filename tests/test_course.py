@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 from myst_parser.slugs import github_slugify
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from bench import course
 
@@ -76,6 +76,18 @@ def test_links_of_the_student_edition_lead_to_files(path):
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     links = set(re.findall(r"\]\((\.\./[^)#]*)", prose))
     assert links and all(Path(os.path.normpath(folder / link)).exists() for link in links), links
+
+
+def test_the_student_edition_shows_no_output_behind_a_question():
+    asking, measuring, telling = (
+        new_markdown_cell("*Predict* it."),
+        new_code_cell("1"),
+        new_markdown_cell("So."),
+    )
+    for cell in (measuring, later := new_code_cell("2")):
+        cell.outputs = [new_output("stream", text="1")]
+    whole = new_notebook(cells=[asking, measuring, measuring, telling, later])
+    assert [len(cell.get("outputs", [])) for cell in course.student(whole).cells] == [0, 0, 0, 0, 1]
 
 
 @pytest.fixture(scope="module")
