@@ -79,15 +79,12 @@ def test_links_of_the_student_edition_lead_to_files(path):
 
 
 def test_the_student_edition_shows_no_output_behind_a_question():
-    asking, measuring, telling = (
-        new_markdown_cell("*Predict* it."),
-        new_code_cell("1"),
-        new_markdown_cell("So."),
-    )
-    for cell in (measuring, later := new_code_cell("2")):
+    measuring, later = new_code_cell("1"), new_code_cell("2")
+    for cell in (measuring, later):
         cell.outputs = [new_output("stream", text="1")]
-    whole = new_notebook(cells=[asking, measuring, measuring, telling, later])
-    assert [len(cell.get("outputs", [])) for cell in course.student(whole).cells] == [0, 0, 0, 0, 1]
+    texts = new_markdown_cell("*Predict* it."), new_markdown_cell("So.")
+    whole = new_notebook(cells=[texts[0], measuring, texts[1], later])
+    assert [len(cell.get("outputs", [])) for cell in course.student(whole).cells] == [0, 0, 0, 1]
 
 
 @pytest.fixture(scope="module")
