@@ -92,7 +92,8 @@ def latency(
     Records with the columns of latency.csv that measuring knows (`rows.latency_rows` computes ratios), path,
     samples and cpu_busy_before (percent). Without `agreement` the accuracy is the artifact's in eager;
     `load_ms` and `peak_rss_mb` are of a fresh process that predicts one image. The control is "identity" for
-    a runtime's identity network, "again" for a second timing. A missing runtime's records hold "why".
+    a runtime's identity network, "again" for a second timing. Where a runtime is missing, or refuses to run
+    a network, the records hold "why".
     """
     if rounds < 1 or seconds <= 0 or not batches or min(*batches, *threads) < 1:
         raise ValueError(
@@ -109,9 +110,12 @@ def latency(
             (sha256[path], *where): (path, *where) for (path, *where), why in missing.items() if not why
         }
         jobs = _jobs(list(contents.values()), dataset=dataset, scratch=scratch)
+        known = _probes(jobs, threads[0])
+        for job in [job for job in jobs if "why" in known[job]]:
+            missing[job.path, job.runtime, job.precision] = known[job]["why"]
+            jobs.remove(job)
         firsts = {job.runtime: job for job in jobs[::-1]}.values()
         identities = [_Job(job.runtime, "fp32", job.network, job.images) for job in firsts]
-        known = _probes(jobs, threads[0])
 
         def classify(workers: Mapping[tuple[str, bool], Child]) -> None:
             largest = {"batch": max(batches), "threads": max(threads)}
@@ -119,12 +123,8 @@ def latency(
                 known[job] |= _classify(workers[job.process], job, dataset=dataset, folder=folder, **largest)
             for job in identities:
                 memory = round(workers[job.process].ask("memory"), 1)
-                known[job] = {
-                    "precision": "fp32",
-                    "control": "identity",
-                    "artifact_sha256": "",
-                    "peak_rss_mb": memory,
-                }
+                about = {"precision": "fp32", "control": "identity", "artifact_sha256": ""}
+                known[job] = about | {"peak_rss_mb": memory}
 
         passes = sum(_sweeps(point, points) for point in points)
         share = seconds / rounds / passes / (len(jobs) + len(identities))
@@ -260,7 +260,8 @@ def _images(path: str, network: Artifact, dataset: str, scratch: Path) -> Path:
 def _probes(jobs: Sequence[_Job], threads: int) -> dict[_Job, dict[str, Any]]:
     """Load time and memory of each job after one prediction of one image, in a process of its own.
 
-    Some processes start at a time; then one loads and predicts while the others are blocked.
+    Some processes start at a time; then one loads and predicts while the others are blocked. A runtime may
+    take an integer network and refuse to run it: that one gets "why".
     """
     known = {}
     for start in range(0, len(jobs), CONVERTERS):
@@ -272,13 +273,16 @@ def _probes(jobs: Sequence[_Job], threads: int) -> dict[_Job, dict[str, Any]]:
             for job, probe in zip(some, probes):
                 file = str(job.file)
                 loaded = probe.ask("load", key="", path=file, precision=job.precision, threads=threads)
-                probe.ask("time", key="", images=str(job.images), batch=1, seconds=0.0)
-                known[job] = {
-                    "control": "",
-                    "load_ms": round(loaded["load_ms"], 3),
-                    "peak_rss_mb": round(probe.ask("memory"), 1),
-                    "runtime_bytes": loaded["runtime_bytes"],
-                }
+                try:
+                    probe.ask("time", key="", images=str(job.images), batch=1, seconds=0.0)
+                except ChildError as error:
+                    if job.precision == "fp32":
+                        raise
+                    known[job] = {"why": f"{job.runtime} refuses to run {Path(job.path).stem} ({error})"}
+                    continue
+                memory = round(probe.ask("memory"), 1)
+                known[job] = {"control": "", "load_ms": round(loaded["load_ms"], 3), "peak_rss_mb": memory}
+                known[job]["runtime_bytes"] = loaded["runtime_bytes"]
     return known
 
 

@@ -46,6 +46,28 @@ def log(monkeypatch):
     return log
 
 
+def test_an_integer_network_that_a_runtime_refuses_to_run_costs_no_other(
+    trained_digits, tmp_path, monkeypatch, log
+):
+    time = Worker.time
+
+    def refuses(self, **arguments):
+        if [a["precision"] for _, order, a in log if order == "load"][-1] == "int8":
+            raise RuntimeError("unsupported parameter")
+        return time(self, **arguments)
+
+    monkeypatch.setattr(Worker, "time", refuses)
+    about = {"dataset": "digits", "reference": trained_digits / "base.safetensors", "folder": tmp_path}
+    request = {"path": trained_digits / "int8.safetensors", "precision": "int8", "runtime": "onnxruntime"}
+    few = {"batches": (1,), "threads": (1,), "rounds": 1, "seconds": 0.1}
+    records = measure.latency([request], **about, **few)
+    timed = {(r["runtime"], r["precision"], r["control"]) for r in records if "why" not in r}
+    assert timed == {(name, "fp32", what) for name in ("eager", "onnxruntime") for what in ("", "identity")}
+    (told,) = [r for r in records if "why" in r]
+    assert told["precision"] == "int8" and told["why"].startswith("onnxruntime refuses to run int8 (")
+    assert "unsupported parameter" in told["why"]
+
+
 def test_latency_measures_by_the_protocol(trained_digits, tmp_path, monkeypatch, log):
     monkeypatch.setattr(measure, "SAMPLE", 300)  # digits have 400 test images
     available, absent = runtimes.available, ("openvino", "executorch")

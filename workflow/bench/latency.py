@@ -102,9 +102,10 @@ class Timing:
                 shutil.copy(file, run.path(f"predictions/{file.name}"))
         about = {"dataset": self.bench.baseline.dataset, "reference": self.reference.path}
         measured = measure.latency(self.requests(), **about, folder=run.path("predictions"), **protocol)
-        self.bench.missing = {f"{m['runtime']} {m['precision']}": m["why"] for m in measured if "why" in m}
-        for name, why in self.bench.missing.items():
-            print(f"{name}: {why}")
+        absent = [(f"{m['runtime']} {m['precision']}", m) for m in measured if "why" in m]
+        self.bench.missing = {f"{Path(m['path']).stem} {where}": m["why"] for where, m in absent}
+        for told in dict.fromkeys(f"{where}: {m['why']}" for where, m in absent):
+            print(told)
         self.bench.extra["cpu_busy_before"] = max(m.get("cpu_busy_before", 0) for m in measured)
         self.bench.extra["fewest_samples"] = min(m["samples"] for m in measured if "samples" in m)
         known = [network.row for network in (self.reference, *self.networks, *self.claims())]

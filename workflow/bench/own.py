@@ -153,11 +153,11 @@ def notebooks(asked: Asked) -> dict[str, dict[str, Any]]:
         {"method": "weights", "sparsity": 0.9, "train": "finetune"},
         {"method": "channels", "macs": 3, "compensate": True, "train": "finetune", "int8": True},
     ]
-    pipelines = [
-        {"method": "pipeline", "macs": 3, "lambda_": 1e-10},
-        {"method": "pipeline", "macs": strong, "lambda_": 1e-9},
+    pipelines = [  # the surer a network is of its few images, the less λ it stands
+        {"method": "pipeline", "macs": 3, "lambda_": 1e-12},
+        *({"method": "pipeline", "macs": strong, "lambda_": price} for price in (1e-12, 1e-11, 1e-10)),
     ]
-    small = {"method": "small_dense", "macs": strong, "lambda_": 1e-9}
+    small = {"method": "small_dense", "macs": strong, "lambda_": 1e-11}
     start = {"dataset": asked.images.name, "size": asked.images.size, "depth": asked.depth}
     start |= {"stem": asked.stem, "weights": asked.weights, "epochs": asked.epochs, "augment": True}
     start |= {"batch_size": batch, "learning_rate": 0.01 if asked.weights else 0.02}
