@@ -166,7 +166,7 @@ def notebooks(asked: Asked) -> dict[str, dict[str, Any]]:
     last |= {"epochs": 1.0, "configurations": pipelines, "controls": [small]}
     timed = {"networks": [int8, *pruned, *pipelines, small], "batches": [1], "threads": [1], "seconds": 15.0}
     timed["in_runtimes"] = ["eager", "onnxruntime", "executorch"]
-    second_order = {"method": "hessian_rounding", "lambda_": 1e-10, "reestimate": True}
+    second_order = {"method": "hessian_rounding", "lambda_": 1e-12, "reestimate": True}
     return {
         "01_baseline": start,
         "02_quantization": {"configurations": [int8, second_order]},
