@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def layout(path: Path) -> Layout:
     ------
     FolderError
         The folder is missing, or it is not clear what is a split and what a class; a class has too few
-        images; or images are in a format that Pillow does not open.
+        images, or a name that is no text; or images are in a format that Pillow does not open.
     """
     if not path.is_dir():
         raise FolderError(f"no folder {path}: give imagefolder:PATH of a folder with one sub-folder a class")
@@ -87,20 +88,33 @@ def layout(path: Path) -> Layout:
     found = Layout(folders, images, {reason: files for reason, files in left_out.items() if files})
     _check_formats(found)
     _check_counts(found)
+    _check_names(found)
     return found
 
 
-def alike(found: Layout) -> list[str]:
-    """A remark where all classes hold the same folders: those may be the classes, and these the splits."""
-    names = [
-        {folder.name for folder in _subfolders(found.folders["train"] / name)}
-        for name in found.images["train"]
-    ]
-    if len(shared := set.intersection(*names)) < 2:
+def inside(found: Layout) -> list[str]:
+    """A remark on folders inside class folders; where all classes hold the same, those may be the classes."""
+    if not (deeper := _deeper(found)):
         return []
+    told = f"in folders inside class folders, read as of the class: {len(deeper)}, such as {deeper[0][0]}"
+    folders = [_subfolders(found.folders["train"] / name) for name in found.images["train"]]
+    shared = set.intersection(*({folder.name for folder in own} for own in folders))
+    if len(shared) > 1:
+        told += (
+            f"; all classes hold the folders {', '.join(sorted(shared)[:NAMED])}: if those are the classes, "
+            "name the folders above them train, validation and test"
+        )
+    return [told]
+
+
+def _deeper(found: Layout) -> list[tuple[Path, tuple[str, ...]]]:
+    """Images that are not in a class folder itself, each with the names of the folders between."""
     return [
-        f"all classes hold the folders {', '.join(sorted(shared)[:NAMED])}: if those are the classes, name "
-        "the folders above them train, validation and test"
+        (file, between)
+        for which, by_class in found.images.items()
+        for name, files in by_class.items()
+        for file in files
+        if (between := file.relative_to(found.folders[which] / name).parts[:-1])
     ]
 
 
@@ -212,6 +226,23 @@ def _check_counts(found: Layout) -> None:
                 f"with at least {least} images each ({', '.join(sorted(openable()))}); there are "
                 f"{', '.join([*counts[:20], *more]) or 'none'}"
             )
+
+
+def _check_names(found: Layout) -> None:
+    if odd := [name for name in found.images["train"] if not _is_text(name)]:
+        raise FolderError(
+            f"names of classes with control characters, or not in UTF-8: {', '.join(map(ascii, odd))}. "
+            f"Rename their folders in {found.folders['train']}"
+        )
+    if mixed := [file for file, between in _deeper(found) if any(map(_split_of, between))]:
+        raise FolderError(
+            f"class folders hold folders that are called like splits: {some(mixed, 'images')}. Put the "
+            "splits above the classes, as train/CLASS and test/CLASS; or, where they are none, rename them"
+        )
+
+
+def _is_text(name: str) -> bool:
+    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
 
 
 def openable() -> set[str]:

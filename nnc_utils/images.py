@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nnc_utils.image_files import HELD_OUT, NAMED, SPLITS, FolderError, Layout, alike, layout, some
+from nnc_utils.image_files import HELD_OUT, NAMED, SPLITS, FolderError, Layout, inside, layout, some
+from nnc_utils.image_remarks import Read, remarks
 
 BACKGROUND = "white"  # under transparent pixels
 PHOTOMETRIC = 262  # TIFF's tag: 0 where white is 0, which Pillow minds in 8 bits only
-FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
+SCALE = "scale"  # of an image's `info`
+KEYED = {"L;2", "L;4", "RGB;16B"}  # PNG's pixels whose transparent value Pillow takes for one of 8 bits
 READING = {
     "frame": "the first of an animation",
     "turned": "as EXIF says",
@@ -79,6 +81,8 @@ def decode(path: Path) -> Image.Image:
     values map to 0..255.
     """
     with Image.open(path) as opened:
+        if "transparency" in opened.info and KEYED & {tile.args for tile in opened.tile}:
+            raise ValueError("Pillow would mistake its transparent value: convert it to RGBA of 8 bits")
         image = ImageOps.exif_transpose(opened)
         is_grey = image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
         if image.mode[0] in "IF":  # one channel of 16 or 32 bits
@@ -92,7 +96,10 @@ def decode(path: Path) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
-    """`sixteen`: also mode I, 32 bits in memory, stands for a file of 16, by whose range it is scaled."""
+    """`sixteen`: also mode I, 32 bits in memory, stands for a file of 16, by whose range it is scaled.
+
+    Where the image's own largest value decides, ``info[SCALE]`` of the result says how.
+    """
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
     most = 255 if image.mode == "F" else 65_535
@@ -105,7 +112,11 @@ def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
         values = np.rint(values * 255 if high <= 1 else values)
     elif image.mode != "I" or sixteen or high > 255:
         values //= 256
-    return Image.fromarray(values.astype(np.uint8))
+    result = Image.fromarray(values.astype(np.uint8))
+    if image.mode == "F" or (image.mode == "I" and not sixteen):
+        tops = (1, 255) if image.mode == "F" else (255, 65_535)
+        result.info[SCALE] = f"up to {tops[int(high > tops[0])]}"
+    return result
 
 
 def _resized(image: Image.Image, size: int) -> np.ndarray:
@@ -145,23 +156,11 @@ def read(path: Path, size: int) -> tuple[Folder, Arrays]:
         )
     origin = {which: f"the folder {folder}" for which, folder in found.folders.items()}
     origin |= {which: f"1 in {part} of each class of train, by content" for which, part in shares.items()}
-    remarks = *_remarks(images), *alike(found)
-    return Folder(path, classes, origin, files, found.left_out, remarks), _arrays(images)
+    told = *remarks(images, classes), *inside(found)
+    return Folder(path, classes, origin, files, found.left_out, told), _arrays(images)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """An image that was read: pixels uint8 (size, size, 1 or 3), SHA-256 of the whole image, its contrast."""
-
-    file: Path
-    split: str
-    label: int
-    pixels: np.ndarray
-    digest: str
-    contrast: int
-
-
-def _read_all(found: Layout, size: int) -> list[_Read]:
+def _read_all(found: Layout, size: int) -> list[Read]:
     """Every image; those that cannot be read are named together."""
     listed = [
         (file, which, label)
@@ -171,15 +170,15 @@ def _read_all(found: Layout, size: int) -> list[_Read]:
     ]
     failures: list[str] = []
 
-    def read_one(entry: tuple[Path, str, int]) -> _Read | None:
+    def read_one(entry: tuple[Path, str, int]) -> Read | None:
         try:
             image = decode(entry[0])
         except Exception as error:  # a damaged file can make Pillow raise anything
             failures.append(f"{entry[0]}: {error}")
             return None
-        digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
-        contrast = int(np.ptp(np.atleast_2d(image.getextrema()), axis=1).max())
-        return _Read(*entry, _resized(image, size), digest, contrast)
+        whole = image.convert("RGB").tobytes()  # grey that is stored as RGB is the same image
+        digest = hashlib.sha256(f"{image.size}".encode() + whole).hexdigest()
+        return Read(*entry, _resized(image, size), digest, image.size, image.info.get(SCALE, ""))
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         images = list(pool.map(read_one, listed))
@@ -191,9 +190,9 @@ def _read_all(found: Layout, size: int) -> list[_Read]:
     return images
 
 
-def _refuse_shared(images: list[_Read]) -> None:
+def _refuse_shared(images: list[Read]) -> None:
     """No image may be in two of the user's own splits: it would be tested on what it was trained on."""
-    first: dict[str, _Read] = {}
+    first: dict[str, Read] = {}
     pairs = [
         f"{first[image.digest].file} and {image.file}"
         for image in images
@@ -205,7 +204,7 @@ def _refuse_shared(images: list[_Read]) -> None:
         )
 
 
-def _hold_out(images: list[_Read], shares: dict[str, int]) -> list[_Read]:
+def _hold_out(images: list[Read], shares: dict[str, int]) -> list[Read]:
     """The images, some of train now in another split: of each class one in so many, at least one.
 
     Those that come first by digest are taken. Where an image is there more than once, all stay in train as
@@ -226,7 +225,7 @@ def _hold_out(images: list[_Read], shares: dict[str, int]) -> list[_Read]:
     return [replace(i, split=split[i.digest]) if i.split == "train" else i for i in images]
 
 
-def _arrays(images: list[_Read]) -> Arrays:
+def _arrays(images: list[Read]) -> Arrays:
     """The pixels of each split; grey images among coloured ones become coloured."""
     channels = max(image.pixels.shape[-1] for image in images)
     arrays = {}
@@ -235,26 +234,3 @@ def _arrays(images: list[_Read]) -> Arrays:
         pixels = [np.broadcast_to(i.pixels, (*i.pixels.shape[:2], channels)) for i in own]
         arrays[which] = np.stack(pixels).transpose(0, 3, 1, 2), np.array([image.label for image in own])
     return arrays
-
-
-def _remarks(images: list[_Read]) -> tuple[str, ...]:
-    """What one should know of images that were read."""
-    by_digest: dict[str, list[_Read]] = defaultdict(list)
-    for image in images:
-        by_digest[image.digest].append(image)
-    several = [same for same in by_digest.values() if len(same) > 1]
-    contradicting = [same for same in several if len({image.label for image in same}) > 1]
-    faint = [image.file for image in images if image.contrast < FAINT]
-    remarks = []
-    if several:
-        one = " and ".join(str(image.file) for image in several[0][:2])
-        count = sum(map(len, several))
-        remarks.append(f"identical images: {count} files of {len(several)}, such as {one}; kept in one split")
-    if contradicting:
-        one = " and ".join(str(contradicting[0][i].file) for i in (0, -1))
-        remarks.append(f"identical images in two classes: {len(contradicting)}, such as {one}")
-    if faint:
-        remarks.append(
-            f"nearly one colour: {some(faint, 'images')}: their values are less than {FAINT} of 255 apart"
-        )
-    return tuple(remarks)

@@ -42,7 +42,7 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
     input takes the sum of the first weights over the colours, which is what they do to a grey image.
 
     Returns the layers (stem, classifier) that stay fresh for their shape. ValueError: the file is none of
-    this, or another network's, or a tensor is not finite; nothing has been copied then.
+    this, or another network's, or holds what no training leaves; nothing has been copied then.
     """
     ours, theirs = _weights(model.state_dict()), _read_weights(weights, model.spec)
     colours = theirs.get("conv1.weight")
@@ -56,12 +56,21 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
             raise ValueError(f"{weights}: {name} is {one} there, {other} here: weights of another network")
     fresh = {name.partition(".")[0] for name in differ}
     copied = [name for name in ours if name.partition(".")[0] not in fresh]
-    for name in copied:
-        if not theirs[name].isfinite().all():
-            raise ValueError(f"{weights}: {name} holds NaN or infinity: its training had diverged")
+    _check_values(theirs, weights)
     for name in copied:
         ours[name].copy_(theirs[name])
     return sorted(fresh)
+
+
+def _check_values(tensors: Mapping[str, Tensor], file: str | Path) -> None:
+    """Refuse what no training leaves, also in a layer that is not copied: the whole file is doubtful then."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {name} holds NaN or infinity: its training had diverged")
+        if name.endswith("running_var") and tensor.min() < 0:
+            raise ValueError(f"{file}: {name} is negative, as no variance is: the file is damaged")
+        if tensor.ndim == 4 and tensor.numel() > 1 and tensor.min() == tensor.max():
+            raise ValueError(f"{file}: {name} is {tensor.max():g} everywhere, as no trained weights are")
 
 
 def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +106,10 @@ def _place(weights: str | Path) -> Path:
 
 def _network(content: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
     """The tensors of the first network in a file, in torchvision's names and 32 bits."""
-    tensors = _without_masks({ADDED.sub("", name): tensor for name, tensor in content.items()})
+    tensors = {ADDED.sub("", name): tensor for name, tensor in content.items()}
+    if len(tensors) < len(content):
+        raise ValueError(f"{file} holds tensors twice, with and without _orig_mod. or the like: give one net")
+    tensors = _without_masks(tensors)
     prefixes = [n.removesuffix(EVERY) for n in tensors if n == EVERY or n.endswith(f".{EVERY}")]
     if not prefixes:
         names = ", ".join(list(tensors)[:3]) or "no tensor with a name"
@@ -116,9 +128,11 @@ def _network(content: Mapping[str, Tensor], file: str | Path) -> dict[str, Tenso
 
 def _without_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With weight_orig · weight_mask, as `torch.nn.utils.prune` keeps a pruned layer, as its weight."""
-    for name in [name for name in tensors if f"{name.removesuffix('_orig')}_mask" in tensors]:
-        plain = name.removesuffix("_orig")
-        tensors[plain] = tensors.pop(name) * tensors.pop(f"{plain}_mask")
+    for mask in [name for name in tensors if name.endswith("_mask")]:
+        plain = mask.removesuffix("_mask")
+        whole = f"{plain}_orig" if f"{plain}_orig" in tensors else plain
+        if whole in tensors:
+            tensors[plain] = tensors.pop(whole) * tensors.pop(mask)
     return tensors
 
 

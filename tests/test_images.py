@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import types
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,36 @@ def test_a_tiff_whose_0_is_white_is_inverted_or_refused(tmp_path, bits):
             images.read_image(tmp_path / "a.tif", 16)
 
 
+def png(bits, colours, rows, key):
+    """A PNG of 16 x 16 pixels by the format's own description, with a transparent value."""
+
+    def part(name, content):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    head = struct.pack(">IIBBBBB", 16, 16, bits, colours, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [(b"IHDR", head), (b"tRNS", key), (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(part(*one) for one in parts)
+
+
+@pytest.mark.parametrize("bits, samples", [(2, 1), (4, 1), (16, 3)])
+def test_a_transparent_value_that_pillow_mistakes_is_refused(tmp_path, bits, samples):
+    """It compares the value as it stands in the file with pixels that were brought to 8 bits."""
+    key = struct.pack(">H", 1 if bits < 16 else 0x1200) * samples  # its lower byte is that of black
+    row = bytes([0x1B if bits == 2 else 0x01] * (16 * bits // 8)) if bits < 16 else bytes(16 * 6)
+    (tmp_path / "a.png").write_bytes(png(bits, 2 if samples == 3 else 0, [row] * 16, key))
+    with pytest.raises(ValueError, match="mistake its transparent value"):
+        images.read_image(tmp_path / "a.png", 16)
+
+
+def test_a_transparent_value_of_8_bits_is_white(tmp_path):
+    row = bytes([7, 7, 7, 0, 0, 0] * 8)
+    (tmp_path / "a.png").write_bytes(png(8, 2, [row] * 16, struct.pack(">H", 7) * 3))
+    read = images.read_image(tmp_path / "a.png", 16)
+    assert (read[:, ::2] == 255).all() and (read[:, 1::2] == 0).all()
+
+
 @pytest.mark.parametrize("only_grey", [True, False])
 def test_the_program_of_the_readme_reads_what_training_read(tmp_path, monkeypatch, only_grey):
     """Its own code, with a session that keeps what it is given; on a folder that holds every kind."""
@@ -251,7 +283,8 @@ def test_every_file_is_read_or_left_out_with_a_reason(own):
     }
     [message] = [str(w.message) for w in told]
     lines = message.splitlines()[1:]
-    assert len(lines) == 5 and "left out: 3, no suffix of an image, such as labels.csv" in message
+    assert len(lines) == 6 and "in folders inside class folders, read as of the class: 2, such as" in message
+    assert "left out: 3, no suffix of an image, such as labels.csv" in message
     everything = {Path(place) / name for place, _, names in os.walk(own) for name in names}
     everything.add(own / "cat" / "more")
     accounted = read_files(loaded) + sum(loaded.folder.left_out.values(), [])
@@ -336,6 +369,29 @@ def test_classes_that_may_be_splits_are_told(tmp_path, second):
         warnings.simplefilter("always")
         assert load(tmp_path).classes == ("imagesTr", "imagesTs")
     assert ["all classes hold the folders a, b" in str(w.message) for w in told] == [True] * (second == "b")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("a/test", "b/test", "a", "b"),  # its own test images would be trained on
+        ("a/train", "a/test", "b/train", "b/test"),
+        ("a", "b", "b/deeper/Validation"),
+        ("train/a", "train/b", "train/b/val"),
+    ],
+)
+def test_splits_inside_classes_are_refused(tmp_path, folders):
+    fill(tmp_path, dict.fromkeys(folders, 4))
+    with pytest.raises(data.DataError, match="hold folders that are called like splits: .*train/CLASS"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines"])
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path, name):
+    fill(tmp_path, SMALL)
+    os.rename(tmp_path / "cat", os.fsencode(tmp_path) + b"/" + name)
+    with pytest.raises(data.DataError, match=r"names of classes .*'(caf.udce9|two.nlines)'. Rename"):
+        load(tmp_path)
 
 
 def test_an_empty_split_is_not_replaced_in_silence(tmp_path):

@@ -161,6 +161,16 @@ def test_masks_of_torchs_pruning_are_applied(tmp_path):
     assert float((ours.conv1.weight == 0).float().mean()) > 0.69
 
 
+def test_a_mask_beside_the_weight_itself_is_applied(tmp_path):
+    mask = (STATE["layer1.0.conv1.weight"] > 0).float()
+    content = {**STATE, "layer1.0.conv1.weight_mask": mask}
+    expected = {**STATE, "layer1.0.conv1.weight": STATE["layer1.0.conv1.weight"] * mask}
+    for more in ({}, {"layer1.0.conv1.weight_orig": STATE["layer1.0.conv1.weight"]}):
+        ours = build(resnet(18, **NARROW))
+        assert load_pretrained(ours, saved(tmp_path / "w.pth", content | more)) == []
+        assert_same(ours, expected)
+
+
 def test_of_several_networks_the_first_is_taken_and_told(tmp_path, capsys):
     averaged = led("module.", narrow(1).state_dict()) | {"n_averaged": torch.tensor(7)}
     ours = build(resnet(18, **NARROW))
@@ -284,6 +294,22 @@ FOREIGN = {
     "NaN": (
         lambda p: torch.save(bent("layer3.1.bn2.running_var", torch.nan), p),
         "layer3.1.bn2.running_var holds",
+    ),
+    "NaN, not copied": (
+        lambda p: torch.save({**STATE, "fc.weight": torch.full((9, 32), torch.nan)}, p),
+        "fc.weight holds NaN",
+    ),
+    "a negative variance": (
+        lambda p: torch.save(bent("layer3.1.bn2.running_var", -1.0), p),
+        "layer3.1.bn2.running_var is negative",
+    ),
+    "zeros": (
+        lambda p: torch.save({**STATE, "layer2.0.conv1.weight": torch.zeros(8, 4, 3, 3)}, p),
+        "layer2.0.conv1.weight is 0 everywhere",
+    ),
+    "two in one": (
+        lambda p: torch.save({**STATE, **led("_orig_mod.", narrow(1).state_dict())}, p),
+        "holds tensors twice",
     ),
     "infinity": (lambda p: torch.save(bent("fc.bias", -torch.inf), p), "fc.bias holds NaN or infinity"),
 }

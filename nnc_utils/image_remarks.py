@@ -1,0 +1,138 @@
+"""An image that was read, and what one should know of all: copies, lost contents, one class above all."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nnc_utils.image_files import HELD_OUT, some
+
+FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
+OUTLINE = 16  # pixels of the grey images by which copies of another size or encoding are found
+COPY = (
+    0.998  # correlation of their outlines; none of Fashion-MNIST's first 1,000 test images has one in train
+)
+MOSTLY = 0.8  # share of one class in the test images from which accuracy says little
+AT_ONCE = 256  # images that are compared with all others at a time
+
+
+@dataclass(frozen=True)
+class Read:
+    """An image that was read: pixels uint8 (size, size, 1 or 3).
+
+    `digest`: SHA-256 of the whole image in RGB, `shape` its width and height. `scale`: the range
+    that its values were taken for, where the file does not say it; else empty.
+    """
+
+    file: Path
+    split: str
+    label: int
+    pixels: np.ndarray
+    digest: str
+    shape: tuple[int, int]
+    scale: str
+
+
+def remarks(images: list[Read], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """A sentence for each thing that was found."""
+    found = [*_alike_names(classes), *_identical(images), *_copies(images), *_lost(images)]
+    return *found, *_scales(images), *_mostly(images, classes)
+
+
+def _alike_names(classes: tuple[str, ...]) -> list[str]:
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        by_name[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
+    alike = [" and ".join(map(ascii, names)) for names in by_name.values() if len(names) > 1]
+    return [f"classes whose names differ in case or spelling only: {'; '.join(alike)}"] if alike else []
+
+
+def _identical(images: list[Read]) -> list[str]:
+    by_digest: dict[str, list[Read]] = defaultdict(list)
+    for image in images:
+        by_digest[image.digest].append(image)
+    several = [same for same in by_digest.values() if len(same) > 1]
+    contradicting = [same for same in several if len({image.label for image in same}) > 1]
+    found = []
+    if several:
+        one = " and ".join(str(image.file) for image in several[0][:2])
+        count = sum(map(len, several))
+        found.append(f"identical images: {count} files of {len(several)}, such as {one}; kept in one split")
+    if contradicting:
+        one = " and ".join(str(contradicting[0][i].file) for i in (0, -1))
+        found.append(f"identical images in two classes: {len(contradicting)}, such as {one}")
+    return found
+
+
+def _copies(images: list[Read]) -> list[str]:
+    """Images of test and validation that are in another split, too, in another size or encoding."""
+    outlines = np.stack([_outline(image.pixels) for image in images])
+    splits = np.array([image.split for image in images])
+    pairs = []
+    for which in HELD_OUT:
+        own, others = (np.flatnonzero(there) for there in (splits == which, splits != which))
+        for some_own in np.split(own, range(AT_ONCE, len(own), AT_ONCE)):
+            correlation = outlines[some_own] @ outlines[others].T
+            nearest = correlation.argmax(1)
+            for image, other, most in zip(some_own, others[nearest], correlation.max(1)):
+                pairs += [(images[image].file, images[other].file)] if most > COPY else []
+    if not pairs:
+        return []
+    one, other = pairs[0]
+    return [
+        f"nearly identical images in two splits: {len(pairs)}, such as {one} and {other}. Where one is a "
+        "copy of the other, in another size or encoding, the accuracy is too high: keep them in one split"
+    ]
+
+
+def _outline(pixels: np.ndarray) -> np.ndarray:
+    """A small grey image as a vector of mean 0 and length 1 (0 where all is one colour)."""
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("L")
+    values = np.asarray(image.resize((OUTLINE, OUTLINE), Image.Resampling.BOX), np.float32).ravel()
+    values -= values.mean()
+    return values / max(float(np.linalg.norm(values)), 1.0)
+
+
+def _lost(images: list[Read]) -> list[str]:
+    """Images of which little is left in the square that a network sees."""
+    found = []
+    channels = [image.pixels.reshape(-1, image.pixels.shape[2]) for image in images]
+    faint = [image.file for image, own in zip(images, channels) if np.ptp(own, axis=0).max() < FAINT]
+    if faint:
+        found.append(
+            f"nearly one colour: {some(faint, 'images')}: as they are read, their values are less than "
+            f"{FAINT} of 255 apart"
+        )
+    long = [image.file for image in images if 2 * min(image.shape) < max(image.shape)]
+    if long:
+        found.append(f"long: {some(long, 'images')}: their middle square is less than half of them")
+    return found
+
+
+def _scales(images: list[Read]) -> list[str]:
+    """Floats and integers of 32 bits do not say what white is."""
+    counts = Counter(image.scale for image in images if image.scale)
+    if len(counts) < 2:
+        return []
+    listed = ", ".join(f"{count} {scale}" for scale, count in counts.items())
+    return [
+        f"images of 32 bits are each read by their own largest value: {listed}. Where that is not what they "
+        "mean, convert them to 8 bits first"
+    ]
+
+
+def _mostly(images: list[Read], classes: tuple[str, ...]) -> list[str]:
+    """Whether a network that always says the same would look good."""
+    tested = Counter(image.label for image in images if image.split == "test")
+    [(label, count)] = tested.most_common(1)
+    if (share := count / tested.total()) < MOSTLY:
+        return []
+    return [
+        f"{100 * share:.1f} % of the test images are of class {classes[label]}: a network that always says "
+        "so is right as often, so accuracy tells little of the other classes"
+    ]

@@ -1,0 +1,107 @@
+"""image_remarks.py: what is told of folders that are read well and would still mislead."""
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_images import fill, grey, load
+
+from nnc_utils import data, image_remarks
+
+TWO = ("cat", "dog")
+
+
+def told(root, size=16):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return "\n".join(load(root, size).folder.remarks)
+
+
+def photo(seed, size=(64, 64)):
+    """Smooth colours, as photographs have."""
+    corners = np.random.RandomState(seed).randint(0, 256, (6, 6, 3)).astype(np.uint8)
+    return Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
+
+
+def keep(root, images, suffix=".png", **options):
+    """Save images into classes by turns."""
+    for number, image in enumerate(images):
+        folder = root / TWO[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number:03}{suffix}", **options)
+
+
+def test_of_a_plain_folder_nothing_is_told(tmp_path):
+    keep(tmp_path, map(photo, range(40)))
+    assert told(tmp_path) == ""
+
+
+@pytest.mark.parametrize("how", ["recoded", "smaller", "grey"])
+def test_copies_across_splits_are_told(tmp_path, how):
+    images = [photo(seed) for seed in range(20)]
+    keep(tmp_path / "train", images)
+    copies = [image.resize((40, 40)) if how == "smaller" else image for image in images[:6]]
+    copies = [image.convert("L") for image in copies] if how == "grey" else copies
+    keep(tmp_path / "test", copies, ".jpg", quality=50)
+    keep(tmp_path / "test" / "cat", [photo(99)])
+    remark = told(tmp_path)
+    assert "nearly identical images in two splits: 6, such as " in remark
+    assert f"{tmp_path}/test/cat/000.jpg and {tmp_path}/train/cat/000.png" in remark
+
+
+def test_copies_are_found_among_more_images_than_are_compared_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_remarks, "AT_ONCE", 4)
+    keep(tmp_path / "train", [photo(seed) for seed in range(20)])
+    keep(tmp_path / "test", [photo(seed) for seed in (50, 51, 52, 53, 54, 55, 7, 56, 57, 58)], ".jpg")
+    assert "two splits: 1, such as " in told(tmp_path) and "test/cat/006.jpg" in told(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_grey_stored_as_colour_is_the_same_image(tmp_path, mode):
+    fill(tmp_path / "train", dict.fromkeys(TWO, 6))
+    for name in TWO:
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for file in (tmp_path / "train" / name).iterdir():
+            image = Image.open(file).convert("L")
+            image.save(file)
+            image.convert(mode).save(tmp_path / "test" / name / file.name)
+    with pytest.raises(data.DataError, match="share identical images, 12 pairs"):
+        load(tmp_path)
+
+
+def test_what_the_middle_square_cuts_off_is_told(tmp_path):
+    keep(tmp_path, [photo(seed) for seed in range(12)])
+    lost = Image.new("RGB", (130, 40), "white")
+    lost.paste(photo(1, (30, 30)), (5, 5))
+    lost.save(tmp_path / "cat" / "lost.png")
+    grey(np.arange(250, dtype=np.uint8)[None]).save(tmp_path / "dog" / "row.png")
+    photo(2, (64, 128)).save(tmp_path / "dog" / "half.png")  # just not too long
+    remark = told(tmp_path)
+    assert "nearly one colour: 2 images" in remark and "long: 2 images" in remark
+    assert "lost.png" in remark and "row.png" in remark and "half.png" not in remark
+
+
+@pytest.mark.parametrize("kind, scales", [(np.float32, (1 / 255, 1)), (np.int32, (1, 256))])
+def test_images_of_32_bits_on_two_scales_are_told(tmp_path, kind, scales):
+    for count in (1, 2):
+        root = tmp_path / str(count)
+        images = [np.asarray(photo(seed).convert("L")) for seed in range(12)]
+        arrays = [(image * scales[n % count]).astype(kind) for n, image in enumerate(images)]
+        keep(root, map(Image.fromarray, arrays), ".tif")
+        tops = ("1", "255") if kind is np.float32 else ("255", "65535")
+        said = {f"6 up to {top}" in told(root) for top in tops}
+        assert said == {count == 2} and ("own largest value" in told(root)) is (count == 2)
+
+
+def test_one_class_above_all_is_told(tmp_path):
+    fill(tmp_path, {"cat": 60, "dog": 3})
+    assert "92.3 % of the test images are of class cat" in told(tmp_path)
+    fill(tmp_path / "even", {"cat": 30, "dog": 10})
+    assert told(tmp_path / "even") == ""
+
+
+def test_names_that_look_alike_are_told(tmp_path):
+    fill(tmp_path, dict.fromkeys(("Cat", "cat", "café", "cafe\u0301", "dog"), 4))
+    remark = told(tmp_path)
+    assert r"'Cat' and 'cat'" in remark and r"'cafe\u0301' and 'caf\xe9'" in remark and "dog" not in remark
