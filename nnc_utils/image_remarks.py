@@ -14,9 +14,7 @@ from nnc_utils.image_files import HELD_OUT, some
 
 FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
 OUTLINE = 16  # pixels of the grey images by which copies of another size or encoding are found
-COPY = (
-    0.998  # correlation of their outlines; none of Fashion-MNIST's first 1,000 test images has one in train
-)
+COPY = 0.998  # correlation of their outlines; Fashion-MNIST's first 1,000 test images have none in train
 MOSTLY = 0.8  # share of one class in the test images from which accuracy says little
 AT_ONCE = 256  # images that are compared with all others at a time
 
