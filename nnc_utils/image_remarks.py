@@ -23,8 +23,8 @@ AT_ONCE = 256  # images that are compared with all others at a time
 class Read:
     """An image that was read: pixels uint8 (size, size, 1 or 3).
 
-    `digest`: SHA-256 of the whole image in RGB, `shape` its width and height. `scale`: the range
-    that its values were taken for, where the file does not say it; else empty.
+    `digest`: SHA-256 of the whole image in RGB; `shape`: its width and height; `frames`: or pages, in its
+    file. `scale`: the range that its values were taken for, where the file does not say it; else empty.
     """
 
     file: Path
@@ -34,6 +34,7 @@ class Read:
     digest: str
     shape: tuple[int, int]
     scale: str
+    frames: int
 
 
 def remarks(images: list[Read], classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -106,6 +107,8 @@ def _lost(images: list[Read]) -> list[str]:
             f"nearly one colour: {some(faint, 'images')}: as they are read, their values are less than "
             f"{FAINT} of 255 apart"
         )
+    if several := [image.file for image in images if image.frames > 1]:
+        found.append(f"of several frames or pages, of which the first is read: {some(several, 'images')}")
     long = [image.file for image in images if 2 * min(image.shape) < max(image.shape)]
     if long:
         found.append(f"long: {some(long, 'images')}: their middle square is less than half of them")

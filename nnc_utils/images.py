@@ -20,7 +20,7 @@ from nnc_utils.image_remarks import Read, remarks
 
 BACKGROUND = "white"  # under transparent pixels
 PHOTOMETRIC = 262  # TIFF's tag: 0 where white is 0, which Pillow minds in 8 bits only
-SCALE = "scale"  # of an image's `info`
+SCALE, FRAMES = "scale", "frames"  # in an image's `info`: see `Read`
 KEYED = {"L;2", "L;4", "RGB;16B"}  # PNG's pixels whose transparent value Pillow takes for one of 8 bits
 READING = {
     "frame": "the first of an animation",
@@ -92,7 +92,10 @@ def decode(path: Path) -> Image.Image:
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        return image.convert("L" if is_grey else "RGB")
+        image = image.convert("L" if is_grey else "RGB")
+        several = opened.format != "MPO"  # whose others are previews
+        image.info[FRAMES] = getattr(opened, "n_frames", 1) if several else 1
+        return image
 
 
 def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
@@ -178,7 +181,8 @@ def _read_all(found: Layout, size: int) -> list[Read]:
             return None
         whole = image.convert("RGB").tobytes()  # grey that is stored as RGB is the same image
         digest = hashlib.sha256(f"{image.size}".encode() + whole).hexdigest()
-        return Read(*entry, _resized(image, size), digest, image.size, image.info.get(SCALE, ""))
+        about = image.info.get(SCALE, ""), image.info[FRAMES]
+        return Read(*entry, _resized(image, size), digest, image.size, *about)
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         images = list(pool.map(read_one, listed))

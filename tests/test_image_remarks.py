@@ -82,6 +82,15 @@ def test_what_the_middle_square_cuts_off_is_told(tmp_path):
     assert "lost.png" in remark and "row.png" in remark and "half.png" not in remark
 
 
+def test_frames_and_pages_that_are_not_read_are_told(tmp_path):
+    keep(tmp_path, [photo(seed) for seed in range(12)])
+    several = {"save_all": True, "append_images": [photo(20), photo(21)]}
+    for suffix in ("tif", "gif", "webp", "mpo.jpg"):  # the last: what a camera shows as a preview
+        format = "MPO" if suffix == "mpo.jpg" else None
+        photo(30 + len(suffix)).save(tmp_path / "cat" / f"several.{suffix}", format, **several)
+    assert "the first is read: 3 images" in told(tmp_path) and "mpo" not in told(tmp_path)
+
+
 @pytest.mark.parametrize("kind, scales", [(np.float32, (1 / 255, 1)), (np.int32, (1, 256))])
 def test_images_of_32_bits_on_two_scales_are_told(tmp_path, kind, scales):
     for count in (1, 2):

@@ -108,8 +108,9 @@ OFFERS = [
 def test_the_goal_is_answered_by_the_right_network(goal, name, missed):
     offer = own_goal.best(goal, OFFERS)
     assert offer.name == name and set(own_goal.shortfalls(goal, offer)) == missed
-    told = own_goal.verdict(goal, offer)
-    assert name in told[0] and told[0].startswith("No network" if missed else "Chosen")
+    told = own_goal.verdict(goal, offer, 1234)
+    assert name in told[0] and " on 1,234 validation images" in told[0]
+    assert told[0].startswith("No network" if missed else "Chosen")
     for part in missed:
         assert own_goal.HELPS[part] in told[1]
 
@@ -368,7 +369,7 @@ def test_it_ends_with_the_network_that_answers_the_goal(example, published, tmp_
     text = own_result.write(asked, example.folders)
     assert {file: file.read_bytes() for file in before} == before  # committed results stay
     assert (out / "report.md").read_text(encoding="utf-8").strip() == text
-    assert "Chosen on validation images: 8-bit weights, one scale a channel (" in text
+    assert "Chosen on 200 validation images: 8-bit weights, one scale a channel (" in text
     assert "The 400 test images say: at most 50 points are lost." in text
     assert "names the table's class on 20 of 20 test images" in text
     sha256 = json.loads((out / "net.onnx.json").read_text())["artifact_sha256"]

@@ -97,15 +97,16 @@ def best(goal: Goal, offers: Sequence[Offer]) -> Offer:
     return min(meeting, key=lambda offer: offer.bytes)
 
 
-def verdict(goal: Goal, offer: Offer) -> list[str]:
-    """What answers the goal; where it does not meet it, what would help."""
+def verdict(goal: Goal, offer: Offer, images: int) -> list[str]:
+    """What answers the goal by so many validation images; where it does not meet it, what would help."""
     speed = "not timed" if offer.faster is None else f"{factor(offer.faster)} as fast"
-    has = f"{factor(offer.smaller)} smaller, {speed}, {offer.lost:.2f} points lost on validation images"
+    has = f"{factor(offer.smaller)} smaller, {speed}, {offer.lost:.2f} points lost"
     missing = shortfalls(goal, offer)
     if not missing:
-        return [f"Chosen on validation images: {offer.name} ({has})."]
+        return [f"Chosen on {images:,} validation images: {offer.name} ({has})."]
     helps = "; ".join(f"{part}: {HELPS[part]}" for part in missing)
-    return [f"No network meets it. The nearest is {offer.name} ({has}).", f"What would help. {helps}."]
+    nearest = f"No network meets it on {images:,} validation images. The nearest is {offer.name} ({has})."
+    return [nearest, f"What would help. {helps}."]
 
 
 def can_tell(points: float, low: float, high: float, images: int) -> str:

@@ -44,7 +44,7 @@ def write(asked: Asked, folders: list[Path]) -> str:
     offers = [_offer(tables, row, _file(runs, row["artifact_sha256"]), asked, reference) for row in own]
     offer = own_goal.best(asked.goal, offers)
     draw(points, tables, offer, asked.out / "figures/own.png")
-    told = own_goal.verdict(asked.goal, offer)
+    told = own_goal.verdict(asked.goal, offer, len(asked.images.validation))
     if asked.goal.points is not None:
         row = tables.compression.set_index("artifact_sha256").loc[offer.sha256]
         interval = row["delta_ci_low"], row["delta_ci_high"]
