@@ -95,7 +95,7 @@ def test_frames_and_pages_that_are_not_read_are_told(tmp_path):
 def test_images_of_32_bits_on_two_scales_are_told(tmp_path, kind, scales):
     for count in (1, 2):
         root = tmp_path / str(count)
-        images = [np.asarray(photo(seed).convert("L")) for seed in range(12)]
+        images = [np.asarray(photo(seed).convert("L"), float) for seed in range(12)]
         arrays = [(image * scales[n % count]).astype(kind) for n, image in enumerate(images)]
         keep(root, map(Image.fromarray, arrays), ".tif")
         tops = ("1", "255") if kind is np.float32 else ("255", "65535")
