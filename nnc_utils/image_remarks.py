@@ -75,10 +75,11 @@ def _copies(images: list[Read]) -> list[str]:
     pairs = []
     for which in HELD_OUT:
         own, others = (np.flatnonzero(there) for there in (splits == which, splits != which))
+        theirs = outlines[others].T
         for some_own in np.split(own, range(AT_ONCE, len(own), AT_ONCE)):
-            correlation = outlines[some_own] @ outlines[others].T
-            nearest = correlation.argmax(1)
-            for image, other, most in zip(some_own, others[nearest], correlation.max(1)):
+            correlation = outlines[some_own] @ theirs
+            nearest = others[correlation.argmax(1)]
+            for image, other, most in zip(some_own, nearest, correlation.max(1)):
                 pairs += [(images[image].file, images[other].file)] if most > COPY else []
     if not pairs:
         return []
