@@ -32,7 +32,7 @@ ifneq ($(call given,DATA),)
 else
 ifneq ($(PROFILE),smoke)
 	@$(SETUP) --nncodec
-	@$(VENV_PYTHON) -m nnc_utils.data fashion_mnist
+	@$(VENV_PYTHON) -m nnc_utils.data $(if $(filter cifar,$(PROFILE)),cifar10,fashion_mnist)
 endif
 ifneq ($(CLUSTER),)
 	@$(PLUGIN)
@@ -88,7 +88,7 @@ constraints: python ## renew constraints.txt: the newest versions that go togeth
 	@$(VENV_PYTHON) workflow/freeze.py
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|quick|medium|techniques|standard|full] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1'] [CLUSTER=slurm]"
+	@echo "make TARGET [PROFILE=smoke|quick|medium|techniques|usual|standard|full|cifar] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1'] [CLUSTER=slurm]"
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
 
 python:
@@ -97,5 +97,5 @@ python:
 		exit 1; }
 
 profile:
-	@case '$(PROFILE)' in smoke|quick|medium|techniques|standard|full) ;; *) \
-		echo "unknown PROFILE '$(PROFILE)': one of smoke, quick, medium, techniques, standard, full" >&2; exit 1 ;; esac
+	@case '$(PROFILE)' in smoke|quick|medium|techniques|usual|standard|full|cifar) ;; *) \
+		echo "unknown PROFILE '$(PROFILE)': one of smoke, quick, medium, techniques, usual, standard, full, cifar" >&2; exit 1 ;; esac

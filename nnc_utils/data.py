@@ -166,8 +166,8 @@ def load(name: str, *, root: str | Path | None = None, size: int | None = None) 
     loaders = {
         "digits": _digits,
         "fashion_mnist": lambda: _fashion_mnist(folder),
-        "cifar10": lambda: _cifar("CIFAR10", folder),
-        "cifar100": lambda: _cifar("CIFAR100", folder),
+        "cifar10": lambda: _cifar(kind, folder),
+        "cifar100": lambda: _cifar(kind, folder),
         "imagefolder": lambda: _own_images(Path(path).expanduser().absolute(), size or 32),
     }
     if kind not in loaders or (kind == "imagefolder") != bool(path):
@@ -326,24 +326,15 @@ def _from_torchvision(work: Path) -> Path:
     return Path(FashionMNIST(work, download=True).raw_folder)
 
 
-def _cifar(which: str, root: Path) -> tuple[Arrays, list[str]]:
-    """CIFAR-10 or -100 (Krizhevsky, 2009) as torchvision fetches, checks and reads it."""
-    from filelock import FileLock
-    from torchvision import datasets
+def _cifar(name: str, root: Path) -> tuple[Arrays, list[str]]:
+    """CIFAR-10 or -100; a tenth of train is held out."""
+    from nnc_utils import cifar  # not above: what other data sets measure does not depend on it
 
-    loader = getattr(datasets, which)
-    socket.setdefaulttimeout(30)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".fetching.lock"):
-            parts = {name: loader(root, train=name == "train", download=True) for name in ("train", "test")}
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{which.lower()} is not in {root} and cannot be fetched from {loader.url}: {error}\n"
-            f"Put {loader.filename} into {root}, or set NNC_DATA to the folder that has it."
-        ) from None
-    arrays = {k: (part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for k, part in parts.items()}
-    return _held_out(arrays, validation=len(parts["train"]) // 10), parts["train"].classes
+        arrays, classes = cifar.read(name, root)
+    except cifar.CifarError as error:
+        raise DataError(str(error)) from None
+    return _held_out(arrays, validation=len(arrays["train"][1]) // 10), classes
 
 
 def _own_images(path: Path, size: int) -> tuple[Arrays, tuple[str, ...], Folder]:

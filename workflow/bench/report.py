@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from bench import claims, committed, goals, pairs, papers
+from bench import claims, committed, goals, pairs, papers, two_data_sets
 from bench.candidates import title
 from bench.committed import ALL_PROFILES, Tables
 from bench.publish import is_restored, publish, restore
@@ -76,7 +76,11 @@ def template(name: str, tables: Tables) -> jinja2.Template:
         "title": title,
     }
     words.globals |= {
-        "others": lambda: [Tables(folder) for folder in _others(tables.folder)],
+        "others": lambda: [
+            its for its in map(Tables, _others(tables.folder)) if its.dataset == tables.dataset
+        ],
+        "both": two_data_sets.both,
+        "side": two_data_sets,
         "answers": goals.answers,
         "papers": papers.lines,
         "another_teacher": pairs.another_teacher,
