@@ -20,6 +20,7 @@ FLOORS = [
     {"pipeline_configurations"},
     {"runtimes"},
     {"peers"},  # lower as the runtimes do, and run in theirs
+    {"federated"},  # its server is asked as the runtimes' processes are
     {"candidates"},  # of each technique: what its benchmark builds may use the others
     # the fifth floor has steps: from processes and hashes over rows and tables to what runs notebooks
     {"processes", "provenance", "web"},

@@ -1,4 +1,4 @@
-"""What server and clients agree on: the plan of a run, and which numbers of a network are sent and averaged."""
+"""What server and clients agree on: the plan of a run, and which numbers of a network are averaged."""
 
 from __future__ import annotations
 

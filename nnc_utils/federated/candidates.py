@@ -1,0 +1,77 @@
+"""The network of each configuration of 08: what the clients of a federation hold after the last round."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nnc_utils import models
+from nnc_utils.configurations import Built
+from nnc_utils.federated import plan as plans
+from nnc_utils.federated import split
+from nnc_utils.federated.compress import State
+from nnc_utils.federated.configurations import EqualBytes, FedAvg
+from nnc_utils.federated.federation import Federation
+
+
+def build(configuration: FedAvg | EqualBytes, bench: Any) -> Built:
+    """Run a configuration's rounds; what they took goes into the run's `extra`.
+
+    Of the run's parameters clients, rounds, width, local_epochs, batch_size and learning_rate count.
+    """
+    state, ledger = _run(bench, configuration)
+    bench.extra.setdefault("federated", {})[configuration.slug] = ledger
+    network = _plan(bench, configuration.run).network().eval()
+    plans.load(network, state)
+    return Built(network, ledger["train_images"], ledger["seconds"], dtype=torch.float32)
+
+
+def check(configuration: FedAvg | EqualBytes, bench: Any) -> None:
+    """Raise a ValueError, before any work, where not every client can have images."""
+    _parts(bench, configuration.run.dirichlet)
+
+
+def _parts(bench: Any, alpha: float) -> list[torch.Tensor]:
+    labels = bench.images.train.labels
+    return split.dirichlet(labels, clients=bench.parameters["clients"], alpha=alpha, seed=bench.seed)
+
+
+def _plan(bench: Any, configuration: FedAvg, **other: Any) -> plans.Plan:
+    given = bench.parameters
+    same = {key: getattr(bench.dense.spec, key) for key in ("channels", "size", "classes", "stem")}
+    options = {key: given[key] for key in ("rounds", "local_epochs", "batch_size", "learning_rate")}
+    options |= {"up": configuration.up, "down": configuration.down, "feedback": configuration.feedback}
+    options |= {"seed": bench.seed, "augment": bench.recipe["augment"]}
+    return plans.Plan(models.resnet(18, width=given["width"], **same), **options | other)
+
+
+@functools.lru_cache(maxsize=1)
+def _federation(bench: Any, alpha: float) -> Federation:
+    """The processes for one way to divide the images; they end when another way is asked for."""
+    return Federation(bench.images, _parts(bench, alpha))
+
+
+@functools.cache
+def _run(bench: Any, configuration: FedAvg | EqualBytes) -> tuple[State, dict[str, Any]]:
+    """The state after a configuration's rounds, and their ledger; what had ended is not run again."""
+    file = bench.path(f"checkpoint_{configuration.slug}.safetensors")
+    if file.is_file():
+        with safe_open(file, "pt") as stored:
+            return load_file(file), json.loads(stored.metadata()["ledger"])
+    plan = _plan(bench, configuration.run)
+    if isinstance(configuration, EqualBytes):
+        _, other = _run(bench, configuration.compressed)
+        numbers = sum(tensor.numel() for tensor in plans.floats(plan.network()).values())
+        a_round = 2 * 4 * numbers * bench.parameters["clients"]
+        rounds = max(1, round((other["up_bytes"] + other["down_bytes"]) / a_round))
+        plan = _plan(bench, configuration.run, rounds=rounds)
+    print(configuration.title, flush=True)
+    outcome = _federation(bench, configuration.run.dirichlet).run(plan)
+    state = plans.floats(outcome.network)
+    save_file(state, file, {"ledger": json.dumps(outcome.ledger)})
+    return state, outcome.ledger
