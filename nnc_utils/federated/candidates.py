@@ -56,7 +56,6 @@ def _federation(bench: Any, alpha: float) -> Federation:
     return Federation(bench.images, _parts(bench, alpha))
 
 
-@functools.cache
 def _run(bench: Any, configuration: FedAvg | EqualBytes) -> tuple[State, dict[str, Any]]:
     """The state after a configuration's rounds, and their ledger; what had ended is not run again."""
     file = bench.path(f"checkpoint_{configuration.slug}.safetensors")
@@ -71,7 +70,10 @@ def _run(bench: Any, configuration: FedAvg | EqualBytes) -> tuple[State, dict[st
         rounds = max(1, round((other["up_bytes"] + other["down_bytes"]) / a_round))
         plan = _plan(bench, configuration.run, rounds=rounds)
     print(configuration.title, flush=True)
-    outcome = _federation(bench, configuration.run.dirichlet).run(plan)
+    federation = _federation(bench, configuration.run.dirichlet)
+    outcome = federation.run(
+        plan, watch=lambda line: None if line.endswith("sent") else print(line, flush=True)
+    )
     state = plans.floats(outcome.network)
     save_file(state, file, {"ledger": json.dumps(outcome.ledger)})
     return state, outcome.ledger

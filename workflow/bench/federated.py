@@ -72,7 +72,7 @@ def rows_of(compression: pd.DataFrame, ledgers: Mapping[str, dict], predictions:
     for record in records:
         other = float32.get(_place(record))
         against = {"against_sha256": ""}
-        if other:
+        if other and other is not record:
             against = {"against_sha256": other["artifact_sha256"]} | _delta([record], [other], predictions)
             against["times_fewer_bytes"] = round(_bytes(other) / _bytes(record), 4)
         rows.append(FederatedRow(**record, **against))
