@@ -13,8 +13,8 @@ from typing import Any
 from nnc_utils import training
 from nnc_utils.data import Data
 from nnc_utils.federated import plan as plans
-from nnc_utils.federated.compress import Compressor, Feedback, from_bytes, to_bytes
-from nnc_utils.federated.messages import Connection, frame
+from nnc_utils.federated.compress import Compressor, Feedback, from_bytes
+from nnc_utils.federated.messages import Connection
 from nnc_utils.federated.split import read_images
 
 
@@ -30,7 +30,7 @@ class Client:
         self.plan = plans.Plan.from_json(header["plan"])
         self.network = self.plan.network()
         self.known = plans.floats(self.network)
-        self.feedback = Feedback(self.plan.up)
+        self.sender = Feedback(self.plan.up, keep=self.plan.feedback)
         self.connection.send(kind="ready", digest=plans.digest(self.known))
 
     def take(self, header: dict[str, Any], body: bytes) -> None:
@@ -53,15 +53,13 @@ class Client:
         seen = training.fit(self.network, self.images, **options).images
         after = plans.floats(self.network)
         update = {name: after[name] - self.known[name] for name in after}
-        draws = plan.draws(number, self.name)
-        body, _ = self.feedback.send(update, draws) if plan.feedback else to_bytes(update, plan.up, draws)
-        self.sent = frame({"kind": "update", "round": number, "seen": seen}, body)
-        self.connection.send_frame(self.sent)
+        sent, _ = self.sender.send(update, plan.draws(number, self.name))
+        self.connection.send(sent, kind="update", round=number, seen=seen)
 
     def refused(self, header: dict[str, Any], body: bytes) -> None:
-        """The server could not read the update: send it again."""
-        print(f"the server refused a message: {header['why']}; it is sent again")
-        self.connection.send_frame(self.sent)
+        """The server could not read the update: nothing of it has arrived."""
+        print(f"the server refused the update: {header['why']}")
+        self.sender.take_back()
 
     def end(self, header: dict[str, Any], body: bytes) -> None:
         """The run is over: say which network one holds."""
@@ -70,11 +68,10 @@ class Client:
 
     def serve(self) -> None:
         """Do what the server says until it hangs up."""
+        orders = {"begin": self.begin, "round": self.round, "refused": self.refused, "end": self.end}
         while True:
             header, body = self.connection.receive()
-            {"begin": self.begin, "round": self.round, "refused": self.refused, "end": self.end}[
-                header["kind"]
-            ](header, body)
+            orders[header["kind"]](header, body)
 
 
 def main(arguments: list[str]) -> int:

@@ -130,16 +130,22 @@ class Feedback:
     """A sender that adds to the next update what the one before did not carry (Seide et al., 2014).
 
     That pays if the compressor's error is smaller than what it is given; with `stochastic` rounding to 2 bits
-    it is larger, and `residual` grows from one update to the next.
+    it is larger, and `residual` grows from one update to the next. Without `keep` it forgets.
     """
 
-    def __init__(self, compressor: Compressor) -> None:
-        self.compressor = compressor
+    def __init__(self, compressor: Compressor, *, keep: bool = True) -> None:
+        self.compressor, self.keep = compressor, keep
         self.residual: State = {}
+        self._wanted: State = {}
 
     def send(self, update: State, generator: torch.Generator) -> tuple[bytes, State]:
         """As `to_bytes`, of the update and the residual together."""
-        wanted = {name: values + self.residual.get(name, 0) for name, values in update.items()}
-        body, decoded = to_bytes(wanted, self.compressor, generator)
-        self.residual = {name: wanted[name] - decoded[name] for name in wanted}
+        self._wanted = {name: values + self.residual.get(name, 0) for name, values in update.items()}
+        body, decoded = to_bytes(self._wanted, self.compressor, generator)
+        if self.keep:
+            self.residual = {name: self._wanted[name] - decoded[name] for name in decoded}
         return body, decoded
+
+    def take_back(self) -> None:
+        """What was sent last has not arrived: it is all to be sent later."""
+        self.residual = self._wanted if self.keep else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -60,11 +59,13 @@ class Federation:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def start(self, client: int) -> None:
-        """Start a client, or start it again; in a run it comes late."""
+    def start(self, client: int, *, wait: bool = False) -> None:
+        """Start a client, or start it again; in a run it comes late. With `wait` it has come to the door."""
         where = ["--server", f"127.0.0.1:{self._port}", "--images", str(self._file(f"{client}"))]
         command = ["nnc_utils.federated.client", *where, "--name", str(client)]
         self._clients[client] = Child(*command, OMP_NUM_THREADS="1")  # all train at the same time
+        if wait:
+            self._server.ask("knocked")
 
     def kill(self, client: int) -> None:
         """End a client at once, whatever it is doing."""
@@ -74,8 +75,7 @@ class Federation:
     def close(self) -> None:
         """End all processes; clients end when the server hangs up."""
         for child in (self._server, *self._clients.values()):
-            with contextlib.suppress(ValueError):  # closed before
-                child.close()
+            child.close()
         self._folder.cleanup()
 
     def run(self, plan: plans.Plan, *, watch: Callable[[str], None] = print) -> Outcome:

@@ -24,8 +24,6 @@ from nnc_utils.federated.messages import Connection, Damaged
 from nnc_utils.federated.split import read_images
 from nnc_utils.runtimes.children import serve
 
-REFUSALS = 3  # of one client's messages in one run, before it is left out
-
 
 @dataclass
 class Peer:
@@ -35,7 +33,6 @@ class Peer:
     images: int
     connection: Connection
     current: bool = False  # it holds the network that `Server.step` starts from
-    refusals: int = 0
 
 
 class Server:
@@ -55,6 +52,10 @@ class Server:
     def port(self) -> int:
         """Where clients connect."""
         return self.listener.getsockname()[1]
+
+    def knocked(self) -> bool:
+        """Whether somebody wants to be let in; waits for it."""
+        return bool(select.select([self.listener], [], [], self.patience)[0])
 
     # --- Orders: each gives the lines of what happened, and more ---------------------------------
 
@@ -90,7 +91,8 @@ class Server:
         """Wait for the updates and average them; with `look` also the accuracy on the validation images."""
         answers = self._answers()
         if not answers:
-            raise RuntimeError(f"round {number}: no client has answered. {' '.join(self.lines)}")
+            why = "; ".join(self._told()["lines"])
+            raise RuntimeError(f"round {number}: no client has answered: start some, then run again. {why}")
         names = sorted(answers)  # the sum must not depend on who was first
         updates, seen = zip(*(answers[name] for name in names), strict=True)
         wanted = plans.average(self.known, list(updates), [self.peers[name].images for name in names])
@@ -156,7 +158,7 @@ class Server:
         try:
             peer.connection.send(kind="begin", plan=self.plan.to_json())
             ready = peer.connection.receive()[0].get("digest")
-            peer.refusals, peer.current = 0, ready == plans.digest(self.known) and not self.step
+            peer.current = ready == plans.digest(self.known) and not self.step
         except (OSError, Damaged) as error:
             self._lose(peer, error)
 
@@ -181,16 +183,15 @@ class Server:
 
     def _answers(self) -> dict[int, tuple[State, int]]:
         """The updates of those that answer in time, and how many images each has seen."""
+        waiting = {peer.connection.socket: peer for peer in self.asked}
         answers, until = {}, time.monotonic() + self.patience
-        while waiting := {
-            peer.connection.socket: peer
-            for peer in self.asked
-            if self.peers.get(peer.name) is peer and peer.name not in answers
-        }:
+        while waiting:
             ready = select.select([*waiting], [], [], max(0.0, until - time.monotonic()))[0]
-            for peer in () if ready else waiting.values():
-                self._lose(peer, f"no answer in {self.patience:g} s")
-            for peer in (waiting[end] for end in ready):
+            if not ready:
+                for peer in waiting.values():
+                    self._lose(peer, f"no answer in {self.patience:g} s")
+                break
+            for peer in [waiting.pop(end) for end in ready]:
                 try:
                     answers[peer.name] = self._update(peer)
                 except (Damaged, EncodingError, KeyError) as error:
@@ -208,14 +209,10 @@ class Server:
         shapes = {name: tensor.shape for name, tensor in self.known.items()}
         return from_bytes(body, shapes, self.plan.up), int(header["seen"])
 
-    def _refuse(self, peer: Peer, why: object) -> None:
-        """Tell a client that its message cannot be read: it sends it again."""
-        peer.refusals += 1
-        self.lines.append(f"round {self.number}: client {peer.name}: {why}: refused, it is to send it again")
+    def _refuse(self, peer: Peer, why: Exception) -> None:
+        self.lines.append(f"round {self.number}: an update of client {peer.name} is refused: {why}")
         try:
             peer.connection.send(kind="refused", why=str(why))
-            if peer.refusals > REFUSALS:
-                raise ConnectionError(f"{peer.refusals} of its messages were refused")
         except OSError as error:
             self._lose(peer, error)
 
