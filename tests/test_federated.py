@@ -228,12 +228,12 @@ def test_bytes_are_counted_and_a_damaged_message_costs_no_later_one(pair):
     assert sender.sent == receiver.received == 4 * len(good) and receiver.sent == 0
 
 
-def test_what_is_no_message_ends_the_connection(pair, monkeypatch):
+def test_what_is_no_message_ends_the_connection(pair):
     sender, receiver = pair
     sender.send_frame(b"GET / HTTP/1.1\r\n")
     with pytest.raises(ConnectionError, match="begin no message"):
         receiver.receive()
-    monkeypatch.setattr(messages, "STALLED", 0.05)
+    receiver.patience = 0.05
     with pytest.raises(ConnectionError, match=r"silent for 0.05 s"):
         receiver.receive()
     sender.send_frame(messages.frame({"kind": "update"}, b"body")[4:20])

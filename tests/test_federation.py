@@ -55,7 +55,7 @@ class Threads:
             self.start(name)
 
     def start(self, name):
-        end = Connection(socket.create_connection(("127.0.0.1", self.server.port())), patient=True)
+        end = Connection(socket.create_connection(("127.0.0.1", self.server.port())), patience=None)
         if name == self.damage:
             whole, damaged = end.send_frame, []
 

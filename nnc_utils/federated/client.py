@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     sys.stdout = sys.stderr
     try:
         images = read_images(given.images)
-        connection = Connection(socket.create_connection((host, int(port)), timeout=60), patient=True)
+        connection = Connection(socket.create_connection((host, int(port)), timeout=60), patience=None)
     except Exception as error:  # whatever a file of another kind makes its reader raise
         print(f"client {given.name} cannot start: {error}")
         return 1

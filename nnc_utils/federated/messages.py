@@ -13,7 +13,7 @@ from typing import Any
 
 MAGIC, HEAD = b"NNCF", struct.Struct("<4sII")
 LONGEST = 2**30  # bytes of a message
-STALLED = 60.0  # seconds without a byte
+STALLED = 60.0  # seconds without a byte in the middle of a message
 
 
 class Damaged(ValueError):
@@ -29,12 +29,12 @@ def frame(header: dict[str, Any], body: bytes = b"") -> bytes:
 class Connection:
     """One end of a socket. `sent` and `received` count its bytes, without those of TCP and IP.
 
-    Its methods raise a ConnectionError where the other end has gone, stalls for `STALLED` seconds (without
-    `patient` also before a message begins), or speaks another protocol.
+    Its methods raise a ConnectionError where the other end has gone, begins no message for `patience` seconds
+    (None: for ever), stalls within one, or speaks another protocol.
     """
 
-    def __init__(self, end: socket.socket, *, patient: bool = False) -> None:
-        self.socket, self.patient, self.sent, self.received = end, patient, 0, 0
+    def __init__(self, end: socket.socket, *, patience: float | None = STALLED) -> None:
+        self.socket, self.patience, self.sent, self.received = end, patience, 0, 0
 
     def send(self, body: bytes = b"", **header: Any) -> None:
         """Send a message."""
@@ -48,7 +48,7 @@ class Connection:
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """Wait for a message: its header and body. `Damaged` where its checksum differs."""
-        self.socket.settimeout(None if self.patient else STALLED)
+        self.socket.settimeout(self.patience)
         magic, length, checksum = HEAD.unpack(self._exactly(HEAD.size))
         if magic != MAGIC or length > LONGEST:
             raise ConnectionError(f"{magic!r} and a length of {length:,} begin no message")
@@ -66,7 +66,7 @@ class Connection:
             try:
                 part = self.socket.recv(min(count - len(data), 2**20))
             except TimeoutError:
-                raise ConnectionError(f"silent for {STALLED:g} s") from None
+                raise ConnectionError(f"silent for {self.socket.gettimeout():g} s") from None
             if not part:
                 raise ConnectionError(f"closed, {count - len(data):,} bytes before the end of a message")
             data += part

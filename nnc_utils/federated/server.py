@@ -143,6 +143,7 @@ class Server:
             try:
                 header, _ = connection.receive()
                 peer = Peer(int(header["name"]), max(1, int(header["images"])), connection)
+                connection.patience = self.patience
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self.lines.append(f"round {self.number}: somebody is not let in: {error}")
                 connection.close()
