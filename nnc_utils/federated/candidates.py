@@ -15,11 +15,12 @@ from nnc_utils.configurations import Built
 from nnc_utils.federated import plan as plans
 from nnc_utils.federated import split
 from nnc_utils.federated.compress import State
-from nnc_utils.federated.configurations import EqualBytes, FedAvg
+from nnc_utils.federated.configurations import EqualBytes, FedAvg, Flower
 from nnc_utils.federated.federation import Federation
+from nnc_utils.peers import flower
 
 
-def build(configuration: FedAvg | EqualBytes, bench: Any) -> Built:
+def build(configuration: FedAvg | EqualBytes | Flower, bench: Any) -> Built:
     """Run a configuration's rounds; what they took goes into the run's `extra`.
 
     Of the run's parameters clients, rounds, width, local_epochs, batch_size and learning_rate count.
@@ -31,7 +32,7 @@ def build(configuration: FedAvg | EqualBytes, bench: Any) -> Built:
     return Built(network, ledger["train_images"], ledger["seconds"], dtype=torch.float32)
 
 
-def check(configuration: FedAvg | EqualBytes, bench: Any) -> None:
+def check(configuration: FedAvg | EqualBytes | Flower, bench: Any) -> None:
     """Raise a ValueError, before any work, where not every client can have images."""
     _parts(bench, configuration.run.dirichlet)
 
@@ -56,7 +57,7 @@ def _federation(bench: Any, alpha: float) -> Federation:
     return Federation(bench.images, _parts(bench, alpha))
 
 
-def _run(bench: Any, configuration: FedAvg | EqualBytes) -> tuple[State, dict[str, Any]]:
+def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State, dict[str, Any]]:
     """The state after a configuration's rounds, and their ledger; what had ended is not run again."""
     file = bench.path(f"checkpoint_{configuration.slug}.safetensors")
     if file.is_file():
@@ -70,10 +71,16 @@ def _run(bench: Any, configuration: FedAvg | EqualBytes) -> tuple[State, dict[st
         rounds = max(1, round((other["up_bytes"] + other["down_bytes"]) / a_round))
         plan = _plan(bench, configuration.run, rounds=rounds)
     print(configuration.title, flush=True)
-    federation = _federation(bench, configuration.run.dirichlet)
-    outcome = federation.run(
-        plan, watch=lambda line: None if line.endswith("sent") else print(line, flush=True)
-    )
-    state = plans.floats(outcome.network)
-    save_file(state, file, {"ledger": json.dumps(outcome.ledger)})
-    return state, outcome.ledger
+    if isinstance(configuration, Flower):
+        state, ledger = flower.run(plan, bench.images, _parts(bench, configuration.dirichlet))
+    else:
+        outcome = _federation(bench, configuration.run.dirichlet).run(plan, watch=_say)
+        state, ledger = plans.floats(outcome.network), outcome.ledger
+    save_file(state, file, {"ledger": json.dumps(ledger)})
+    return state, ledger
+
+
+def _say(line: str) -> None:
+    """Print what a round came to, and what happened; not that it begins."""
+    if not line.endswith("sent"):
+        print(line, flush=True)

@@ -10,12 +10,23 @@ import socket
 import sys
 from typing import Any
 
+from torch import nn
+
 from nnc_utils import training
 from nnc_utils.data import Data
 from nnc_utils.federated import plan as plans
 from nnc_utils.federated.compress import Compressor, Feedback, from_bytes
 from nnc_utils.federated.messages import Connection
 from nnc_utils.federated.split import read_images
+
+
+def train(network: nn.Module, images: Data, plan: plans.Plan, number: int) -> int:
+    """A client's share of a round, in place; how many images it has seen."""
+    count = len(images.train)
+    options = {"augment": plan.augment, "batch_size": min(plan.batch_size, count), "threads": 1}
+    options["epochs"] = max(plan.local_epochs, options["batch_size"] / count)  # a step at least
+    options |= {"learning_rate": plan.rate(number), "seed": 1000 * plan.seed + number}
+    return training.fit(network, images, **options).images
 
 
 class Client:
@@ -45,12 +56,9 @@ class Client:
     def round(self, header: dict[str, Any], body: bytes) -> None:
         """Train from the server's network on one's own images, and send the update."""
         self.take(header, body)
-        plan, number, count = self.plan, header["round"], len(self.images.train)
+        plan, number = self.plan, header["round"]
         plans.load(self.network, self.known)
-        options = {"augment": plan.augment, "batch_size": min(plan.batch_size, count), "threads": 1}
-        options["epochs"] = max(plan.local_epochs, options["batch_size"] / count)  # a step at least
-        options |= {"learning_rate": plan.rate(number), "seed": 1000 * plan.seed + number}
-        seen = training.fit(self.network, self.images, **options).images
+        seen = train(self.network, self.images, plan, number)
         after = plans.floats(self.network)
         update = {name: after[name] - self.known[name] for name in after}
         sent, _ = self.sender.send(update, plan.draws(number, self.name))

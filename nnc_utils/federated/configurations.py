@@ -10,6 +10,7 @@ from nnc_utils.configurations import Bits, Configuration, read
 from nnc_utils.federated.compress import Compressor
 
 Part = Annotated[float, Field(gt=0, le=1)]
+Spread = Annotated[float, Field(gt=0, le=1000)]
 
 
 class FedAvg(Configuration):
@@ -23,7 +24,7 @@ class FedAvg(Configuration):
     technique: ClassVar[str] = "federated"
     needs: ClassVar[frozenset[str]] = frozenset({"training"})
     what: ClassVar[str] = "FedAvg, Dirichlet {dirichlet:g}: {sent} up, {got} down"
-    dirichlet: Annotated[float, Field(gt=0, le=1000)]  # small: a client has few of the classes
+    dirichlet: Spread  # small: a client has few of the classes
     bits: Bits | None = None
     share: Part = 1.0  # of each weight's entries
     feedback: bool = False
@@ -91,6 +92,21 @@ class EqualBytes(Configuration):
 
     def words(self) -> dict[str, Any]:
         return dict(self) | {"compressed": self.compressed.title}
+
+
+class Flower(Configuration):
+    """The same rounds in float32 by Flower's own processes."""
+
+    method: Literal["flower"] = "flower"
+    technique: ClassVar[str] = "peer"
+    needs: ClassVar[frozenset[str]] = frozenset({"training"})
+    what: ClassVar[str] = "Flower, Dirichlet {dirichlet:g}: fp32 up, fp32 down"
+    dirichlet: Spread
+
+    @property
+    def run(self) -> FedAvg:
+        """What is run: float32."""
+        return FedAvg(dirichlet=self.dirichlet)
 
 
 def _words(bits: int | None, share: float) -> str:

@@ -29,7 +29,7 @@ from nnc_utils.rows import (
     to_frame,
 )
 
-FILE, METHODS = "federated.csv", ("fedavg", "fedavg_equal_bytes")
+FILE, METHODS = "federated.csv", ("fedavg", "fedavg_equal_bytes", "flower")
 LOST = -0.5  # percentage points that a compressed run may lose against FedAvg in float32
 
 
@@ -43,7 +43,7 @@ class FederatedRow(Row):
     profile: Name
     run: Name
     dataset: Name
-    method: Literal["fedavg", "fedavg_equal_bytes"]
+    method: Literal["fedavg", "fedavg_equal_bytes", "flower"]
     settings: str
     control: str
     seed: Count
