@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import Any
 
@@ -51,10 +50,16 @@ def _plan(bench: Any, configuration: FedAvg, **other: Any) -> plans.Plan:
     return plans.Plan(models.resnet(18, width=given["width"], **same), **options | other)
 
 
-@functools.lru_cache(maxsize=1)
+_running: dict[tuple[Any, float], Federation] = {}
+
+
 def _federation(bench: Any, alpha: float) -> Federation:
     """The processes for one way to divide the images; they end when another way is asked for."""
-    return Federation(bench.images, _parts(bench, alpha))
+    if (bench, alpha) not in _running:
+        while _running:
+            _running.popitem()[1].close()
+        _running[bench, alpha] = Federation(bench.images, _parts(bench, alpha))
+    return _running[bench, alpha]
 
 
 def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State, dict[str, Any]]:
@@ -71,11 +76,14 @@ def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State
         rounds = max(1, round((other["up_bytes"] + other["down_bytes"]) / a_round))
         plan = _plan(bench, configuration.run, rounds=rounds)
     print(configuration.title, flush=True)
-    if isinstance(configuration, Flower):
-        state, ledger = flower.run(plan, bench.images, _parts(bench, configuration.dirichlet))
-    else:
-        outcome = _federation(bench, configuration.run.dirichlet).run(plan, watch=_say)
-        state, ledger = plans.floats(outcome.network), outcome.ledger
+    try:
+        if isinstance(configuration, Flower):
+            state, ledger = flower.run(plan, bench.images, _parts(bench, configuration.dirichlet))
+        else:
+            outcome = _federation(bench, configuration.run.dirichlet).run(plan, watch=_say)
+            state, ledger = plans.floats(outcome.network), outcome.ledger
+    except RuntimeError as error:  # it costs no other configuration
+        raise ValueError(str(error)) from error
     save_file(state, file, {"ledger": json.dumps(ledger)})
     return state, ledger
 

@@ -81,36 +81,26 @@ def run(plan: Plan, images: Data, parts: list[Tensor]) -> tuple[State, dict[str,
         raise ImportError(f"flower is {missing()}")
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as running:
         folder = Path(scratch)
-        fleet, control, apps, *own = _free_ports(3 + len(parts))
-        relay = Relay(fleet)
+        port, *own = _free_ports(1 + len(parts))
+        relay = Relay(port)
         running.callback(relay.listener.close)
-        link = ["flower-superlink", "--insecure", "--fleet-api-address", f"127.0.0.1:{fleet}"]
-        link += [
-            "--control-api-address",
-            f"127.0.0.1:{control}",
-            "--serverappio-api-address",
-            f"127.0.0.1:{apps}",
-        ]
-        running.enter_context(_process(folder, *link))
-        for number, (part, port) in enumerate(zip(parts, own, strict=True)):
+        link = ["flower-superlink", "--port", str(port), "--disable-runtime-dependency-installation"]
+        running.enter_context(_process(folder, *link, "--insecure"))
+        for number, (part, its) in enumerate(zip(parts, own, strict=True)):
             file = folder / f"{number}.safetensors"
             write_images(file, images, Split(images.train.images[part], images.train.labels[part]))
             node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{relay.port}"]
-            node += ["--clientappio-api-address", f"127.0.0.1:{port}", "--node-config", f'images="{file}"']
+            node += ["--port", str(its), "--node-config", f'images="{file}"']
             running.enter_context(_process(folder, *node))
         (folder / "config.toml").write_text(
-            f'[superlink.suite]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
+            f'[superlink.suite]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         (folder / "plan.json").write_text(json.dumps(plan.to_json()))
         (folder / "nodes.json").write_text(json.dumps(len(parts)))
         _submit(folder)
         took = json.loads((folder / "took.json").read_text())
         state = load_file(folder / "network.safetensors")
-        sent = {
-            "up_bytes": relay.up,
-            "down_bytes": relay.down,
-            "train_images": round(took["seen"] * len(parts)),
-        }
+        sent = {"up_bytes": relay.up, "down_bytes": relay.down, "train_images": took["seen"]}
     ledger = {"rounds": plan.rounds, "clients": len(parts), "agreed": 0, "history": [], "said": []}
     return state, ledger | sent | {"seconds": round(took["seconds"], 2)}
 
@@ -118,15 +108,8 @@ def run(plan: Plan, images: Data, parts: list[Tensor]) -> tuple[State, dict[str,
 def _submit(folder: Path) -> None:
     """Let `flwr run` start the app, and wait for its end."""
     app = Path(__file__).with_name("flower_app")
-    command = [
-        _tool("flwr"),
-        "run",
-        str(app),
-        "suite",
-        "--stream",
-        "--run-config",
-        f'plan="{folder}/plan.json"',
-    ]
+    command = [_tool("flwr"), "run", str(app), "suite", "--stream"]
+    command += ["--run-config", f'plan="{folder}/plan.json"']
     pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": LIMIT}
     done = subprocess.run(command, env=_environment(folder), cwd=folder, **pipes)
     if not (folder / "network.safetensors").is_file():

@@ -36,13 +36,17 @@ def train_here(message: Message, context: Context) -> Message:
     return Message(content=content, reply_to=message)
 
 
+def _seen(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
+    return MetricRecord({"seen": sum(reply["metrics"]["seen"] for reply in replies)})
+
+
 @server.main()
 def average(grid: Grid, context: Context) -> None:
     """All rounds; the network and what they took go beside the plan."""
     plan, file = _plan(context), Path(context.run_config["plan"])
     nodes = json.loads(file.with_name("nodes.json").read_text())
-    least = {"min_train_nodes": nodes, "min_available_nodes": nodes}
-    strategy, begin = FedAvg(fraction_evaluate=0.0, **least), time.perf_counter()
+    options = {"min_train_nodes": nodes, "min_available_nodes": nodes, "train_metrics_aggr_fn": _seen}
+    strategy, begin = FedAvg(fraction_evaluate=0.0, **options), time.perf_counter()
     first = ArrayRecord(plans.floats(plan.network()))
     result = strategy.start(grid=grid, initial_arrays=first, num_rounds=plan.rounds)
     seen = sum(metrics["seen"] for metrics in result.train_metrics_clientapp.values())
