@@ -54,7 +54,8 @@ def test_every_image_is_one_clients_and_small_alpha_means_few_classes():
     assert all(map(torch.equal, parts, again)) and not all(map(torch.equal, parts, other))
 
 
-def test_images_that_cannot_be_divided_are_refused():
+def test_images_that_cannot_be_divided_are_refused(monkeypatch):
+    monkeypatch.setattr(split, "TRIES", 3)
     with pytest.raises(split.SplitError, match="601 clients with 2 images or more: 1200 images allow 600"):
         split.dirichlet(LABELS, clients=601, alpha=1, seed=0)
     with pytest.raises(split.SplitError, match="use a larger alpha, or fewer clients"):
@@ -122,8 +123,8 @@ def test_feedback_sends_all_in_the_end_if_the_compressor_contracts():
             sent = sent + sender.send(update, generator)[1]["weight"]
             norms[rounding].append(float(sender.residual["weight"].norm()))
         assert torch.allclose(sent + sender.residual["weight"], sum(u["weight"] for u in updates), atol=1e-4)
-    assert norms["stochastic"][-1] > 5 * norms["stochastic"][9] > 5 * norms["nearest"][9]
-    assert norms["nearest"][-1] < 3 * norms["nearest"][9]
+    assert norms["stochastic"][-1] > 2 * norms["stochastic"][9] > 4 * norms["nearest"][9]
+    assert norms["nearest"][-1] < 2 * norms["nearest"][9]
 
 
 COMPRESSORS = [Compressor(), Compressor(4), Compressor(8, rounding="nearest"), Compressor(4, 0.05, "nearest")]
@@ -221,7 +222,7 @@ def test_bytes_are_counted_and_a_damaged_message_costs_no_later_one(pair):
     good = messages.frame({"kind": "update", "round": 3}, b"\n\0body")
     for place in (12, 20, len(good) - 1):  # header, and body
         sender.send_frame(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
-        with pytest.raises(messages.Damaged, match="the checksum of a message of 38 bytes differs"):
+        with pytest.raises(messages.Damaged, match="the checksum of a message of 34 bytes differs"):
             receiver.receive()
     sender.send(b"\n\0body", kind="update", round=3)
     assert receiver.receive() == ({"kind": "update", "round": 3}, b"\n\0body")

@@ -149,6 +149,7 @@ def test_nonsense_is_not_let_in_and_not_averaged(images, parts, tmp_path):
             assert liar.receive()[0]["kind"] == "refused"
             liar.receive()
             liar.send(kind="update", round=1, seen=1)
+            liar.close()
 
     threading.Thread(target=lie, daemon=True).start()
     threads.parts = [*threads.parts, []]
@@ -186,9 +187,9 @@ def test_processes_survive_a_killed_client_and_a_late_one_and_give_the_same_agai
 
     with Federation(images, parts) as federation:
         first = federation.run(plan)
-        disturbed = federation.run(plan, watch=trouble)
+        disturbed = federation.run(a_plan(rounds=3, local_epochs=10, **SMALL), watch=trouble)
         again = federation.run(plan)
-        with pytest.raises(ChildError, match="(?s)round 1: no client has answered.*client 2 is gone"):
+        with pytest.raises(ChildError, match="no client has answered: start some, then run again"):
             federation.run(plan, watch=lambda line: "sent" in line and [federation.kill(c) for c in range(3)])
     killed, late = disturbed.ledger["said"]
     assert killed.startswith("round 1: client 1 is gone (") and killed.endswith("going on with 2")
@@ -197,8 +198,7 @@ def test_processes_survive_a_killed_client_and_a_late_one_and_give_the_same_agai
     assert [run.ledger["agreed"] for run in (first, disturbed, again)] == [3, 3, 3] and not again.ledger[
         "said"
     ]
-    digests = [plans.digest(plans.floats(run.network)) for run in (first, disturbed, again)]
-    assert digests[0] == digests[2] != digests[1]
+    assert plans.digest(plans.floats(first.network)) == plans.digest(plans.floats(again.network))
     looked = [record["validation"] for record in first.ledger["history"]]
     right = evaluation.predict(first.network, images.validation, normalize=images.normalize)
     assert looked[-1] == evaluation.accuracy(right, images.validation.labels)

@@ -33,7 +33,7 @@ class FedAvg(Configuration):
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
-        if self.feedback and self.up == Compressor():
+        if self.feedback and self.bits is None and self.share == 1:
             raise ValueError("feedback: float32 leaves nothing to be sent later; it goes with bits or share")
         return self
 
