@@ -164,6 +164,8 @@ class Server:
             self._lose(peer, error)
 
     def _lose(self, peer: Peer, why: object) -> None:
+        if self.peers.get(peer.name) is not peer:  # it is gone already
+            return
         peer.connection.close()
         self._gone = [self._gone[0] + peer.connection.sent, self._gone[1] + peer.connection.received]
         del self.peers[peer.name]
