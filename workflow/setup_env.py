@@ -251,13 +251,13 @@ def install_nncodec():
 
 def install_flower():
     """Install Flower in its environment, which looks for what it lacks in .venv; '' or why that cannot be."""
-    error = _pip(FLOWER_VENV, FLOWER_VENV / LOG.name, *FLOWER)
     layout = "Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages"
-    if not error and not list(VENV.glob(layout)):
+    ours = list(VENV.glob(layout))
+    if not ours:
         return f"{VENV} is not there: run workflow/setup_env.py first"
-    for packages in FLOWER_VENV.glob(layout) if not error else ():
-        (packages / "suite.pth").write_text("".join(f"{place}\n" for place in VENV.glob(layout)))
-    return error
+    for packages in FLOWER_VENV.glob(layout):
+        (packages / "suite.pth").write_text(f"{ours[0]}\n")
+    return _pip(FLOWER_VENV, FLOWER_VENV / LOG.name, *FLOWER)
 
 
 def set_up_apart(venv, wanted, install, again=False):
