@@ -18,7 +18,7 @@ RUN = "quick/08_federated_learning/seed=1"
 
 @pytest.fixture
 def sent(published):
-    """A finished run of 08: float32, and a compressed run that gets 12 test images more wrong. Its profile."""
+    """A finished run of 08: float32, and a compressed one that gets 12 test images more wrong. Its tables."""
     runs = published.parent / "runs/quick"
     shutil.copytree(runs / "02_quantization/seed=1", folder := runs / "08_federated_learning/seed=1")
     run = read_run(folder)
