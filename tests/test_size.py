@@ -7,11 +7,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LONGEST = 400  # lines of a module
 MOST = {  # lower them with every cut; a folder in a folder counts for itself
-    "nnc_utils": 12_534,
+    "nnc_utils": 12_574,
     "nnc_utils/doctor": 1_411,
     "nnc_utils/exercises": 1_849,
-    "workflow/bench": 4_983,
-    "tests": 16_351,
+    "nnc_utils/federated": 1_071,
+    "workflow/bench": 5_168,
+    "tests": 16_792,
     "tests/exercises": 1_523,
 }
 
