@@ -53,7 +53,7 @@ def _plan(bench: Any, configuration: FedAvg, **other: Any) -> plans.Plan:
 _running: dict[tuple[Any, float], Federation] = {}
 
 
-def _federation(bench: Any, alpha: float) -> Federation:
+def federation(bench: Any, alpha: float) -> Federation:
     """The processes for one way to divide the images; they end when another way is asked for."""
     if (bench, alpha) not in _running:
         while _running:
@@ -80,7 +80,7 @@ def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State
         if isinstance(configuration, Flower):
             state, ledger = flower.run(plan, bench.images, _parts(bench, configuration.dirichlet))
         else:
-            outcome = _federation(bench, configuration.run.dirichlet).run(plan, watch=_say)
+            outcome = federation(bench, configuration.run.dirichlet).run(plan, watch=_say)
             state, ledger = plans.floats(outcome.network), outcome.ledger
     except RuntimeError as error:  # it costs no other configuration
         raise ValueError(str(error)) from error
