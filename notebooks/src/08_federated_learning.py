@@ -52,20 +52,20 @@ lesson_rate: float = 0.2  # [0.00001, 1] learning rate of the lesson's clients
 seed: int = 1  # [0, 1000000] of the split, the weights, the order and the rounding
 # what real processes and the benchmark at the end run
 clients: int = 3  # [2, 100] client processes
-rounds: int = 5  # [1, 10000] rounds
+rounds: int = 8  # [1, 10000] rounds
 width: float = 0.125  # (0, 1] of the network, as a share of ResNet-18's channels
 local_epochs: float = 1.0  # [0.01, 100] passes over a client's images in a round
 batch_size: int = 32  # [2, 4096] images a step
 learning_rate: float = 0.1  # [0.00001, 1] of the clients
 configurations: list = [
+    {"method": "fedavg", "dirichlet": 0.3, "bits": 4, "down_bits": 4},
     {"method": "fedavg", "dirichlet": 0.3, "bits": 4, "share": 0.05, "feedback": True, "down_bits": 4},
-    {"method": "fedavg", "dirichlet": 0.3, "bits": 2, "feedback": True, "down_bits": 4},
 ]
 controls: list = [  # fp32 both ways: as many rounds, and as many bytes
     {"method": "fedavg", "dirichlet": 0.3},
     {
         "method": "fedavg_equal_bytes",
-        "of": {"method": "fedavg", "dirichlet": 0.3, "bits": 2, "feedback": True, "down_bits": 4},
+        "of": {"method": "fedavg", "dirichlet": 0.3, "bits": 4, "down_bits": 4},
     },
 ]
 upstream: list = []  # run folders of 01_baseline, own seed first, and of earlier shards; empty: 01's defaults
@@ -267,7 +267,7 @@ figures.show(figure, "Validation accuracy against rounds: together far above eac
 # and add up their lengths. A message is what the suite's own files hold: a description in JSON, and streams of bytes.
 
 # %%
-predictions.predict("megabytes of the training in fp32, both directions", 1)
+predictions.predict("megabytes of the training in fp32", 1)
 
 # %% tags=["machine-dependent"]
 import json
@@ -282,7 +282,7 @@ def message(encoded: encoding.Encoding) -> int:
 formula = 2 * 4 * len(start) * lesson_clients * lesson_rounds / 1e6
 counted = 2 * message(encoding.Dense(start)) * lesson_clients * lesson_rounds / 1e6
 print(f"by the formula {formula:.2f} MB, counted {counted:.2f} MB, ratio {counted / formula:.4f}")
-predictions.measured("megabytes of the training in fp32, both directions", counted)
+predictions.measured("megabytes of the training in fp32", counted)
 
 # %% [markdown]
 # Fewer rounds, fewer clients a round, or fewer bits a number: each saves traffic. Fewer rounds need more local steps, and the
@@ -293,13 +293,13 @@ predictions.measured("megabytes of the training in fp32, both directions", count
 # *Predict*: sort an update's numbers by size. How many percent of them hold 90 % of its squared length?
 
 # %%
-predictions.predict("numbers that hold 90 % of an update's squared length (%)", 90)
+predictions.predict("numbers that hold 90 % of an update (%)", 90)
 
 # %% tags=["machine-dependent"]
 update = local_update(start, unlike[0], torch.Generator().manual_seed(seed))
 energy = update.square().sort(descending=True).values.cumsum(0) / update.square().sum()
 holding = 100 * float((energy < 0.9).float().mean())
-predictions.measured("numbers that hold 90 % of an update's squared length (%)", holding)
+predictions.measured("numbers that hold 90 % of an update (%)", holding)
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.2))
@@ -307,7 +307,12 @@ deviations = (update / update.std()).numpy()
 edges = np.linspace(-8, 8, 81)
 axes.hist(deviations.clip(-8, 8), edges, density=True, label="an update")
 axes.plot(edges, np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi), color="C1", label="normal distribution")
-axes.set(yscale="log", ylim=(1e-4, 5), xlabel="update in its standard deviations", ylabel="density")
+axes.set(
+    yscale="log",
+    ylim=(1e-4, 5),
+    xlabel="update in its standard deviations (beyond 8: at 8)",
+    ylabel="density",
+)
 axes.set_title("Are changes normally distributed?")
 axes.legend()
 figures.show(figure, "Histogram of an update on a log axis: a high peak at 0 and long tails")
@@ -352,7 +357,7 @@ check("8.2", stochastic_codes)
 # than the error of one?
 
 # %%
-predictions.predict("error of one rounding ÷ error of the mean of 1,000, at random", 1000)
+predictions.predict("error of one rounding ÷ of the mean of 1,000", 1000)
 
 # %% tags=["machine-dependent"]
 draw = torch.Generator().manual_seed(seed)
@@ -362,7 +367,7 @@ at_random = step * stochastic_codes(update, step, drawn)
 once, many = (float((mean - update).norm()) for mean in (at_random[0], at_random.mean(0)))
 nearest = float((step * (update / step).round() - update).norm())
 print(f"error at random: one {once:.3f}, mean of 1,000 {many:.3f}; to the nearest always {nearest:.3f}")
-predictions.measured("error of one rounding ÷ error of the mean of 1,000, at random", once / many)
+predictions.measured("error of one rounding ÷ of the mean of 1,000", once / many)
 
 # %% [markdown]
 # **What it means.** The error of a mean falls with the root of how many are averaged. To the nearest one message is better,
@@ -459,7 +464,7 @@ def sparse(share: float, bits: int):
 # *Predict*: with 5 % of the numbers, what share of the message says *where* they are, if the numbers have 4 bits?
 
 # %%
-predictions.predict("share of the message that says where (%), 5 % of 4 bits", 10)
+predictions.predict("share of a message that says where (%)", 10)
 
 # %% tags=["machine-dependent"]
 lines = {}
@@ -470,7 +475,7 @@ for share in (0.2, 0.05, 0.01):
     where, nbytes = streams["mask"].size, message(encoded)
     lines[f"{100 * share:g} %"] = [bound, where, streams["codes"].size, nbytes, 4 * len(update) / nbytes]
     if share == 0.05:
-        predictions.measured("share of the message that says where (%), 5 % of 4 bits", 100 * where / nbytes)
+        predictions.measured("share of a message that says where (%)", 100 * where / nbytes)
 headings = ["entropy of the places (bytes)", "places", "numbers", "message", "times smaller than fp32"]
 pd.DataFrame(lines.values(), index=pd.Index(lines, name="sent"), columns=headings).round(1)
 
@@ -693,7 +698,7 @@ figures.show(figure, "Residual and accuracy with error feedback: that of 2 bits 
 # together?
 
 # %%
-predictions.predict("times fewer bytes both ways, 5 % up and 4 bits down", 20)
+predictions.predict("times fewer bytes, 5 % up and 4 bits down", 20)
 
 # %% tags=["machine-dependent"]
 four = rounded(4)
@@ -708,7 +713,7 @@ ends = pd.DataFrame({name: run.iloc[-1, :3] for name, run in both.items()}).T
 megabytes = ends["MB up"] + ends["MB down"]
 ends["times fewer bytes"] = megabytes["fp32"] / megabytes
 fewer = ends["times fewer bytes"].iloc[-1]
-predictions.measured("times fewer bytes both ways, 5 % up and 4 bits down", fewer)
+predictions.measured("times fewer bytes, 5 % up and 4 bits down", fewer)
 ends.round(2)
 
 # %%
@@ -880,7 +885,7 @@ for name, run in tables.curve(bench).groupby("configuration", sort=False):
     axes.plot(run["megabytes"], run["validation (%)"], marker="o", label=name)
 axes.set(xscale="log", xlabel="megabytes, both directions", ylabel="validation accuracy (%)")
 axes.set_title("What does a megabyte at the socket buy?")
-axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))
+axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.25))
 figures.show(figure, "Validation accuracy against megabytes at the sockets, in fp32 and compressed")
 
 # %% tags=["benchmark"]
