@@ -45,7 +45,7 @@ NAMES = {
 KINDS = {  # what a network is, by its technique, and its colour; narrow rivals have no technique of their own
     "baseline": ("uncompressed", 7), "quantization": ("quantized", 1), "pruning": ("pruned", 2),
     "distillation": ("distilled", 4), "search": ("searched", 9), "pipeline": ("pipeline", 0),
-    "narrow": ("narrow, equal training budget", 3), "peer": ("other tools", 5),
+    "federated": ("federated", 8), "narrow": ("narrow, equal training budget", 3), "peer": ("other tools", 5),
 }  # fmt: skip
 
 

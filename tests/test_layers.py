@@ -19,6 +19,7 @@ FLOORS = [
     {"quantization", "pruning", "distillation", "search"},  # a folder each; none knows another
     {"pipeline_configurations"},
     {"runtimes"},
+    {"federated"},  # its server is asked as the runtimes' processes are
     {"peers"},  # lower as the runtimes do, and run in theirs
     {"candidates"},  # of each technique: what its benchmark builds may use the others
     # the fifth floor has steps: from processes and hashes over rows and tables to what runs notebooks

@@ -38,6 +38,21 @@ def test_a_summary_follows_its_tables(published):
         assert told != before and any(ratio in told for ratio in ratios)
 
 
+def test_the_summary_of_08_tells_the_runs_that_save_most_within_half_a_point(published, monkeypatch):
+    columns = ["configuration", "times fewer bytes", "difference (pp) [95 %]", "within 0.5 pp"]
+    lines = [("fp32, both ways", 1.0, "+0.00", "yes"), ("fp32 for the bytes of: A", 20.0, "-9.00", "yes")]
+    lines += [(name, 10.0 + number, "-0.10", said) for number, (name, said) in enumerate(zip("ABCD", "ynyy"))]
+    table = pd.DataFrame(lines, columns=columns).replace({"y": "yes", "n": "no"}).set_index("configuration")
+    for shown, words in (
+        (None, "not measured yet"),
+        (table, "D: 13.0× fewer bytes in both directions together than in fp32, at -0.10 pp. C: 12.0×"),
+        (table[table["within 0.5 pp"] == "no"], "B: 11.0× fewer bytes"),
+    ):
+        monkeypatch.setattr(readme.federated, "committed", lambda shown=shown: shown)
+        told = " ".join(readme.sentences(published.parents[1])["08_federated_learning"].split())
+        assert words in told and "A:" not in told
+
+
 @pytest.mark.parametrize("changed", ["0.500", "4.00×"])
 def test_a_readme_that_differs_from_its_tables_is_noticed(published, changed):
     root = published.parents[1]

@@ -237,7 +237,8 @@ def clone(fresh, tmp_path, monkeypatch):
 
     changed = {"_quiet": quiet, "install": install, "_pip": pip, "ROOT": tmp_path, "VENV": venv, "NEEDED": 0}
     changed |= {"STAMP": venv / "setup.json", "LOG": venv / "setup.log"}
-    for name, value in (changed | {"NNCODEC_VENV": tmp_path / ".venv-nncodec"}).items():
+    changed |= {f"{peer.upper()}_VENV": tmp_path / f".venv-{peer}" for peer in ("nncodec", "flower")}
+    for name, value in changed.items():
         monkeypatch.setattr(setup_env, name, value)
     return place
 
@@ -356,6 +357,19 @@ def test_nncodec_gets_an_environment_of_its_own(clone, capsys, monkeypatch):
     assert clone.asked == 2 * once
     assert (clone.folder / ".venv-nncodec" / ".gitignore").read_text() == "*\n"
     assert not setup_env.VENV.exists()
+
+
+def test_flower_gets_an_environment_of_its_own_that_takes_torch_from_the_first(clone, capsys):
+    def said(*options):
+        assert setup_env.main(["--flower", *options]) == 0
+        return capsys.readouterr().out
+
+    assert f"not installed: flower ({setup_env.VENV} is not there: run workflow/setup_env.py first)" in said()
+    assert setup_env.main([]) == 0
+    assert "not installed" not in said("--again") + said()
+    assert clone.asked == [".[dev]", *setup_env.FLOWER]
+    [paths] = setup_env.FLOWER_VENV.rglob("suite.pth")
+    assert Path(paths.read_text().strip()).is_relative_to(setup_env.VENV)
 
 
 def test_freezing_gives_what_pip_says_and_keeps_other_systems_pins(tmp_path, monkeypatch):

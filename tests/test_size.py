@@ -7,12 +7,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LONGEST = 400  # lines of a module
 MOST = {  # lower them with every cut; a folder in a folder counts for itself
-    "nnc_utils": 12_645,
-    "nnc_utils/doctor": 1_411,
-    "nnc_utils/exercises": 1_849,
-    "workflow/bench": 5_078,
-    "tests": 16_624,
-    "tests/exercises": 1_523,
+    "nnc_utils": 1,
+    "nnc_utils/doctor": 1,
+    "nnc_utils/exercises": 1,
+    "nnc_utils/federated": 1,
+    "tests": 1,
+    "tests/exercises": 1,
+    "workflow/bench": 1,
 }
 
 

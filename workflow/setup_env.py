@@ -1,7 +1,8 @@
 """Make .venv with the exact versions of constraints.txt; a second call sees that all is there.
 
 Runs with the system's Python and its standard library only: `python3 workflow/setup_env.py [--peers]`.
-`--nncodec` makes, instead, the environment of that peer, which wants an older NumPy and compiles itself.
+`--nncodec` makes, instead, the environment of that peer, which wants an older NumPy and compiles itself;
+`--flower` that of Flower, which wants other versions than constraints.txt, and takes torch from .venv.
 Written so that an older Python can still read it and say that it is too old.
 """
 
@@ -25,6 +26,8 @@ LOG = VENV / "setup.log"
 NNCODEC_VENV = Path(os.environ.get("NNCODEC_VENV") or ROOT / ".venv-nncodec").absolute()
 # what it needs to code arrays, not all that its metadata ask for (torch, pandas, opencv)
 NNCODEC = ("numpy==1.26.4", "setuptools==84.2.1", "wheel==0.48.0", "pybind11==3.1.0", "nncodec==2.1.3")
+FLOWER_VENV = Path(os.environ.get("FLOWER_VENV") or ROOT / ".venv-flower").absolute()
+FLOWER = ("flwr==1.42.0",)
 OLDEST, NEWEST = (3, 11), (3, 13)
 # bytes that an installation takes at its fullest; 6 GB stay on Linux
 NEEDED = 9 * 10**9
@@ -246,22 +249,33 @@ def install_nncodec():
     )
 
 
-def set_up_nncodec(again=False):
-    """Do what is missing in the environment of NNCodec; returns its stamp."""
+def install_flower():
+    """Install Flower in its environment, which looks for what it lacks in .venv; '' or why that cannot be."""
+    layout = "Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages"
+    ours = list(VENV.glob(layout))
+    if not ours:
+        return f"{VENV} is not there: run workflow/setup_env.py first"
+    for packages in FLOWER_VENV.glob(layout):
+        (packages / "suite.pth").write_text(f"{ours[0]}\n")
+    return _pip(FLOWER_VENV, FLOWER_VENV / LOG.name, *FLOWER)
+
+
+def set_up_apart(venv, wanted, install, again=False):
+    """Do what is missing in the environment of a peer that has one of its own; returns its stamp."""
 
     def is_done(stamp):
-        return stamp.get("wanted") == list(NNCODEC) and not (again and stamp["failed"])
+        return stamp.get("wanted") == list(wanted) and not (again and stamp["failed"])
 
-    if not is_done(read_stamp(NNCODEC_VENV)):
+    if not is_done(read_stamp(venv)):
         with alone():
-            if not is_done(read_stamp(NNCODEC_VENV)):
+            if not is_done(read_stamp(venv)):
                 started = time.time()
-                print(f"setting up {NNCODEC_VENV}: a minute or two, it is compiled", flush=True)
-                make_venv(NNCODEC_VENV)
-                (NNCODEC_VENV / ".gitignore").write_text("*\n")
-                write_stamp(NNCODEC_VENV, {"wanted": list(NNCODEC), "failed": install_nncodec()})
+                print(f"setting up {venv}: a minute or two", flush=True)
+                make_venv(venv)
+                (venv / ".gitignore").write_text("*\n")
+                write_stamp(venv, {"wanted": list(wanted), "failed": install()})
                 print(f"set up in {time.time() - started:.0f} seconds", flush=True)
-    return read_stamp(NNCODEC_VENV)
+    return read_stamp(venv)
 
 
 def main(arguments=None):
@@ -269,12 +283,16 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true", help="also the other runtimes and libraries")
     parser.add_argument("--nncodec", action="store_true", help="only the environment of the peer NNCodec")
+    parser.add_argument("--flower", action="store_true", help="only the environment of the peer Flower")
     parser.add_argument("--again", action="store_true", help="try again to install peers that failed")
     options = parser.parse_args(arguments)
     try:
-        if options.nncodec:
-            failed = set_up_nncodec(again=options.again)["failed"]
-            stamp = {"missing": {"nncodec": failed} if failed else {}}
+        apart = "nncodec" if options.nncodec else "flower" if options.flower else ""
+        if apart:
+            venv = FLOWER_VENV if options.flower else NNCODEC_VENV
+            made = (FLOWER, install_flower) if options.flower else (NNCODEC, install_nncodec)
+            failed = set_up_apart(venv, *made, again=options.again)["failed"]
+            stamp = {"missing": {apart: failed} if failed else {}}
         else:
             stamp = set_up(peers=options.peers, again=options.again)
     except (SetupError, OSError) as error:
@@ -284,7 +302,7 @@ def main(arguments=None):
         print("\nset-up interrupted; the next call goes on from here", file=sys.stderr)
         return 130
     for name, why in stamp["missing"].items():
-        option = "--nncodec" if options.nncodec else "--peers"
+        option = f"--{apart or 'peers'}"
         print(f"not installed: {name} ({why}); `setup_env.py {option} --again` tries again")
     return 0
 

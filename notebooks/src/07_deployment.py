@@ -849,4 +849,4 @@ figures.show(predictions.show(), shown)
 # **Further reading.** [Jacob et al., 2018](https://arxiv.org/abs/1712.05877), how a network runs in integers;
 # [Lin et al., 2020](https://arxiv.org/abs/2007.10319), networks for microcontrollers.
 #
-# Next: [10_report](10_report.ipynb), the whole in one table.
+# Next: [08_federated_learning](08_federated_learning.ipynb): what training sends, compressed.

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import federated
 from bench.publish import COMMITTED_BYTES, kept_artifacts
 from bench.tables import ResultError, artifact_name, labels_name, read_rows
 from nnc_utils.provenance import file_sha256, json_sha256
@@ -72,7 +73,7 @@ class _Audit:
         yield from self._references()
         for row in self.latency:
             yield from self._latency(row)
-        for check in (self._summary, self._provenance, self._claims, self._artifacts):
+        for check in (self._summary, self._provenance, self._claims, self._artifacts, self._federated):
             yield from check()
         if left := {file.name for file in (self.folder / "predictions").glob("*")} - self.used:
             yield f"predictions of no row: {', '.join(sorted(left))}"
@@ -286,6 +287,29 @@ class _Audit:
         if unwanted:
             yield f"artifacts of neither a claim nor the pipeline: {', '.join(sorted(unwanted))}"
 
+    def _federated(self) -> Iterator[str]:
+        """Bytes are those of the ledger that a run kept; differences and ratios come from the evidence."""
+        file = self.folder / federated.FILE
+        rows = read_rows(file, federated.FederatedRow) if file.is_file() else []
+        known = {row.artifact_sha256: row for row in rows}
+        ledgers = {run: record.get("extra", {}).get("federated") for run, record in self.provenance.items()}
+        if not rows and any(ledgers.values()):
+            yield f"{federated.FILE} is missing: a run has sent bytes"
+        for row in rows:
+            network, other = self.networks[row.artifact_sha256], known.get(row.against_sha256)
+            kept = [own for own in ledgers[row.run].values() if _bytes_of(own) == _bytes_of(vars(row))]
+            if not kept or kept[0]["rounds"] != row.rounds:
+                yield f"{_name(row)}: its bytes and rounds are not those that its run has kept"
+            yield from _differs(_name(row), row, {"accuracy": network.accuracy})
+            if other:
+                gained = np.subtract(
+                    *(self.right(evidence(o.artifact_sha256), row.dataset) for o in (row, other))
+                )
+                mean, low, high = _interval(100 * gained)
+                seen = {"accuracy_delta": mean, "delta_ci_low": low, "delta_ci_high": high}
+                seen |= {"times_fewer_bytes": sum(_bytes_of(vars(other))) / sum(_bytes_of(vars(row)))}
+                yield from _differs(_name(row), row, seen)
+
     def _score_again(self, row: CompressionRow, file: Path, sha256: str) -> Iterator[str]:
         from nnc_utils import artifact, data, evaluation, models
 
@@ -319,8 +343,12 @@ class _Audit:
             yield f"{file.name}: scored again, {100 * share:.2f} % of the predictions are the committed ones"
 
 
-def _name(row: CompressionRow | LatencyRow) -> str:
+def _name(row: CompressionRow | LatencyRow | federated.FederatedRow) -> str:
     return " ".join(filter(None, (row.run, row.method, row.settings, row.control)))
+
+
+def _bytes_of(record: dict[str, Any]) -> tuple[int, int]:
+    return record["up_bytes"], record["down_bytes"]
 
 
 def _interval(values: np.ndarray) -> tuple[float, float, float]:

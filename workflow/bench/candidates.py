@@ -19,6 +19,7 @@ TECHNIQUES = {  # notebook -> column `technique` of its controls, and the module
     "05_architecture_search": ("search", ("search",)),
     "06_pipeline": ("baseline", ("pipeline",)),
     "07_deployment": ("", ()),
+    "08_federated_learning": ("federated", ("federated",)),
 }
 NEEDS = {"01_baseline": (), "07_deployment": ("01_baseline", "02_quantization", "03_pruning")}  # else 01
 BUILDERS = {"pipeline": "nnc_utils.pipeline", "baseline": "nnc_utils.baseline"}

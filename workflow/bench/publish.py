@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bench import federated
 from bench.claims import claimed_once
 from bench.pairs import the_pipeline
 from bench.tables import (
@@ -95,6 +96,11 @@ def publish(
     _place(out / "compression.csv", _csv(compression))
     _place(out / "latency.csv", _csv(to_frame(latency, LatencyRow)))
     _place(out / "summary.csv", _csv(summary))
+    ledgers = {run.run: run.extra["federated"] for run in finished if "federated" in run.extra}
+    (out / federated.FILE).unlink(missing_ok=True)
+    if ledgers:
+        federated_rows = federated.rows_of(compression, ledgers, out / "predictions")
+        _place(out / federated.FILE, _csv(to_frame(federated_rows, federated.FederatedRow)))
     _place(out / "provenance.json", (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
     for file in [*(out / "predictions").glob("*"), *(out / "artifacts").glob("*")]:
         if file.relative_to(out).as_posix() not in files:
