@@ -29,6 +29,7 @@ MODULES = {  # what a notebook names -> the module that declares it
     "distillation": "nnc_utils.distillation.configurations",
     "search": "nnc_utils.search.configurations",
     "pipeline": "nnc_utils.pipeline_configurations",
+    "transfer": "nnc_utils.transfer.configurations",
 }
 
 Bits = Annotated[int, Field(ge=2, le=8)]

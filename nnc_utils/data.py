@@ -149,9 +149,9 @@ def load(name: str, *, root: str | Path | None = None, size: int | None = None) 
 
     Parameters
     ----------
-    name : one of `NAMES`; ``digits:5-9`` is five of its classes, numbered from 0. ``imagefolder:PATH`` is a folder of your own images: one sub-folder a class, or
-        train / validation / test folders that hold them; a split without a folder of its own is taken from
-        train (a tenth for validation, a fifth for test). See `images.read`; a warning tells what it left out.
+    name : one of `NAMES`; ``digits:5-9`` is five of its classes. ``imagefolder:PATH``: your own images, one
+        sub-folder a class, or train / validation / test folders that hold them; a split without one is taken
+        from train (a tenth, for test a fifth). See `images.read`; a warning tells what it left out.
     root : data folder; the environment variable NNC_DATA or ``data/`` in the repository when None.
     size : resize the images to this many pixels. Your own: 32 when None, the middle square of each.
 

@@ -34,7 +34,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Name = Annotated[str, Field(min_length=1)]
-Technique = Literal["baseline", "quantization", "pruning", "distillation", "search", "pipeline", "peer"]
+Technique = Literal[
+    "baseline", "quantization", "pruning", "distillation", "search", "pipeline", "transfer", "peer"
+]
 Division = Literal["closed", "open"]
 
 

@@ -15,6 +15,7 @@ import torch
 MODULES = {  # first number of an exercise -> the module of its notebook's checkers
     **{"1": "baseline", "2": "quantization", "3": "pruning", "4": "distillation"},
     **{"5": "search", "6": "pipeline", "7": "deployment"},
+    "9": "transfer",
 }
 CHECKERS: dict[str, Callable[..., None]] = {}
 

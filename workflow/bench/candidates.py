@@ -19,9 +19,14 @@ TECHNIQUES = {  # notebook -> column `technique` of its controls, and the module
     "05_architecture_search": ("search", ("search",)),
     "06_pipeline": ("baseline", ("pipeline",)),
     "07_deployment": ("", ()),
+    "09_transfer_learning": ("transfer", ("transfer",)),
 }
 NEEDS = {"01_baseline": (), "07_deployment": ("01_baseline", "02_quantization", "03_pruning")}  # else 01
+NEEDS |= {
+    "09_transfer_learning": {"01_baseline": {"dataset": "digits:0-4", "width": 0.25}}
+}  # not its defaults
 BUILDERS = {"pipeline": "nnc_utils.pipeline", "baseline": "nnc_utils.baseline"}
+BUILDERS |= {"transfer": "nnc_utils.transfer.build"}
 CONTROLLED = ("02_quantization", "03_pruning", "06_pipeline")  # held against the dense network trained on
 TRAINING = {  # what all shards of a notebook's benchmark share, since they have one rival
     "03_pruning": ("train_epochs", "learning_rate"),

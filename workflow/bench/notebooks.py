@@ -19,7 +19,7 @@ from nnc_utils.provenance import code_cells, root
 STEPS = (  # what stands in one step can run side by side; each builds on the steps before it
     ("01_baseline",),
     ("02_quantization", "03_pruning", "04_distillation", "05_architecture_search", "06_pipeline"),
-    ("07_deployment",),
+    ("07_deployment", "09_transfer_learning"),
     ("10_report", "00_the_usual_recipe"),
 )
 CELL_TIMEOUT = 600  # seconds
