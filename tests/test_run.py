@@ -248,6 +248,11 @@ def test_a_notebook_alone_makes_what_it_needs_once(place, here, monkeypatch, cap
     with pytest.raises(ParameterError, match="seed is -1"):
         second(seed=-1)
     end(other)
+    # so has what is needed with other parameters than its defaults
+    special = folder.start("second", values | {"seed": 6}, needs={"first": {"seed": 4}})
+    assert special.upstream[0].seed == 4 and special.upstream[0].folder != upstream.folder
+    capsys.readouterr()
+    end(special)
     again.finish()
     assert folder._smoke_run("second").folder == again.folder and capsys.readouterr().out == ""
     # made again: where the code it used has changed, and where what it was built on was made again

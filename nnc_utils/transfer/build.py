@@ -60,8 +60,8 @@ def build(configuration: Transfer, bench: Any) -> Built:
 
 def _fit(bench: Any, slug: str, target: Data, part: str, network: Any, share=1.0, **options: Any) -> History:
     """A training that sees as many images, or a share of them, whatever the number of labels."""
-    seen = max(1, round(share * bench.parameters["seen"]))
-    images = tasks.repeated(target, seen)
-    options |= {"batch_size": min(bench.parameters["batch_size"], seen), "epochs": seen / len(images.train)}
+    seen = round(share * bench.parameters["seen"])
+    images, size = tasks.repeated(target, seen), min(bench.parameters["batch_size"], seen)
+    options |= {"batch_size": size, "epochs": (seen // size) / (len(images.train) // size)}
     options |= {"learning_rate": bench.parameters["learning_rate"], "augment": bench.recipe["augment"]}
     return bench.fit(network, f"{slug}_{part}", images=images, **options)

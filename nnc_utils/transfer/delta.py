@@ -137,12 +137,13 @@ def load(path: str | Path, base: str | Path) -> tuple[models.ResNet, tuple[str, 
         arrays = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         document = json.loads(header["__metadata__"]["delta"])
+        its_base = document["base"][:16]
         if document["format"] != FORMAT or document["sha256"] != _sha256(document, arrays):
             raise DeltaError(f"another format than {FORMAT}, or another checksum: it was changed or damaged")
     except Exception as error:  # whatever bytes of another kind make a parser raise
         raise DeltaError(f"{path}: no whole difference to a network: {error!r:.200}") from None
     if document["base"] != first.sha256:
-        names = f"{document['base'][:16]}, and {base} is {first.sha256[:16]}"
+        names = f"{its_base}, and {base} is {first.sha256[:16]}"
         raise DeltaError(f"{path} is a difference to the network {names}: give the file that it was made of")
     try:
         return _applied(document, arrays, first), tuple(document["classes"])

@@ -212,7 +212,8 @@ WRONG = {
         (lambda *given: seen(in_floats(*given), given[1]), "round at the end only"),
         (lambda w, s, g, r, n: seen(w - n * r * g(seen(w, s)), s), "computed once"),
         (lambda w, s, g, r, n: seen(w, s), "has not moved"),
-        (lambda w, s, g, r, n: seen(behind(w, s, g, 3 * r, n), s), "took all the steps"),
+        (in_place, "You changed the weight"),
+        (lambda w, s, g, r, n: seen(behind(w, s, g, -r, n), s), "took all the steps"),
     ],
     "9.5": [
         (lambda x, r: ranks(x, slice(-r, None)).view_as(x), "Those are the smallest"),

@@ -19,7 +19,7 @@ from nnc_utils import rows as row_kinds
 from nnc_utils.rows import AGAIN, ATTEMPT, evidence, read_predictions, timed_evidence
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
-ALL_PROFILES = ("full", "standard", "techniques", "medium", "quick", "usual", "transfer")
+ALL_PROFILES = ("full", "standard", "techniques", "medium", "quick", "usual", "transfer", "transfer_null")
 COLLAPSED = 20.0  # percentage points apart
 FASTEST, EAGER = "speedup_best_fp32", "speedup_eager_fp32"
 TIMING = ["artifact_sha256", "runtime", "precision", "batch", "threads"]  # what was timed, and how

@@ -146,9 +146,8 @@ def start(
     if values.get("upstream"):
         upstream = [read_run(root() / folder) for folder in values["upstream"]]
     else:
-        upstream = [
-            _smoke_run(name, dict(needs)[name] if isinstance(needs, Mapping) else {}) for name in needs
-        ]
+        with_parameters = needs if isinstance(needs, Mapping) else dict.fromkeys(needs, {})
+        upstream = [_smoke_run(*need) for need in with_parameters.items()]
     folder = root() / given["run_dir"] if given.get("run_dir") else _own_folder(notebook, declared, values)
     processes.lock(folder / ".writer.lock", wait=WRITER_WAIT, what=f"the run folder {folder}")
     marks.remove(folder)
@@ -181,10 +180,10 @@ def _artifact(folder: Path, file: Path, claimed: set[str]) -> dict[str, Any]:
     return record | {"headline": sha256 in claimed}
 
 
-def _smoke_run(notebook: str, given: dict[str, Any]) -> Run:
+def _smoke_run(notebook: str, given: dict[str, Any] | None = None) -> Run:
     path = root() / "notebooks" / f"{notebook}.ipynb"
     declared = declarations.declared(path)
-    values = recorded(declared, given, notebook=notebook)
+    values = recorded(declared, given or {}, notebook=notebook)
     folder = _own_folder(notebook, declared, values)
     for lock in ("", ".runner.lock", ".writer.lock"):  # somebody else may be making it just now
         if lock:
@@ -196,7 +195,7 @@ def _smoke_run(notebook: str, given: dict[str, Any]) -> Run:
             if of and not marks.is_stale(run.record.code):
                 return run
     print(f"{notebook} is needed first: running it once with its small defaults", flush=True)
-    command = [sys.executable, "-m", "bench", "run", str(path), str(folder), json.dumps(given)]
+    command = [sys.executable, "-m", "bench", "run", str(path), str(folder), json.dumps(given or {})]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, env=environment(), **pipes)
     for line in process.stdout:

@@ -9,9 +9,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
-from bench.candidates import Candidate
+from bench.candidates import Candidate, label
 from bench.session import Bench
 from nnc_utils import artifact, data, models, rows, scoring
 from nnc_utils.configurations import Built, Configuration, ConfigurationError
@@ -50,6 +51,9 @@ class TransferBench(Bench):
         about = {"mean": target.mean, "std": target.std, "classes": target.classes}
         saved = artifact.save(built.network, path, dtype=built.dtype, **about)
         nbytes = built.file.stat().st_size if built.file else saved.nbytes
+        if built.file:
+            named = built.file.relative_to(self.run.folder).as_posix()
+            self.extra.setdefault("files", {})[label(configuration)] = named
         print(f"{configuration.title}: {nbytes:,} bytes", flush=True)
         return Candidate(configuration, built, path, nbytes, models.macs(saved.spec), is_open=True)
 
@@ -80,23 +84,22 @@ class TransferBench(Bench):
         return pd.DataFrame([row.model_dump() for row in self._rows], columns=rows.CompressionRow.columns())
 
     def show(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Start and training, accuracy, the difference to the uncompressed start, and the bytes added."""
+        """Accuracy, the difference to the uncompressed start, and the bytes that the second task adds."""
         told = rows.with_settings(table)
         return pd.DataFrame(
             {
-                "start": told["setting.start"].map(STARTS),
-                "trained": told["setting.train"].map(TRAINED),
-                "labels a class": told["setting.labels"].replace(0, "all"),
+                "configuration": told["title"],
                 "accuracy (%)": told["accuracy"].round(2),
                 "difference (pp) [95 %]": [rows.interval_text(row) for _, row in told.iterrows()],
                 "kB added": (told["artifact_bytes"] / 1000).round(1),
             }
-        )
+        ).set_index("configuration")
 
     def figure(self, table: pd.DataFrame) -> Figure:
         """Accuracy against the bytes that the second task adds, a colour a start, a marker a training."""
         told = rows.with_settings(table)
-        told = told[told["setting.labels"] == told["setting.labels"].min()]
+        fewest = min(told["setting.labels"], key=lambda count: count or torch.inf)
+        told = told[told["setting.labels"] == fewest]
         figure, axes = plt.subplots()
         colours = dict(zip(STARTS, plt.rcParams["axes.prop_cycle"].by_key()["color"]))
         markers = dict(zip(TRAINED, MARKERS))
