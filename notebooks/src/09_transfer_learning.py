@@ -209,8 +209,9 @@ print(f"best: {best}, {right[best]:.1f} %; last stage: {right['layer4']:.1f} %")
 
 # %% [markdown]
 # **What it means.** Where the bars fall towards the last stage, that stage has forgotten what the first task did not
-# need. Early stages are general, late ones specific ([Yosinski et al., 2014](https://arxiv.org/abs/1411.1792)). Small
-# images as the digits are easy even as pixels: here a new head alone cannot be good.
+# need. Early stages are general, late ones specific ([Yosinski et al., 2014](https://arxiv.org/abs/1411.1792)). On the
+# tiny, centred digits the pixels are the best: they know *where* something is, which a mean over a stage's pixels forgets.
+# So a new head alone cannot be good here, and the nearest mean of pixels is a rival to remember.
 #
 # ## 2 · Is a frozen network frozen?
 #
@@ -376,10 +377,14 @@ predictions.measured(
 table.assign(gain_pp=gain).rename(columns={"gain_pp": "gain over new weights (pp)"}).round(1)
 
 # %% [markdown]
-# **What it means.** Rounding to 8 bits changes weights by less than fine-tuning does: the start is the same. What is
-# removed is gone, and the first task's accuracy does not tell how much of it the second task needed. Compression keeps
-# what its own task needs; a pruned network can match on that and transfer worse
-# ([Hooker et al., 2019](https://arxiv.org/abs/1911.05248) look at which classes pay).
+# **What it means.** Rounding to 8 bits changes weights by less than fine-tuning does: the start is nearly the same. What
+# is removed is gone, and the first task's accuracy does not tell whether the second task needed it: compare the two
+# columns. Average accuracy hides what a network lost
+# ([Hooker et al., 2019](https://arxiv.org/abs/1911.05248), on single classes).
+#
+# **What would fool you.** One seed. Twenty steps on fifty images end several points higher or lower with other images,
+# or from weights that differ in the last bit. A start that seems better than the dense one is most likely that. The full
+# benchmark has three seeds and longer trainings.
 #
 # ## 5 · Can codes stay codes?
 #
@@ -520,6 +525,8 @@ figure, axes = plt.subplots(figsize=(6, 3.4))
 for (name, line), marker in zip(kept.items(), figures.MARKERS):
     axes.plot(list(line), list(line.values()), marker=marker, label=name)
 axes.set(xscale="log", xlabel="numbers stored", ylabel="share of ‖Δ‖² kept (%)", title="Which is simple?")
+axes.xaxis.set_major_formatter("{x:,.0f}")
+axes.xaxis.set_minor_formatter("")
 axes.legend()
 figures.show(figure, "Share of the difference kept against the numbers stored: of low rank, and sparse")
 
@@ -527,10 +534,10 @@ figures.show(figure, "Share of the difference kept against the numbers stored: o
 predictions.measured("share of ‖Δ‖² that rank 1 keeps (%)", next(iter(kept["low rank"].values())))
 
 # %% [markdown]
-# **What it means.** A few steps of SGD on few images move a convolution along few directions: its difference is nearer to
-# low rank than to sparse. But norm is not accuracy, and a file has entropy coding: a mask of 1 % costs a twelfth of a bit
-# for each weight, a code under a byte. The package stores sparse differences, and trains on after the choice of places:
-# what stays makes up for what went.
+# **What it means.** Where the lines lie close together, the difference is simple in neither way: half of the norm needs
+# thousands of numbers. But norm is not accuracy, and a file has entropy coding: a mask of 1 % costs a twelfth of a bit for
+# each weight, a code under a byte. The package stores sparse differences, and trains on after the choice of places: what
+# stays makes up for what went.
 
 # %% tags=["machine-dependent"]
 from nnc_utils.transfer import delta
@@ -643,7 +650,7 @@ figures.show(
 # - Early stages know most about other tasks. The last stage keeps what its own task needed.
 # - Frozen parameters are not a frozen network: batch-norm's statistics move in train mode.
 # - A start saves training always, and labels sometimes. The rival from new weights has to have converged.
-# - Rounding to 8 bits leaves a start as good as it was. What is pruned is gone, and the first task's accuracy hides it.
+# - Rounding to 8 bits changes a start less than training does. What is pruned is gone, and the first task hides it.
 # - A second task is a small file on top of the first one's, if the file says which base it needs.
 #
 # <!-- numbers:begin -->

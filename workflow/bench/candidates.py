@@ -22,9 +22,8 @@ TECHNIQUES = {  # notebook -> column `technique` of its controls, and the module
     "09_transfer_learning": ("transfer", ("transfer",)),
 }
 NEEDS = {"01_baseline": (), "07_deployment": ("01_baseline", "02_quantization", "03_pruning")}  # else 01
-NEEDS |= {
-    "09_transfer_learning": {"01_baseline": {"dataset": "digits:0-4", "width": 0.25}}
-}  # not its defaults
+FIRST_TASK = {"dataset": "digits:0-4", "width": 0.25, "augment": True}  # of 01, in place of its defaults
+NEEDS |= {"09_transfer_learning": {"01_baseline": FIRST_TASK}}
 BUILDERS = {"pipeline": "nnc_utils.pipeline", "baseline": "nnc_utils.baseline"}
 BUILDERS |= {"transfer": "nnc_utils.transfer.build"}
 CONTROLLED = ("02_quantization", "03_pruning", "06_pipeline")  # held against the dense network trained on

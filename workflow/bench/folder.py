@@ -147,7 +147,7 @@ def start(
         upstream = [read_run(root() / folder) for folder in values["upstream"]]
     else:
         with_parameters = needs if isinstance(needs, Mapping) else dict.fromkeys(needs, {})
-        upstream = [_smoke_run(*need) for need in with_parameters.items()]
+        upstream = [smoke_run(*need) for need in with_parameters.items()]
     folder = root() / given["run_dir"] if given.get("run_dir") else _own_folder(notebook, declared, values)
     processes.lock(folder / ".writer.lock", wait=WRITER_WAIT, what=f"the run folder {folder}")
     marks.remove(folder)
@@ -180,7 +180,8 @@ def _artifact(folder: Path, file: Path, claimed: set[str]) -> dict[str, Any]:
     return record | {"headline": sha256 in claimed}
 
 
-def _smoke_run(notebook: str, given: dict[str, Any] | None = None) -> Run:
+def smoke_run(notebook: str, given: dict[str, Any] | None = None) -> Run:
+    """A notebook's run with its defaults, or others where given: made where it is missing or outdated."""
     path = root() / "notebooks" / f"{notebook}.ipynb"
     declared = declarations.declared(path)
     values = recorded(declared, given or {}, notebook=notebook)

@@ -35,6 +35,12 @@ def execute(notebook: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    from bench.candidates import NEEDS
+    from bench.folder import smoke_run
+
+    needs = NEEDS.get(notebook.stem, ())
+    for need in needs.items() if isinstance(needs, dict) else ():
+        smoke_run(*need)  # before, so that its log is in no output
     begin, content = time.time(), nbformat.read(notebook, as_version=4)
     client = NotebookClient(
         content,
