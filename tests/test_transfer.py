@@ -3,11 +3,13 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from small_networks import PLAIN, images, network, saved
 
-from nnc_utils import artifact, configurations, data, encoding, models, training
+from bench import committed
+from nnc_utils import artifact, configurations, data, encoding, models, rows, training
 from nnc_utils.transfer import build, delta, starts, tasks
 
 TARGET = data.load("digits:5-9")
@@ -36,8 +38,8 @@ def second(base, *, share=0.02, seed=0):
 def test_few_labels_are_as_many_of_each_class_and_drawn_by_the_seed():
     few = tasks.few(TARGET, 7, seed=1)
     assert torch.bincount(few.train.labels).tolist() == [7] * 5
-    rows = {image.tobytes() for image in TARGET.train.images.numpy()}
-    assert {image.tobytes() for image in few.train.images.numpy()} <= rows
+    known = {image.tobytes() for image in TARGET.train.images.numpy()}
+    assert {image.tobytes() for image in few.train.images.numpy()} <= known
     assert torch.equal(few.train.images, tasks.few(TARGET, 7, seed=1).train.images)
     assert not torch.equal(few.train.images, tasks.few(TARGET, 7, seed=2).train.images)
     assert len(tasks.few(TARGET, 0, seed=1).train) == len(TARGET.train)
@@ -232,3 +234,21 @@ def test_a_checksum_covers_every_tensor_and_the_text(base, tmp_path):
     file.write_bytes(whole.replace(rb"\"5\"", rb"\"3\"", 1))
     with pytest.raises(delta.DeltaError, match="another checksum"):
         delta.load(file, base)
+
+
+def test_the_report_has_a_line_a_start_and_a_column_for_each_number_of_labels():
+    told = [("dense", 10, 80.0, 0.0), ("zeros", 10, 78.5, -1.5), ("dense", 0, 95.0, 0.0)]
+    table = pd.DataFrame(
+        [
+            {"technique": "transfer", "method": "transfer", "accuracy_mean": accuracy, "delta_mean": delta}
+            | {"settings": configurations.settings_json({"start": start} | ({"labels": n} if n else {}))}
+            | {"delta_ci_low": delta - 1, "delta_ci_high": delta + 1}
+            for start, n, accuracy, delta in told
+        ]
+    )
+    head, _, *lines = committed.second_tasks(rows.with_settings(table)).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *lines)]
+    assert cells[0] == ["start and training", "10 labels a class", "all labels"]
+    assert cells[1][1:] == ["80.0 % (+0.00 [-1.00, +1.00])", "95.0 % (+0.00 [-1.00, +1.00])"]
+    assert cells[2] == ["90 % zeros, all in floats", "78.5 % (-1.50 [-2.50, -0.50])", "–"]
+    assert committed.second_tasks(rows.with_settings(table.assign(technique="search"))) == ""

@@ -348,6 +348,26 @@ def committed(technique: str) -> Committed | None:
     return None
 
 
+def second_tasks(summary: pd.DataFrame) -> str:
+    """What starts are worth for a second task: a line each, a column for each number of labels; or "".
+
+    `summary` has titles and settings (`rows.with_settings`), and the difference to the uncompressed start.
+    """
+    own = summary[summary["technique"] == "transfer"]
+    if own.empty:
+        return ""
+    labels = own["setting.labels"].replace(0, np.inf)  # all of them stand last
+    differences = [
+        row_kinds.interval_text({**row, "accuracy_delta": row["delta_mean"]}) for _, row in own.iterrows()
+    ]
+    told = [f"{a:.1f} % ({d})" for a, d in zip(own["accuracy_mean"], differences, strict=True)]
+    lines = own["title"].str.rsplit(",", n=1).str[0]
+    table = pd.DataFrame({"start and training": lines, "labels": labels, "told": told})
+    table = table.pivot(index="start and training", columns="labels", values="told").reindex(lines.unique())
+    names = ["all labels" if count == np.inf else f"{count:g} labels a class" for count in table.columns]
+    return table.set_axis(names, axis=1).fillna("–").to_markdown()
+
+
 def twice(timings: pd.DataFrame) -> pd.DataFrame:
     """What was timed twice, with the speed-ups of the second time ("... again") and by how many percent they
     differ ("... apart"). The uncompressed network in fp32 is what others are compared with, and omitted.
