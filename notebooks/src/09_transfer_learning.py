@@ -187,6 +187,7 @@ def outputs(network, images):
     return kept
 
 
+# %%
 chosen = draw(second.train.labels, labels, seed)
 judges = apart(chosen)
 known = outputs(network, second.normalize(second.train.images[chosen]))
