@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LONGEST = 400  # lines of a module
 MOST = {  # lower them with every cut; a folder in a folder counts for itself
-    "nnc_utils": 12_987,
+    "nnc_utils": 12_986,
     "nnc_utils/doctor": 1_411,
     "nnc_utils/exercises": 2_040,
     "workflow/bench": 5_140,
