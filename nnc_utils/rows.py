@@ -175,7 +175,7 @@ def to_frame(rows: Iterable[Row], kind: type[Row]) -> pd.DataFrame:
 def with_settings(frame: pd.DataFrame) -> pd.DataFrame:
     """A table with `title`, what its configuration is called, and a column for each setting.
 
-    In ``setting.NAME`` defaults are filled in; what is not there, or False, is "". Lists are joined by commas.
+    In ``setting.NAME`` defaults are filled in; what is not there, or False, is "". Lists are joined by ",".
     """
     import pandas as pd
 
