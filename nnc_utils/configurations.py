@@ -30,6 +30,7 @@ MODULES = {  # what a notebook names -> the module that declares it
     "search": "nnc_utils.search.configurations",
     "pipeline": "nnc_utils.pipeline_configurations",
     "federated": "nnc_utils.federated.configurations",
+    "transfer": "nnc_utils.transfer.configurations",
 }
 
 Bits = Annotated[int, Field(ge=2, le=8)]

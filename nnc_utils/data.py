@@ -10,13 +10,14 @@ import functools
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,9 +149,9 @@ def load(name: str, *, root: str | Path | None = None, size: int | None = None) 
 
     Parameters
     ----------
-    name : one of `NAMES`. ``imagefolder:PATH`` is a folder of your own images: one sub-folder a class, or
-        train / validation / test folders that hold them; a split without a folder of its own is taken from
-        train (a tenth for validation, a fifth for test). See `images.read`; a warning tells what it left out.
+    name : one of `NAMES`; ``digits:5-9`` is five of its classes. ``imagefolder:PATH``: your own images, one
+        sub-folder a class, or train / validation / test folders that hold them; a split without one is taken
+        from train (a tenth, for test a fifth). See `images.read`; a warning tells what it left out.
     root : data folder; the environment variable NNC_DATA or ``data/`` in the repository when None.
     size : resize the images to this many pixels. Your own: 32 when None, the middle square of each.
 
@@ -161,6 +162,8 @@ def load(name: str, *, root: str | Path | None = None, size: int | None = None) 
     if size is not None and (type(size) is not int or not 1 <= size <= 1024):
         raise DataError(f"size is {size!r}: a whole number of pixels from 1 to 1024 is needed")
     kind, _, path = name.partition(":")
+    if kind in NAMES and (ends := re.fullmatch(r"(\d+)-(\d+)", path)):
+        return _some_classes(load(kind, root=root, size=size), name, int(ends[1]), int(ends[2]))
     folder = Path(root or os.environ.get("NNC_DATA") or Path(__file__).parents[1] / "data")
     folder = folder.expanduser().absolute()
     loaders = {
@@ -235,6 +238,20 @@ def _held_out(arrays: Arrays, **counts: int) -> Arrays:
         kept, held = _hold_out(labels, count)
         arrays |= {which: (images[held], labels[held]), "train": (images[kept], labels[kept])}
     return arrays
+
+
+def _some_classes(whole: Data, name: str, first: int, last: int) -> Data:
+    """The images of the classes first to last, with the mean and deviation of their own train."""
+    if not first < last < len(whole.classes):
+        raise DataError(f"{name}: two or more of the classes 0 to {len(whole.classes) - 1} are needed")
+    parts = {}
+    for which in SPLITS:
+        split = getattr(whole, which)
+        own = (first <= split.labels) & (split.labels <= last)
+        parts[which] = Split(split.images[own], split.labels[own] - first)
+    mean, std = _moments(parts["train"].images)
+    _test_labels[name] = parts["test"].labels
+    return replace(whole, name=name, **parts, classes=whole.classes[first : last + 1], mean=mean, std=std)
 
 
 def _digits() -> tuple[Arrays, list[str]]:

@@ -46,6 +46,7 @@ KINDS = {  # what a network is, by its technique, and its colour; narrow rivals 
     "baseline": ("uncompressed", 7), "quantization": ("quantized", 1), "pruning": ("pruned", 2),
     "distillation": ("distilled", 4), "search": ("searched", 9), "pipeline": ("pipeline", 0),
     "federated": ("federated", 8), "narrow": ("narrow, equal training budget", 3), "peer": ("other tools", 5),
+    "transfer": ("for another task", 6),
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Name = Annotated[str, Field(min_length=1)]
 Technique = Literal["baseline", "quantization", "pruning", "distillation", "search", "pipeline",
-                    "federated", "peer"]  # fmt: skip
+                    "federated", "transfer", "peer"]  # fmt: skip
 Division = Literal["closed", "open"]
 
 
@@ -174,8 +174,7 @@ def to_frame(rows: Iterable[Row], kind: type[Row]) -> pd.DataFrame:
 def with_settings(frame: pd.DataFrame) -> pd.DataFrame:
     """A table with `title`, what its configuration is called, and a column for each setting.
 
-    The columns are named ``setting.NAME``; defaults are filled in, and what a configuration has not, or has
-    as False, is "". Lists are joined by commas.
+    In ``setting.NAME`` defaults are filled in; what is not there, or False, is "". Lists are joined by ",".
     """
     import pandas as pd
 

@@ -123,6 +123,25 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
         data.load("digits", size=len(name) * 2000)
 
 
+def test_some_classes_are_a_task_of_their_own():
+    whole, some = data.load("digits"), data.load("digits:5-9")
+    assert some.classes == tuple("56789") and some.name == "digits:5-9"
+    for one, other in ((whole.train, some.train), (whole.test, some.test)):
+        own = other.labels + 5
+        assert torch.equal(one.images[one.labels >= 5], other.images)
+        assert torch.equal(one.labels[one.labels >= 5], own)
+    values = some.train.images.double() / 255
+    assert some.mean[0] == pytest.approx(float(values.mean())) and some.mean != whole.mean
+    assert some.std[0] == pytest.approx(float(values.std(correction=0)))
+    assert torch.equal(data.test_labels("digits:5-9"), some.test.labels)
+
+
+@pytest.mark.parametrize("classes", ["4-4", "5-10", "7-3"])
+def test_less_than_two_classes_and_such_that_are_not_there_are_refused(classes):
+    with pytest.raises(data.DataError, match="two or more of the classes 0 to 9"):
+        data.load(f"digits:{classes}")
+
+
 def test_size_resizes_every_split():
     loaded = data.load("digits", size=16)
     assert {s.images.shape[2:] for s in (loaded.train, loaded.validation, loaded.test)} == {(16, 16)}

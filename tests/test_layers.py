@@ -29,6 +29,7 @@ FLOORS = [
     {"measure", "figures"},
     {"inspect", "export", "budgets", "doctor"},
     {"pipeline"},
+    {"transfer"},  # starts from what all techniques made
     {"exercises"},  # checkers of what notebooks ask for
 ]
 FLOORS.append({"bench"})  # the benchmark machine, a package of its own above this one

@@ -18,6 +18,7 @@ from IPython.display import display
 from PIL import Image
 
 from bench import folder, parameters
+from bench.execute import without_lesson
 from nnc_utils import artifact, provenance
 
 NOTEBOOKS = provenance.PACKAGE.parent / "notebooks"
@@ -37,13 +38,13 @@ def images(tmp_path_factory):
     return root / "images"
 
 
-def execute(name, place, **given):
+def execute(name, place, *, lesson=True, **given):
     """A notebook cell by cell in this process, until its run is finished; what that leaves behind."""
     path = NOTEBOOKS / f"{name}.ipynb"
     namespace = {name: one.default for name, one in parameters.declared(path).items()}
     namespace |= given | {"run_dir": str(place), "display": display}
     try:
-        for cell in nbformat.read(path, as_version=4).cells:
+        for cell in (nbformat.read(path, as_version=4) if lesson else without_lesson(path)).cells:
             if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
                 exec("\n".join(line for line in cell.source.splitlines() if line[:1] != "%"), namespace)
                 plt.close("all")
@@ -125,6 +126,34 @@ def test_every_notebook_on_your_own_images(baselines, tmp_path, name):
     assert {row["reference_sha256"] for row in rows} <= references
     trained = {row["train_images"] for row in rows if row["division"] == "open" and row["train_images"]}
     assert name == "06_pipeline" or len(trained) <= 1, "equal training budgets"
+
+
+def test_your_own_images_as_a_second_task(baselines, images, tmp_path):
+    """Red from blue, then top from bottom; the two tasks have other images and other classes."""
+    for name, rows in (("top", slice(0, 10)), ("bottom", slice(10, 20))):
+        (tmp_path / "second" / name).mkdir(parents=True)
+        for file in sorted(images.glob("red/*.png"))[:40]:
+            pixels = np.asarray(Image.open(file)).copy()
+            pixels[:10, :, 0] -= 100
+            pixels[rows, :, 0] += 100
+            Image.fromarray(pixels).save(tmp_path / "second" / name / file.name)
+    given = {"dataset": f"imagefolder:{tmp_path / 'second'}", "upstream": baselines[:1], "seen": 64}
+    given |= {"compress_epochs": 0.5, "batch_size": 16, "controls": [], "lesson": False}
+    wanted = [{"start": "dense"}, {"start": "dense", "train": "head"}, {"start": "zeros", "train": "kept"}]
+    wanted = [{"method": "transfer", "labels": 4} | one for one in wanted]
+    made = execute("09_transfer_learning", tmp_path / "run", configurations=wanted, **given)
+    dense, head, zeros = made["compression"]
+    assert [configured(row) for row in made["compression"]] == wanted and not made["extra"]["missing"]
+    assert {row["dataset"] for row in made["compression"]} == {given["dataset"]} and dense["total"] == 16
+    assert {row["reference_sha256"] for row in (dense, head, zeros)} == {dense["artifact_sha256"]}
+    assert head["artifact_bytes"] < 1500 < zeros["artifact_bytes"] < dense["artifact_bytes"]
+    assert head["train_images"] == dense["train_images"] == 64 < zeros["train_images"]
+    with pytest.raises(ValueError, match="which have to be there, too: .*'start': 'dense', 'labels': 4"):
+        execute("09_transfer_learning", tmp_path / "alone", configurations=wanted[1:], **given)
+    with pytest.raises(ValueError, match="images of 1 channels: the network of imagefolder:.* takes 3"):
+        execute(
+            "09_transfer_learning", tmp_path / "grey", configurations=wanted, **given | {"dataset": "digits"}
+        )
 
 
 def test_the_usual_recipe_on_your_own_pictures(baselines, tmp_path):

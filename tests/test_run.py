@@ -248,19 +248,24 @@ def test_a_notebook_alone_makes_what_it_needs_once(place, here, monkeypatch, cap
     with pytest.raises(ParameterError, match="seed is -1"):
         second(seed=-1)
     end(other)
+    # so has what is needed with other parameters than its defaults
+    special = folder.start("second", values | {"seed": 6}, needs={"first": {"seed": 4}})
+    assert special.upstream[0].seed == 4 and special.upstream[0].folder != upstream.folder
+    capsys.readouterr()
+    end(special)
     again.finish()
-    assert folder._smoke_run("second").folder == again.folder and capsys.readouterr().out == ""
+    assert folder.smoke_run("second").folder == again.folder and capsys.readouterr().out == ""
     # made again: where the code it used has changed, and where what it was built on was made again
     begin = subprocess.Popen
     monkeypatch.setattr(folder.subprocess, "Popen", lambda *_, **__: pytest.fail("made again"))
     with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="made again"):
         patch.setattr(provenance, "changed", lambda code: ["training.py"])
-        folder._smoke_run("first")
+        folder.smoke_run("first")
     result = upstream.folder / "result.json"
     result.write_text(result.read_text() + "\n")
-    assert folder._smoke_run("first").folder == upstream.folder
+    assert folder.smoke_run("first").folder == upstream.folder
     with pytest.raises(pytest.fail.Exception, match="made again"):
-        folder._smoke_run("second")
+        folder.smoke_run("second")
     # while another process makes it, one waits
     kept = result.read_text()
     marks.remove(upstream.folder)
@@ -269,7 +274,7 @@ def test_a_notebook_alone_makes_what_it_needs_once(place, here, monkeypatch, cap
     code = f"import time; from nnc_utils import processes; {lock}; print(1, flush=True); {made}"
     other = begin([sys.executable, "-c", code], stdout=subprocess.PIPE, env=folder.environment())
     assert other.stdout.read(1) == b"1" and not result.exists()
-    assert folder._smoke_run("first").folder == upstream.folder and other.wait(5) == 0
+    assert folder.smoke_run("first").folder == upstream.folder and other.wait(5) == 0
 
 
 def test_rows_that_break_the_protocol_do_not_become_a_result(place):

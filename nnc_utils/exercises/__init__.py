@@ -16,6 +16,7 @@ MODULES = {  # first number of an exercise -> the module of its notebook's check
     **{"1": "baseline", "2": "quantization", "3": "pruning", "4": "distillation"},
     **{"5": "search", "6": "pipeline", "7": "deployment"},
     "8": "federated",
+    "9": "transfer",
 }
 CHECKERS: dict[str, Callable[..., None]] = {}
 

@@ -20,9 +20,13 @@ TECHNIQUES = {  # notebook -> column `technique` of its controls, and the module
     "06_pipeline": ("baseline", ("pipeline",)),
     "07_deployment": ("", ()),
     "08_federated_learning": ("federated", ("federated",)),
+    "09_transfer_learning": ("transfer", ("transfer",)),
 }
 NEEDS = {"01_baseline": (), "07_deployment": ("01_baseline", "02_quantization", "03_pruning")}  # else 01
+FIRST_TASK = {"dataset": "digits:0-4", "width": 0.25, "augment": True}  # of 01, in place of its defaults
+NEEDS |= {"09_transfer_learning": {"01_baseline": FIRST_TASK}}
 BUILDERS = {"pipeline": "nnc_utils.pipeline", "baseline": "nnc_utils.baseline"}
+BUILDERS |= {"transfer": "nnc_utils.transfer.build"}
 CONTROLLED = ("02_quantization", "03_pruning", "06_pipeline")  # held against the dense network trained on
 TRAINING = {  # what all shards of a notebook's benchmark share, since they have one rival
     "03_pruning": ("train_epochs", "learning_rate"),

@@ -19,7 +19,18 @@ from nnc_utils import rows as row_kinds
 from nnc_utils.rows import AGAIN, ATTEMPT, evidence, read_predictions, timed_evidence
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
-ALL_PROFILES = ("full", "standard", "techniques", "medium", "quick", "usual", "cifar", "federated")
+ALL_PROFILES = (
+    "full",
+    "standard",
+    "techniques",
+    "medium",
+    "quick",
+    "usual",
+    "cifar",
+    "federated",
+    "transfer",
+    "transfer_null",
+)
 COLLAPSED = 20.0  # percentage points apart
 FASTEST, EAGER = "speedup_best_fp32", "speedup_eager_fp32"
 TIMING = ["artifact_sha256", "runtime", "precision", "batch", "threads"]  # what was timed, and how
@@ -308,6 +319,7 @@ NOTEBOOKS = {  # technique -> its notebook, and the figure that its committed re
     "distillation": ("04_distillation", "parameters"),
     "search": ("05_architecture_search", "parameters"),
     "pipeline": ("06_pipeline", "size"),
+    "transfer": ("09_transfer_learning", "size"),
 }
 
 
@@ -345,6 +357,26 @@ def committed(technique: str) -> Committed | None:
         if profile_dir := committed_profile(folder, ALL_PROFILES, technique=technique):
             return Committed(technique, profile_dir)
     return None
+
+
+def second_tasks(summary: pd.DataFrame) -> str:
+    """What starts are worth for a second task: a line each, a column for each number of labels; or "".
+
+    `summary` has titles and settings (`rows.with_settings`), and the difference to the uncompressed start.
+    """
+    own = summary[summary["technique"] == "transfer"]
+    if own.empty:
+        return ""
+    labels = own["setting.labels"].replace(0, np.inf)  # all of them stand last
+    differences = [
+        row_kinds.interval_text({**row, "accuracy_delta": row["delta_mean"]}) for _, row in own.iterrows()
+    ]
+    told = [f"{a:.1f} % ({d})" for a, d in zip(own["accuracy_mean"], differences, strict=True)]
+    lines = own["title"].str.rsplit(",", n=1).str[0]
+    table = pd.DataFrame({"start and training": lines, "labels": labels, "told": told})
+    table = table.pivot(index="start and training", columns="labels", values="told").reindex(lines.unique())
+    names = ["all labels" if count == np.inf else f"{count:g} labels a class" for count in table.columns]
+    return table.set_axis(names, axis=1).fillna("–").to_markdown()
 
 
 def twice(timings: pd.DataFrame) -> pd.DataFrame:

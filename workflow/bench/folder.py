@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,15 @@ class Current:
         return Run(self.folder, record)
 
 
-def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -> Current:
+def start(
+    notebook: str, namespace: dict[str, Any], needs: Iterable[str] | Mapping[str, dict] = ()
+) -> Current:
     """Begin the run of a notebook, in its second cell: ``run = start("01_baseline", globals())``.
 
     Checks the parameters, finds the upstream runs, and takes the run folder: `run_dir`, else one
     under results/smoke/ that belongs to these parameters. It builds on the runs of the notebooks `needs`:
-    where `upstream` is empty on their smoke runs, which are made first where they are missing or outdated.
+    where `upstream` is empty on their smoke runs, which are made first where they are missing or outdated;
+    a mapping tells which parameters these get.
     """
     if interactive.headless():
         processes.die_with_parent(gently=True)
@@ -143,7 +146,8 @@ def start(notebook: str, namespace: dict[str, Any], needs: Iterable[str] = ()) -
     if values.get("upstream"):
         upstream = [read_run(root() / folder) for folder in values["upstream"]]
     else:
-        upstream = [_smoke_run(name) for name in needs]
+        with_parameters = needs if isinstance(needs, Mapping) else dict.fromkeys(needs, {})
+        upstream = [smoke_run(*need) for need in with_parameters.items()]
     folder = root() / given["run_dir"] if given.get("run_dir") else _own_folder(notebook, declared, values)
     processes.lock(folder / ".writer.lock", wait=WRITER_WAIT, what=f"the run folder {folder}")
     marks.remove(folder)
@@ -176,10 +180,11 @@ def _artifact(folder: Path, file: Path, claimed: set[str]) -> dict[str, Any]:
     return record | {"headline": sha256 in claimed}
 
 
-def _smoke_run(notebook: str) -> Run:
+def smoke_run(notebook: str, given: dict[str, Any] | None = None) -> Run:
+    """A notebook's run with its defaults, or others where given: made where it is missing or outdated."""
     path = root() / "notebooks" / f"{notebook}.ipynb"
     declared = declarations.declared(path)
-    values = recorded(declared, {}, notebook=notebook)
+    values = recorded(declared, given or {}, notebook=notebook)
     folder = _own_folder(notebook, declared, values)
     for lock in ("", ".runner.lock", ".writer.lock"):  # somebody else may be making it just now
         if lock:
@@ -191,7 +196,7 @@ def _smoke_run(notebook: str) -> Run:
             if of and not marks.is_stale(run.record.code):
                 return run
     print(f"{notebook} is needed first: running it once with its small defaults", flush=True)
-    command = [sys.executable, "-m", "bench", "run", str(path), str(folder), "{}"]
+    command = [sys.executable, "-m", "bench", "run", str(path), str(folder), json.dumps(given or {})]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, env=environment(), **pipes)
     for line in process.stdout:

@@ -20,6 +20,7 @@ STEPS = (  # what stands in one step can run side by side; each builds on the st
     ("01_baseline",),
     ("02_quantization", "03_pruning", "04_distillation", "05_architecture_search", "06_pipeline"),
     ("07_deployment", "08_federated_learning"),
+    ("07_deployment", "09_transfer_learning"),
     ("10_report", "00_the_usual_recipe"),
 )
 CELL_TIMEOUT = 600  # seconds
@@ -35,6 +36,12 @@ def execute(notebook: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    from bench.candidates import NEEDS
+    from bench.folder import smoke_run
+
+    needs = NEEDS.get(notebook.stem, ())
+    for need in needs.items() if isinstance(needs, dict) else ():
+        smoke_run(*need)  # before, so that its log is in no output
     begin, content = time.time(), nbformat.read(notebook, as_version=4)
     client = NotebookClient(
         content,

@@ -85,6 +85,7 @@ def template(name: str, tables: Tables) -> jinja2.Template:
         "papers": papers.lines,
         "another_teacher": pairs.another_teacher,
         "committed": committed,
+        "second_tasks": committed.second_tasks,
         "counted": lambda told: Counter(pair.verdict.removesuffix(pairs.LARGER) for pair in told),
         "verdicts": lambda technique: tables.told(technique)[:3],
         "headings": HEADINGS,
