@@ -19,8 +19,7 @@ from nnc_utils import rows as row_kinds
 from nnc_utils.rows import AGAIN, ATTEMPT, evidence, read_predictions, timed_evidence
 
 PROFILES = ("full", "standard", "quick")  # what the README shows, the best first
-ALL_PROFILES = ("full", "standard", "techniques", "medium", "quick", "usual", "cifar", "federated")
-ALL_PROFILES += ("transfer", "transfer_null")
+ALL_PROFILES = (
     "full",
     "standard",
     "techniques",
