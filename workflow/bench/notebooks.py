@@ -20,8 +20,8 @@ STEPS = (  # what stands in one step can run side by side; each builds on the st
     ("01_baseline",),
     ("02_quantization", "03_pruning", "04_distillation", "05_architecture_search", "06_pipeline"),
     ("07_deployment", "08_federated_learning"),
-    ("07_deployment", "09_transfer_learning"),
-    ("10_report", "00_the_usual_recipe"),
+    ("09_transfer_learning", "00_the_usual_recipe"),
+    ("10_report",),
 )
 CELL_TIMEOUT = 600  # seconds
 
