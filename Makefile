@@ -2,6 +2,7 @@
 # The README shows the same commands without make (Windows).
 
 PROFILE ?= quick
+PROFILES := $(sort $(patsubst workflow/profiles/%.yaml,%,$(wildcard workflow/profiles/*.yaml)))
 CORES   ?= all
 PYTHON  ?= python3
 RERUN   ?=
@@ -31,8 +32,8 @@ ifneq ($(call given,DATA),)
 	@$(VENV_PYTHON) -m bench own --data $(call quoted,DATA) $(OWN)
 else
 ifneq ($(PROFILE),smoke)
-	@$(SETUP) --nncodec
-	@$(VENV_PYTHON) -m nnc_utils.data $(if $(filter cifar,$(PROFILE)),cifar10,fashion_mnist)
+	@$(SETUP) $(if $(filter federated,$(PROFILE)),--flower,--nncodec)
+	@$(VENV_PYTHON) -m nnc_utils.data $(if $(filter cifar transfer,$(PROFILE)),cifar10,fashion_mnist)
 endif
 ifneq ($(CLUSTER),)
 	@$(PLUGIN)
@@ -88,7 +89,8 @@ constraints: python ## renew constraints.txt: the newest versions that go togeth
 	@$(VENV_PYTHON) workflow/freeze.py
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|quick|medium|techniques|usual|standard|full|cifar] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1'] [CLUSTER=slurm]"
+	@echo "make TARGET [PROFILE=smoke|quick|…] [CORES=all|N] [PYTHON=python3.12] [RERUN=stale] [ONLY='*/seed=1'] [CLUSTER=slurm]"
+	@echo "PROFILE is one of $(PROFILES)"
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
 
 python:
@@ -97,5 +99,5 @@ python:
 		exit 1; }
 
 profile:
-	@case '$(PROFILE)' in smoke|quick|medium|techniques|usual|standard|full|cifar) ;; *) \
-		echo "unknown PROFILE '$(PROFILE)': one of smoke, quick, medium, techniques, usual, standard, full, cifar" >&2; exit 1 ;; esac
+	@case ' $(PROFILES) ' in *' $(PROFILE) '*) ;; *) \
+		echo "unknown PROFILE '$(PROFILE)': one of $(PROFILES)" >&2; exit 1 ;; esac
