@@ -27,7 +27,7 @@ run_dir: str = ""  # folder
 
 NOTEBOOKS = {  # what runs in one process, in this order; each builds on the runs of those before it
     **dict.fromkeys(("01", "02", "03", "07"), "first"),
-    **dict.fromkeys(("04", "05", "06", "08"), "between"),
+    **dict.fromkeys(("04", "05", "06", "08", "09"), "between"),
     **dict.fromkeys(("10", "00"), "last"),
 }
 
@@ -45,7 +45,7 @@ class _NotebooksInOrder(LoadFileScheduling):
 
 
 def pytest_collection_modifyitems(items):
-    """Notebooks 04 to 06 and 08 come amid the tests, after 01, and at the end what builds on all."""
+    """Notebooks 04 to 06, 08 and 09 come amid the tests, after 01, and at the end what builds on all."""
     if not os.environ.get("NNC_SLOW"):
         for item in (item for item in items if item.get_closest_marker("slow")):
             item.add_marker(pytest.mark.skip(reason="slow: make test SLOW=1"))
