@@ -26,6 +26,7 @@ WITHOUT_CLAIM = {  # method -> why no paper's claim stands beside it
     ),
     "layerwise": "where the zeros go, shown for the lesson: a scan beside a rule of thumb",
     "searched": "what 05 found, as a rival of the pipeline",
+    **dict.fromkeys(("fedavg", "fedavg_equal_bytes", "flower"), "held against float32 by 08's own goal"),
     "transfer": "a start for another task: a question, not a method",
 }
 
