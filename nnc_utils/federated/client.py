@@ -21,10 +21,15 @@ from nnc_utils.federated.split import read_images
 
 
 def train(network: nn.Module, images: Data, plan: plans.Plan, number: int) -> int:
-    """A client's share of a round, in place; how many images it has seen."""
+    """A client's share of a round, in place; how many images it has seen.
+
+    It takes two steps at least, in smaller batches where its images are few: one step alone would be the end
+    of a cycle of the learning rate, which is 0.
+    """
     count = len(images.train)
-    options = {"augment": plan.augment, "batch_size": min(plan.batch_size, count), "threads": 1}
-    options["epochs"] = max(plan.local_epochs, options["batch_size"] / count)  # a step at least
+    batch_size = min(plan.batch_size, max(2, count // 2))  # batch-norm needs two
+    options = {"augment": plan.augment, "batch_size": batch_size, "threads": 1}
+    options["epochs"] = max(plan.local_epochs, 2 / (count // batch_size))
     options |= {"learning_rate": plan.rate(number), "seed": 1000 * plan.seed + number}
     return training.fit(network, images, **options).images
 

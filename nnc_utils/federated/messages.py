@@ -30,7 +30,8 @@ class Connection:
     """One end of a socket. `sent` and `received` count its bytes, without those of TCP and IP.
 
     Its methods raise a ConnectionError where the other end has gone, begins no message for `patience` seconds
-    (None: for ever), stalls within one, or speaks another protocol.
+    (None: for ever), stalls within one, or speaks another protocol. With `patience` of None it also sends for
+    as long as it takes: a server that reads the updates one by one may come to this one late.
     """
 
     def __init__(self, end: socket.socket, *, patience: float | None = STALLED) -> None:
@@ -42,12 +43,12 @@ class Connection:
 
     def send_frame(self, data: bytes) -> None:
         """Send what `frame` has made."""
-        self.socket.settimeout(STALLED)
+        self.socket.settimeout(None if self.patience is None else STALLED)
         self.socket.sendall(data)
         self.sent += len(data)
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
-        """Wait for a message: its header and body. `Damaged` where its checksum differs."""
+        """Wait for a message: its header and body. `Damaged` where it is not whole, or has no header."""
         self.socket.settimeout(self.patience)
         magic, length, checksum = HEAD.unpack(self._exactly(HEAD.size))
         if magic != MAGIC or length > LONGEST:
@@ -57,7 +58,13 @@ class Connection:
         text, _, body = rest.partition(b"\n")
         if zlib.crc32(rest) != checksum:
             raise Damaged(f"the checksum of a message of {length:,} bytes differs")
-        return json.loads(text), body
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict):
+            raise Damaged(f"{text[:40]!r} is no header of a message")
+        return header, body
 
     def _exactly(self, count: int) -> bytes:
         """The next so many bytes."""

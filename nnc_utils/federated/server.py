@@ -142,9 +142,9 @@ class Server:
             connection = Connection(self.listener.accept()[0])
             try:
                 header, _ = connection.receive()
-                peer = Peer(int(header["name"]), max(1, int(header["images"])), connection)
+                peer = Peer(_whole(header["name"]), max(1, _whole(header["images"])), connection)
                 connection.patience = self.patience
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, Damaged, KeyError) as error:
                 self.lines.append(f"round {self.number}: somebody is not let in: {error}")
                 connection.close()
                 return new
@@ -210,7 +210,7 @@ class Server:
         if (header["kind"], header["round"]) != ("update", self.number):
             raise Damaged(f"{header['kind']!r:.20} of round {header['round']!r:.20} is not what was asked")
         shapes = {name: tensor.shape for name, tensor in self.known.items()}
-        return from_bytes(body, shapes, self.plan.up), int(header["seen"])
+        return from_bytes(body, shapes, self.plan.up), _whole(header["seen"])
 
     def _refuse(self, peer: Peer, why: Exception) -> None:
         self.lines.append(f"round {self.number}: an update of client {peer.name} is refused: {why}")
@@ -218,6 +218,13 @@ class Server:
             peer.connection.send(kind="refused", why=str(why))
         except OSError as error:
             self._lose(peer, error)
+
+
+def _whole(given: object) -> int:
+    """A count or a name in a header; a `Damaged` for anything else."""
+    if type(given) is not int or not 0 <= given < 2**31:
+        raise Damaged(f"{given!r:.20} is no whole number from 0 to {2**31 - 1:,}")
+    return given
 
 
 if __name__ == "__main__":

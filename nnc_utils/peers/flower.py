@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from nnc_utils.federated.plan import Plan
 from nnc_utils.federated.split import write_images
 
 LIMIT = 3 * 3600  # seconds of a run
+BIND = "import os, sys; from nnc_utils.processes import die_with_parent; die_with_parent(gently=True); "
+# begins the command of a process that ends when this one does, also where this one is killed
+WITH_US = [sys.executable, "-c", BIND + "os.execv(sys.argv[1], sys.argv[1:])"]
 
 
 def venv() -> Path:
@@ -47,8 +51,9 @@ class Relay:
     """Passes connections on to a port of this machine, and counts their bytes in both directions."""
 
     def __init__(self, port: int) -> None:
-        self.target, self.up, self.down = port, 0, 0
+        self.target, self.up, self.down, self.counting = port, 0, 0, threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(None)  # silence is no error, whatever default a download has set
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -61,6 +66,8 @@ class Relay:
                 except OSError:  # the SuperLink does not listen yet: its nodes try again
                     near.close()
                     continue
+                for end in (near, far):
+                    end.settimeout(None)
                 for ends in ((near, far, "up"), (far, near, "down")):
                     threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
 
@@ -68,7 +75,8 @@ class Relay:
         with contextlib.suppress(OSError):
             while data := source.recv(2**16):
                 target.sendall(data)
-                setattr(self, way, getattr(self, way) + len(data))
+                with self.counting:
+                    setattr(self, way, getattr(self, way) + len(data))
             target.shutdown(socket.SHUT_WR)
 
 
@@ -133,7 +141,8 @@ def _process(folder: Path, tool: str, *arguments: str) -> Iterator[None]:
     """A process that ends, with all that it has started, at the end."""
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".log", delete=False) as log:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        process = subprocess.Popen([_tool(tool), *arguments], env=_environment(folder), cwd=folder, **quiet)
+        command = [*WITH_US, _tool(tool), *arguments]
+        process = subprocess.Popen(command, env=_environment(folder), cwd=folder, **quiet)
     try:
         yield
     finally:

@@ -16,6 +16,8 @@ from nnc_utils.training import History
 from nnc_utils.transfer import delta, starts, tasks
 from nnc_utils.transfer.configurations import Transfer
 
+CALIBRATION = 512  # images of the second task, for the ranges of activations
+
 
 def check(configuration: Transfer, bench: Any) -> None:
     """Raise a ValueError, before any training, where a class has too few images."""
@@ -41,7 +43,8 @@ def build(configuration: Transfer, bench: Any) -> Built:
         network = delta.sparse(network, moved, configuration.share)
         history += fit("sparse", network, share=0.5)
     else:
-        sample = target.normalize(target.train.images[:512])
+        every = -(-len(target.train) // CALIBRATION)  # they lie class by class
+        sample = target.normalize(target.train.images[::every])
         rounded = pipeline.is_rounded(network)
         network = activations.calibrate(network, sample) if rounded else network
         history = fit(configuration.train, network)
@@ -59,9 +62,12 @@ def build(configuration: Transfer, bench: Any) -> Built:
 
 
 def _fit(bench: Any, slug: str, target: Data, part: str, network: Any, share=1.0, **options: Any) -> History:
-    """A training that sees as many images, or a share of them, whatever the number of labels."""
+    """A training that sees as many images, or a share of them, whatever the number of labels.
+
+    It takes two steps at least: one step alone would be the end of a cycle of the learning rate, which is 0.
+    """
     seen = round(share * bench.parameters["seen"])
-    images, size = tasks.repeated(target, seen), min(bench.parameters["batch_size"], seen)
+    images, size = tasks.repeated(target, seen), min(bench.parameters["batch_size"], max(2, seen // 2))
     options |= {"batch_size": size, "epochs": (seen // size) / (len(images.train) // size)}
     options |= {"learning_rate": bench.parameters["learning_rate"], "augment": bench.recipe["augment"]}
     return bench.fit(network, f"{slug}_{part}", images=images, **options)

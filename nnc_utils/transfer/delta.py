@@ -62,11 +62,13 @@ def sparse(network: models.ResNet, trained: models.ResNet, share: float) -> mode
     with torch.no_grad():
         moved = [layer.weight - before.get_submodule(name).weight for name, layer in layers.items()]
         whole = _flat(moved).abs()
-        least = whole.topk(max(1, round(share * len(whole)))).values[-1]
-        for (name, layer), difference in zip(layers.items(), moved, strict=True):
+        mask = torch.zeros(len(whole), dtype=torch.bool)
+        mask[whole.topk(max(1, round(share * len(whole)))).indices] = True  # as many also of equal ones
+        masks = mask.split([difference.numel() for difference in moved])
+        for (name, layer), difference, own in zip(layers.items(), moved, masks, strict=True):
             layer.weight.copy_(before.get_submodule(name).weight)
             layer.weight.requires_grad_(False)
-            values = Sparse(difference, difference.abs() >= least)
+            values = Sparse(difference, own.view_as(difference))
             parametrize.register_parametrization(layer, "weight", values)
     return trained
 
