@@ -1,10 +1,17 @@
 """The peer Flower: what its relay counts, and where its environment is, its rounds beside ours."""
 
+import importlib.util
 import json
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -82,6 +89,63 @@ def test_without_its_environment_it_says_what_to_do(tmp_path, monkeypatch):
         flower.run(plans.Plan(SPEC, rounds=1, learning_rate=0.1), None, [])
     (tmp_path / "setup.json").write_text(json.dumps({"failed": "no network"}))
     assert flower.missing() == "not installed (no network): run workflow/setup_env.py --flower --again"
+
+
+@pytest.mark.parametrize("answered", [2, 1, 0])
+def test_rounds_in_which_a_node_failed_are_no_result(tmp_path, monkeypatch, answered):
+    """Flower goes on without the nodes that fail: if all do, its result is the first network, or none."""
+
+    class App:
+        def main(self):
+            return lambda function: function
+
+        train = main
+
+    class FedAvg:
+        def __init__(self, train_metrics_aggr_fn, **options):
+            self.together = train_metrics_aggr_fn
+
+        def start(self, grid, initial_arrays, num_rounds):
+            replies = {1: [{"metrics": {"seen": 10}}] * 2, 2: [{"metrics": {"seen": 10}}] * answered}
+            metrics = {number: self.together(own, "") for number, own in replies.items() if own}
+            arrays = SimpleNamespace(to_torch_state_dict=lambda: initial_arrays)
+            return SimpleNamespace(arrays=arrays, train_metrics_clientapp=metrics)
+
+    names = dict.fromkeys(("ArrayRecord", "MetricRecord", "RecordDict", "Context", "Message", "Grid"), dict)
+    flwr = SimpleNamespace(**names, ClientApp=App, ServerApp=App, FedAvg=FedAvg)
+    for name in ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"):
+        monkeypatch.setitem(sys.modules, name, flwr)
+    source = Path(flower.__file__).with_name("flower_app") / "rounds.py"
+    spec = importlib.util.spec_from_file_location("rounds", source)
+    spec.loader.exec_module(rounds := importlib.util.module_from_spec(spec))
+    (tmp_path / "plan.json").write_text(json.dumps(plans.Plan(SPEC, rounds=2, learning_rate=0.1).to_json()))
+    (tmp_path / "nodes.json").write_text("2")
+    context = SimpleNamespace(run_config={"plan": str(tmp_path / "plan.json")})
+    if answered == 2:
+        rounds.average(None, context)
+        assert json.loads((tmp_path / "took.json").read_text())["seen"] == 40
+    else:
+        with pytest.raises(RuntimeError, match=rf"of 2 nodes .* in each round: \[2, {answered}\]"):
+            rounds.average(None, context)
+    assert (tmp_path / "network.safetensors").is_file() == (answered == 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+def test_a_process_ends_with_its_parent_also_where_that_is_killed():
+    program = "import json, subprocess, sys; command = json.loads(sys.argv[1]); "
+    program += "print(subprocess.Popen(command, start_new_session=True).pid, flush=True); input()"
+    command = json.dumps([*flower.WITH_US, shutil.which("sleep"), "60"])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen([sys.executable, "-c", program, command], **pipes)
+    process = psutil.Process(int(parent.stdout.readline()))
+    until = time.monotonic() + 60
+    while process.cmdline()[-1:] != ["60"] or "sleep" not in process.name():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    parent.kill()
+    psutil.wait_procs([process], timeout=10)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    parent.communicate()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from nnc_utils.federated.plan import Plan
 from nnc_utils.federated.split import write_images
 
 LIMIT = 3 * 3600  # seconds of a run
+START = 300  # seconds that the SuperLink may take to listen: `flwr run` tries only once
 BIND = "import os, sys; from nnc_utils.processes import die_with_parent; die_with_parent(gently=True); "
 # begins the command of a process that ends when this one does, also where this one is killed
 WITH_US = [sys.executable, "-c", BIND + "os.execv(sys.argv[1], sys.argv[1:])"]
@@ -87,13 +89,15 @@ def run(plan: Plan, images: Data, parts: list[Tensor]) -> tuple[State, dict[str,
     """
     if missing():
         raise ImportError(f"flower is {missing()}")
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as running:
+    # what Flower starts ends soon after its parent, and may write until then
+    scratch_folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with scratch_folder as scratch, contextlib.ExitStack() as running:
         folder = Path(scratch)
         port, *own = _free_ports(1 + len(parts))
         relay = Relay(port)
         running.callback(relay.listener.close)
         link = ["flower-superlink", "--port", str(port), "--disable-runtime-dependency-installation"]
-        running.enter_context(_process(folder, *link, "--insecure"))
+        _wait_for(port, running.enter_context(_process(folder, *link, "--insecure")))
         for number, (part, its) in enumerate(zip(parts, own, strict=True)):
             file = folder / f"{number}.safetensors"
             write_images(file, images, Split(images.train.images[part], images.train.labels[part]))
@@ -133,22 +137,32 @@ def _tool(name: str) -> str:
 def _environment(folder: Path) -> dict[str, str]:
     path = os.pathsep.join([str(Path(_tool("flwr")).parent), os.environ.get("PATH", "")])
     own = {"PATH": path, "PYTHONPATH": str(Path(__file__).parents[2]), "FLWR_HOME": str(folder)}
-    return {**os.environ, **own, "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    own |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "no_proxy": "*"}
+    return {**os.environ, **own, "OMP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
-def _process(folder: Path, tool: str, *arguments: str) -> Iterator[None]:
+def _process(folder: Path, tool: str, *arguments: str) -> Iterator[subprocess.Popen]:
     """A process that ends, with all that it has started, at the end."""
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".log", delete=False) as log:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
         command = [*WITH_US, _tool(tool), *arguments]
         process = subprocess.Popen(command, env=_environment(folder), cwd=folder, **quiet)
     try:
-        yield
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _wait_for(port: int, process: subprocess.Popen) -> None:
+    """Wait until a process listens on its port, or has ended: then its log tells why."""
+    until = time.monotonic() + START
+    while process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        time.sleep(0.1)
 
 
 def _free_ports(count: int) -> list[int]:

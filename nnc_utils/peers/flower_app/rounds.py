@@ -37,19 +37,26 @@ def train_here(message: Message, context: Context) -> Message:
 
 
 def _seen(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
-    return MetricRecord({"seen": sum(reply["metrics"]["seen"] for reply in replies)})
+    return MetricRecord({"seen": sum(reply["metrics"]["seen"] for reply in replies), "nodes": len(replies)})
 
 
 @server.main()
 def average(grid: Grid, context: Context) -> None:
-    """All rounds; the network and what they took go beside the plan."""
+    """All rounds; the network and what they took go beside the plan.
+
+    A RuntimeError where a node failed in some round: Flower itself goes on without it, even without all.
+    """
     plan, file = _plan(context), Path(context.run_config["plan"])
     nodes = json.loads(file.with_name("nodes.json").read_text())
     options = {"min_train_nodes": nodes, "min_available_nodes": nodes, "train_metrics_aggr_fn": _seen}
     strategy, begin = FedAvg(fraction_evaluate=0.0, **options), time.perf_counter()
     first = ArrayRecord(plans.floats(plan.network()))
     result = strategy.start(grid=grid, initial_arrays=first, num_rounds=plan.rounds)
-    seen = sum(metrics["seen"] for metrics in result.train_metrics_clientapp.values())
+    metrics = result.train_metrics_clientapp
+    answered = [metrics[n]["nodes"] if n in metrics else 0 for n in range(1, plan.rounds + 1)]
+    if min(answered) < nodes:
+        raise RuntimeError(f"of {nodes} nodes so many have trained in each round: {answered}")
+    seen = sum(metrics[n]["seen"] for n in metrics)
     took = {"seconds": time.perf_counter() - begin, "seen": seen}
     file.with_name("took.json").write_text(json.dumps(took))
     save_file(result.arrays.to_torch_state_dict(), file.with_name("network.safetensors"))
