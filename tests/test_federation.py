@@ -244,10 +244,13 @@ def test_processes_survive_a_killed_client_and_a_late_one_and_give_the_same_agai
 
     with Federation(images, parts) as federation:
         first = federation.run(plan)
+        assert federation.ready
         disturbed = federation.run(a_plan(rounds=3, local_epochs=10, **SMALL), watch=trouble)
         again = federation.run(plan)
+        assert federation.ready
         with pytest.raises(ChildError, match="no client has answered: start some, then run again"):
             federation.run(plan, watch=lambda line: "sent" in line and [federation.kill(c) for c in range(3)])
+        assert not federation.ready
     killed, late = disturbed.ledger["said"]
     assert killed.startswith("round 1: client 1 is gone (") and killed.endswith("going on with 2")
     assert late == "round 2: client 1 has come late: it gets the whole network"

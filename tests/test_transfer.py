@@ -267,9 +267,11 @@ def test_a_checksum_covers_every_tensor_and_the_text(base, tmp_path):
     delta.save(second(base)[2], base, file, classes=TARGET.classes)
     whole = file.read_bytes()
     assert artifact.read(base).sha256.encode() in whole
-    file.write_bytes(whole.replace(rb"\"5\"", rb"\"3\"", 1))
-    with pytest.raises(delta.DeltaError, match="another checksum"):
-        delta.load(file, base)
+    for was, now in ((rb"\"5\"", rb"\"3\""), (b'"U8"', b'"I8"')):
+        assert was in whole
+        file.write_bytes(whole.replace(was, now, 1))
+        with pytest.raises(delta.DeltaError, match="another checksum"):
+            delta.load(file, base)
 
 
 def test_the_report_has_a_line_a_start_and_a_column_for_each_number_of_labels():

@@ -56,16 +56,15 @@ _running: dict[tuple[Any, float], Federation] = {}
 
 
 def federation(bench: Any, alpha: float) -> Federation:
-    """The processes for one way to divide the images; they end when another way is asked for."""
-    if (bench, alpha) not in _running:
-        _end_all()
+    """The processes for one way to divide the images; they end when another way is asked for.
+
+    Others take their place where a run was interrupted, or has lost a client.
+    """
+    if (bench, alpha) not in _running or not _running[bench, alpha].ready:
+        while _running:
+            _running.popitem()[1].close()
         _running[bench, alpha] = Federation(bench.images, _parts(bench, alpha))
     return _running[bench, alpha]
-
-
-def _end_all() -> None:
-    while _running:
-        _running.popitem()[1].close()
 
 
 def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State, dict[str, Any]]:
@@ -88,13 +87,8 @@ def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State
         else:
             outcome = federation(bench, configuration.run.dirichlet).run(plan, watch=_say)
             state, ledger = plans.floats(outcome.network), outcome.ledger
-            if ledger["agreed"] < ledger["clients"]:  # the next run shall have all of them again
-                _end_all()
-    except BaseException as error:  # also an interrupt: the next run needs processes that wait for orders
-        _end_all()
-        if isinstance(error, RuntimeError | subprocess.SubprocessError):  # it costs no other configuration
-            raise ValueError(str(error)) from error
-        raise
+    except (RuntimeError, subprocess.SubprocessError) as error:  # it costs no other configuration
+        raise ValueError(str(error)) from error
     write_atomically(file, save(state, {"ledger": json.dumps(ledger)}))
     return state, ledger
 

@@ -36,7 +36,8 @@ class Outcome:
 class Federation:
     """A server that has the validation images, and a client for each part of the training images.
 
-    Each process gets a file of its own images, and clients a port. A context manager.
+    Each process gets a file of its own images, and clients a port. A context manager. `ready`: all wait for
+    orders; not so where a run was interrupted or has failed, or one of the clients was lost.
     """
 
     def __init__(self, images: Data, parts: list[Tensor], *, patience: float = 600) -> None:
@@ -50,6 +51,7 @@ class Federation:
         self._server = Child("nnc_utils.federated.server", *arguments)
         self._port = self._server.ask("port")
         self._clients: dict[int, Child] = {}
+        self.ready = True
         for client in range(len(parts)):
             self.start(client)
 
@@ -95,6 +97,7 @@ class Federation:
                 watch(line)
             return answer
 
+        self.ready = False
         began, rounds, file = time.perf_counter(), plan.rounds, str(self._file("network"))
         order("begin", plan=plan.to_json(), clients=len(self._clients))
         for number in range(1, rounds + 1):
@@ -106,6 +109,7 @@ class Federation:
         ledger = {"rounds": rounds, "clients": len(self._clients)} | order("end", file=file)
         ledger |= {"train_images": sum(record["seen"] for record in history), "history": history}
         ledger |= {"seconds": round(time.perf_counter() - began, 2), "said": said}
+        self.ready = ledger["agreed"] == ledger["clients"]
         network = plan.network().eval()
         plans.load(network, load_file(file))
         return Outcome(network, ledger)

@@ -125,7 +125,8 @@ def _sha256(document: Mapping, arrays: Mapping[str, np.ndarray]) -> str:
     text = {entry: value for entry, value in document.items() if entry != "sha256"}
     digest = hashlib.sha256(json.dumps(text, sort_keys=True).encode())
     for name in sorted(arrays):
-        digest.update(f"\n{name} {arrays[name].size}\n".encode() + arrays[name].tobytes())
+        array = arrays[name]
+        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
     return digest.hexdigest()
 
 
