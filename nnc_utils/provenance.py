@@ -133,7 +133,8 @@ class _Watch:
         file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         with contextlib.suppress(OSError):  # no such module, or the run folder has gone
             known = Path(log).read_text().splitlines() if Path(log).is_file() else []
-            for own in (file, *file.parent.glob(f"{file.stem}_child.py")):  # run by another interpreter
+            apart = [f"{file.stem}_child.py", f"{file.stem}_app/*.py"]  # run by another interpreter
+            for own in (file, *(own for pattern in apart for own in file.parent.glob(pattern))):
                 entry = f"{own.relative_to(PACKAGE).as_posix()} {own.stat().st_mtime_ns}"
                 if not any(line.startswith(f"{entry} ") for line in known):
                     with open(log, "a") as stream:

@@ -58,6 +58,9 @@ subprocess.run([sys.executable, "-c", child])
 """
 
 
+ROUNDS = "peers/flower_app/rounds.py"  # run by Flower's interpreter
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A copy of the package, and what two processes loaded of it: a search, and a quantization."""
@@ -66,7 +69,11 @@ def runs(tmp_path_factory):
     code = {}
     for name, before, after in (
         ("search", "from nnc_utils.search import space", "from nnc_utils.search import latency"),
-        ("quantization", "from nnc_utils import allocation, rows", "from nnc_utils.peers import nncodec"),
+        (
+            "quantization",
+            "from nnc_utils import allocation, rows",
+            "from nnc_utils.peers import flower, nncodec",
+        ),
     ):
         source = LOADING.format(before=before, after=after)
         environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -91,6 +98,11 @@ def test_a_run_knows_the_modules_that_its_processes_loaded(runs):
         ("search/latency.py", "LIMIT = 1", {"search": ["search/latency.py"], "quantization": []}),
         ("search/latency.py", "# a comment", {"search": [], "quantization": []}),
         ("peers/nncodec_child.py", "x = 1", {"search": [], "quantization": ["peers/nncodec_child.py"]}),
+        (
+            "peers/flower_app/rounds.py",
+            "x = 1",
+            {"search": [], "quantization": ["peers/flower_app/rounds.py"]},
+        ),
         ("peers/nncf_ptq.py", "x = 1", {"search": [], "quantization": []}),
         ("pruning/schedules.py", None, dict.fromkeys(("search", "quantization"), ["pruning/schedules.py"])),
     ],

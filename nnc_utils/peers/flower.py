@@ -126,7 +126,7 @@ def _submit(folder: Path) -> None:
     done = subprocess.run(command, env=_environment(folder), cwd=folder, **pipes)
     if not (folder / "network.safetensors").is_file():
         logs = "".join(file.read_text(errors="replace")[-1500:] for file in sorted(folder.glob("*.log")))
-        said = "\n".join((done.stdout + done.stderr + logs).strip().splitlines()[-25:])
+        said = "\n".join((logs + done.stdout + done.stderr).strip().splitlines()[-25:])
         raise RuntimeError(f"Flower has not finished its rounds; it said last:\n{said}")
 
 

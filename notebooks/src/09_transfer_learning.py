@@ -58,7 +58,7 @@ configurations: list = [
 ]  # starts and trainings; of each number of labels the first one, which others are compared with
 controls: list = [{"method": "transfer", "start": "scratch", "labels": 10}]  # from new weights
 compress_epochs: float = 1.0  # [0.001, 1000] on the first task, behind what is pruned or rounded
-batch_size: int = 32  # [2, 4096] images a step, or all that a training sees
+batch_size: int = 32  # [2, 4096] images a step; half of what a training sees at most
 upstream: list = []  # run folder of 01_baseline, the first task; empty: five digits, on narrow channels
 part: str = ""  # name of this shard of a divided benchmark; empty: it is not divided
 profile: str = "smoke"  # where the result belongs: smoke, transfer or one of yours

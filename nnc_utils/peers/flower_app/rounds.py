@@ -17,7 +17,8 @@ from nnc_utils.federated import plan as plans
 from nnc_utils.federated.client import train
 from nnc_utils.federated.split import read_images
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()  # Flower looks for each name in an assignment of its own
+server = ServerApp()
 
 
 def _plan(context: Context) -> plans.Plan:
