@@ -169,6 +169,7 @@ def test_its_rounds_give_what_ours_give(capsys):
     with capsys.disabled():
         print(f"\ntest accuracy {right}, ledgers {ours.ledger['seconds']} s, {ledger}")
     assert abs(right[0] - right[1]) < 10 and torch.isfinite(state["fc.weight"]).all()
-    assert (
-        payload < ledger["up_bytes"] < 1.1 * payload and ledger["train_images"] == ours.ledger["train_images"]
-    )
+    requests = 3 * 2 * len(state) * 8000  # each tensor is an object of its own, in some HTTP requests
+    for way in ("up_bytes", "down_bytes"):
+        assert payload < ledger[way] < payload + requests
+    assert ledger["train_images"] == ours.ledger["train_images"]
