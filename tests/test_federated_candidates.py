@@ -1,5 +1,6 @@
 """What a configuration of 08 runs, without processes: plans, rounds for equal bytes, what is kept."""
 
+import subprocess
 import types
 
 import pytest
@@ -99,14 +100,10 @@ def test_processes_that_were_interrupted_or_lost_a_client_are_not_used_again(ben
     assert [(one.closed, len(one.plans)) for one in Imagined.made] == [(True, 1), (True, 1), (False, 1)]
 
 
-def test_a_file_that_could_not_be_written_whole_is_not_taken_for_one(bench):
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    [small] = read([SMALL])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as a full disk
-    try:
-        with pytest.raises(Exception, match="(?i)too large"):
-            candidates.build(small, bench)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert candidates.build(small, bench).train_images == 90
+def test_flower_that_takes_too_long_costs_no_other_configuration(bench, monkeypatch):
+    def late(*given):
+        raise subprocess.TimeoutExpired("flwr", 3)
+
+    monkeypatch.setattr(candidates.flower, "run", late)
+    with pytest.raises(ValueError, match="timed out after 3 seconds"):
+        candidates.build(read([{"method": "flower", "dirichlet": 0.5}])[0], bench)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from nnc_utils import models
 from nnc_utils.configurations import Built
@@ -18,7 +18,6 @@ from nnc_utils.federated.compress import State
 from nnc_utils.federated.configurations import EqualBytes, FedAvg, Flower
 from nnc_utils.federated.federation import Federation
 from nnc_utils.peers import flower
-from nnc_utils.provenance import write_atomically
 
 
 def build(configuration: FedAvg | EqualBytes | Flower, bench: Any) -> Built:
@@ -89,7 +88,7 @@ def _run(bench: Any, configuration: FedAvg | EqualBytes | Flower) -> tuple[State
             state, ledger = plans.floats(outcome.network), outcome.ledger
     except (RuntimeError, subprocess.SubprocessError) as error:  # it costs no other configuration
         raise ValueError(str(error)) from error
-    write_atomically(file, save(state, {"ledger": json.dumps(ledger)}))
+    save_file(state, file, {"ledger": json.dumps(ledger)})
     return state, ledger
 
 
