@@ -733,7 +733,7 @@ figures.show(figure, "Validation accuracy against megabytes on a log axis: compr
 
 # %% [markdown]
 # **What it means.** With the way down in fp32 no compressor of updates saves more than half. Read the figure upwards, too: for
-# the bytes of the lines on the left fp32 gets a round or two. The benchmark has that control: fp32 at *equal bytes*.
+# the bytes of the lines on the left fp32 gets two rounds at most. The benchmark has that control: fp32 at *equal bytes*.
 #
 # **What would fool you.** Reports of "100 times fewer bytes" that count one direction, or nominal bits without places,
 # tables and descriptions.

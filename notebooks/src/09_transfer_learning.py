@@ -332,6 +332,8 @@ predictions.measured("fine-tuned minus from scratch, 10 labels a class (pp)", cu
 curve.rename_axis("labels a class").round(1)
 
 # %% [markdown]
+# **What it means.** With few labels and a short training it is worth a lot.
+#
 # **What would fool you.** A start can save two things: labels, and training. With the defaults each training is short, and
 # the nearest mean of pixels beats both. A from-scratch rival with ten times the steps comes near here, since these images
 # are easy: raise `seen` and look. Whether a start saves *labels* shows only where the rival has converged. On photographs
