@@ -769,8 +769,6 @@ for end in ends_of_it:
 # started again. *Predict*: in which rounds do two of three clients answer?
 
 # %% tags=["machine-dependent"]
-import time
-
 from nnc_utils import models
 from nnc_utils.federated.candidates import federation
 from nnc_utils.federated.plan import Plan
@@ -785,8 +783,7 @@ def watch(line: str) -> None:
     if line == "round 2 of 6: sent":
         processes.kill(1)
     if line == "round 3 of 6: sent":
-        processes.start(1)
-        time.sleep(5)  # a new process takes about as long to import PyTorch
+        processes.start(1, wait=True)  # until it has come to the server's door
     if not line.endswith("sent"):
         print(line)
 

@@ -213,7 +213,7 @@ print(f"best: {best.replace('layer', 'stage ')}, {right[best]:.1f} %; last stage
 # **What it means.** A stage before the last one knows more: the last has forgotten what the first task did not need.
 # Early stages are general, late ones specific ([Yosinski et al., 2014](https://arxiv.org/abs/1411.1792)). On the tiny,
 # centred digits the pixels are the best: they know *where* something is, which a mean over a stage's pixels forgets. So a
-# new head alone cannot be good here, and the nearest mean of pixels is a rival to remember.
+# new head alone has little to work with here, and the nearest mean of pixels is a rival to remember.
 #
 # ## 2 · Is a frozen network frozen?
 #
