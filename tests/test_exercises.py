@@ -163,6 +163,8 @@ def test_the_student_edition_has_the_holes_and_no_answer():
         own = [cell for cell in edition.cells if "exercise" in cell.metadata.get("tags", [])]
         assert all(course.STUB in cell.source and course.BEGIN not in cell.source for cell in own)
         assert not any(cell.outputs for cell in own) and len(own) == len(list(found(path)))
+        told = [cell for cell in edition.cells if re.search(r"predictions\.(measured|show)", cell.source)]
+        assert told and not any(cell.outputs for cell in told)
         graded = [
             cell.metadata["nbgrader"]
             for cell in course.assignment(notebook).cells

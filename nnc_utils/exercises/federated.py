@@ -36,10 +36,9 @@ def weighted(average: Callable) -> None:
         ),
         ((summed / 100).mean(), "That is one number: an update has one for each parameter."),
     ]
-    given = average([update.clone() for update in updates], images)
-    judge(
-        given, summed / 100, "The sum of images / all images · update over the clients is asked for.", wrong
-    )
+    given = average(own := [update.clone() for update in updates], images)
+    judge(given, summed / 100, "The sum of images / all images · update is asked for.", wrong)
+    expect(all(map(torch.equal, own, updates)), "You changed the updates that were given.")
     given = average([updates[0].clone(), updates[1].clone()], [5, 0])
     same(given, updates[0], "A client without images changes nothing.")
 
@@ -49,7 +48,8 @@ def without_a_bias(stochastic_codes: Callable) -> None:
     """`stochastic_codes` (update, step, draws) -> whole numbers whose mean is update / step."""
     step, ratios = 0.5, torch.tensor([-1.75, -0.75, 0.0, 0.25, 1.75, 2.0])
     draws = torch.rand(20_000, 6, generator=torch.Generator().manual_seed(1))
-    given = stochastic_codes((step * ratios).expand(20_000, 6).clone(), step, draws)
+    update = (step * ratios).expand(20_000, 6)
+    given = stochastic_codes(update.clone(), step, draws)
     expect(isinstance(given, Tensor), "Return a tensor: a code for each number of the update.")
     expect(given.shape == draws.shape, f"The shape is {tuple(given.shape)}: that of the update is asked for.")
     mean, lower = given.double().mean(0), ratios.floor()
@@ -84,10 +84,10 @@ def without_a_bias(stochastic_codes: Callable) -> None:
         "Below 0 it is biased: a conversion to whole numbers cuts towards 0, and `floor` does not.",
     )
     expect(about(mean, ratios), "The mean of the codes is to be update / step: round up with that fraction.")
-    expect(
-        bool((given - ratios).abs().max() <= 1),
-        "Only the two whole numbers beside update / step may be drawn.",
-    )
+    beside = bool((given - ratios).abs().max() <= 1)
+    expect(beside, "Only the two whole numbers beside update / step may be drawn.")
+    again = stochastic_codes(update.clone(), step, draws)
+    expect(torch.equal(given, again), "The same draws give other codes: draw nothing yourself, use `draws`.")
 
 
 @exercise("8.3")
@@ -104,10 +104,7 @@ def the_largest(largest: Callable) -> None:
         (smallest, "Those are the smallest in size."),
         (~right, "Your mask is inverted: True is what is sent."),
         (UPDATE * right, "Those are the numbers: a mask of True and False is asked for."),
-        (
-            UPDATE.abs().topk(10).indices,
-            "Those are the places: a mask in the update's shape has True at them.",
-        ),
+        (UPDATE.abs().topk(10).indices, "Those are the places: a mask has True at them."),
         (UPDATE.abs() > UPDATE.abs().sort().values[-10], "One too few: the last of them counts, too."),
     ]
     given = largest(UPDATE.clone(), 10)
@@ -178,10 +175,7 @@ def the_way_down(broadcast: Callable) -> None:
         messages[0],
         [
             (weights, "You send the weights themselves: the difference is small, and its step is finer."),
-            (
-                -difference,
-                "The difference has the wrong sign: from what clients have to what the server has.",
-            ),
+            (-difference, "The difference has the wrong sign: subtract what clients have."),
         ],
     )
     same(messages[0], difference, "weights − shared is to be compressed.")
@@ -229,24 +223,16 @@ def masks_cancel(hide: Callable) -> None:
     right = all(isinstance(one, Tensor) and one.shape == (50,) for one in hidden)
     expect(right, "Return a tensor: a hidden code for each code.")
     masks = [(one - own) % MODULUS for one, own in zip(hidden, codes, strict=True)]
-    expect(
-        all(bool(mask.any()) for mask in masks), "A client's codes are readable: no mask is added to them."
-    )
+    expect(all(bool(mask.any()) for mask in masks), "A client's codes are readable: no mask is added.")
+    varied = all(len(mask.unique()) > 1 for mask in masks)
+    expect(varied, "All of a client's codes get the same number: each gets one of its own.")
     together, wanted = sum(hidden) % MODULUS, codes.sum(0) % MODULUS
     expect(bool(together.any()), "The codes are missing: only masks are sent, and their sum is 0.")
-    pair = [
-        (hide(torch.zeros(9, dtype=torch.int64), client, [[0, 5], [5, 0]])) % MODULUS for client in (0, 1)
-    ]
-    expect(
-        not torch.equal(pair[0], pair[1]),
-        "Both clients of a pair add their mask: one adds it, the other subtracts it.",
-    )
-    expect(
-        not bool((sum(pair) % MODULUS).any()),
-        "Two clients' masks do not cancel: each pair has a mask, and a client has none with itself.",
-    )
-    expect(
-        torch.equal(together, wanted), "The masks do not cancel: a client has one with *each* other client."
-    )
+    zeros = torch.zeros(9, dtype=torch.int64)
+    pair = [hide(zeros.clone(), client, [[0, 5], [5, 0]]) % MODULUS for client in (0, 1)]
+    expect(not torch.equal(*pair), "Both clients of a pair add their mask: one of them subtracts it.")
+    cancel = not bool((sum(pair) % MODULUS).any())
+    expect(cancel, "Two clients' masks do not cancel: each pair has one, and a client has none with itself.")
+    expect(torch.equal(together, wanted), "The masks do not cancel: a client has one with *each* other.")
     inside = all(bool((one >= 0).all() and (one < MODULUS).all()) for one in hidden)
     expect(inside, "Hidden codes are to lie in 0 to 65,535: a sum that is not reduced gives its size away.")

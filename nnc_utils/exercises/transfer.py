@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector
 
 from nnc_utils.exercises import Wrong, exercise, expect, judge, same, tell
 
@@ -18,7 +19,7 @@ def class_means(nearest: Callable) -> None:
     """`nearest` (features, labels, others) -> the class whose mean is nearest to each of the others."""
     features = torch.tensor([[0.0, 8], [0, 8.5], [0, 9], [-6, 0], [16, 0], [24, 0]])
     labels = torch.tensor([1, 1, 1, 0, 0, 2])
-    others = torch.tensor([[5.0, 0], [4, 8], [18, 1], [3, 5.5]])
+    others = torch.tensor([[5.0, 0], [4, 8], [18, 1], [3, 5.5], [1.5, 3.3], [9, 1]])
     means = torch.tensor([[5.0, 0], [0, 8.5], [24, 0]])
     distances = torch.cdist(others, means)
     overall = torch.cdist(others, torch.stack([features[labels == k].sum(0) / 6 for k in range(3)]))
@@ -48,18 +49,19 @@ def frozen_example() -> tuple[nn.Module, Tensor, Tensor]:
     return network, torch.randn(6, 1, 4, 4, generator=draw), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
+def of_the_head(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of a head's weight and bias, in one row."""
+    loss = functional.cross_entropy(network(inputs), labels)
+    return torch.cat([one.flatten() for one in torch.autograd.grad(loss, [*network.fc.parameters()])])
+
+
 @exercise("9.3")
 def only_the_head(head_step: Callable) -> None:
     """`head_step` (network, inputs, labels, rate): one step of the head; the body stays bit for bit."""
     network, inputs, labels = frozen_example()
     before = copy.deepcopy(network)
-    for mode in ("eval", "train"):
-        wanted = copy.deepcopy(before).train(mode == "train")
-        gradients = torch.autograd.grad(
-            functional.cross_entropy(wanted(inputs), labels), [wanted.fc.weight, wanted.fc.bias]
-        )
-        if mode == "eval":
-            right = gradients
+    modes = [copy.deepcopy(before).train(train) for train in (False, True)]
+    right, trained = (of_the_head(one, inputs, labels) for one in modes)
     head_step(network.train(), inputs, labels, 0.5)
     state, first = network.state_dict(), before.state_dict()
     moved = {name for name in state if not torch.equal(state[name], first[name])}
@@ -71,17 +73,19 @@ def only_the_head(head_step: Callable) -> None:
     expect(not moved & body, "The body has moved: only fc may.")
     expect("fc.weight" in moved, "The head has not moved.")
     expect("fc.bias" in moved, "The head's bias has not moved.")
-    step = (first["fc.weight"] - state["fc.weight"]) / 0.5
+    head = parameters_to_vector(before.fc.parameters())
+    step = (head - parameters_to_vector(network.fc.parameters())) / 0.5
     wrong = [
-        (-right[0], "That step climbs: subtract the gradient."),
-        (gradients[0], "Its gradient is that of train mode, where a batch normalizes itself: use eval mode."),
-        (right[0] * 6, "That is the gradient of the summed loss: the mean over the images is asked for."),
+        (-right, "That step climbs: subtract the gradient."),
+        (trained, "Its gradient is that of train mode, where a batch normalizes itself: use eval mode."),
+        (right * 6, "That is the gradient of the summed loss: the mean over the images is asked for."),
     ]
-    judge(step, right[0], "One step of SGD is asked for: weight − rate · gradient.", wrong, tolerance=1e-3)
+    said = "One step of SGD is asked for: parameter − rate · gradient, for weight and bias."
+    judge(step, right, said, wrong, tolerance=1e-3)
     once = copy.deepcopy(network).eval()
-    [second] = torch.autograd.grad(functional.cross_entropy(once(inputs), labels), [once.fc.weight])
+    second = of_the_head(once, inputs, labels)
     head_step(network, inputs, labels, 0.5)
-    step = (once.fc.weight - network.fc.weight).detach() / 0.5
+    step = (parameters_to_vector(once.fc.parameters()) - parameters_to_vector(network.fc.parameters())) / 0.5
     said = "A second call takes another step than the first: is the first one's gradient still there?"
     same(step, second, said, tolerance=1e-3)
 
@@ -185,6 +189,8 @@ def only_its_base(second: Callable) -> None:
         second(weight + 1e-6, difference)
     except ValueError as error:
         told = str(error)
+    except Exception as error:
+        raise Wrong(f"You raise a {type(error).__name__}: for another base raise a ValueError.") from None
     else:
         raise Wrong("You take a base that is not its own: then every number that comes out is wrong.")
     expect(len(told) > 10, "Say in the ValueError what is wrong, in words.")

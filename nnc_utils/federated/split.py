@@ -23,9 +23,9 @@ class SplitError(ValueError):
 def dirichlet(labels: Tensor, *, clients: int, alpha: float, seed: int, least: int = 2) -> list[Tensor]:
     """The indices of each client's images, ascending: every image is some client's.
 
-    Each class is divided by shares from a Dirichlet distribution (Hsu et al., 2019): with a small `alpha` a
-    client has few of the classes, with a large one it has a little of each. Drawn again until every client
-    has `least` images: batch-norm needs two.
+    Each class is divided by shares from a Dirichlet distribution (Yurochkin et al., 2019): with a small
+    `alpha` a client has few of the classes, with a large one it has a little of each. Drawn again until every
+    client has `least` images: batch-norm needs two.
 
     >>> parts = dirichlet(torch.arange(100) % 10, clients=4, alpha=1.0, seed=1)
     >>> sum(map(len, parts))

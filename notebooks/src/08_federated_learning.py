@@ -19,8 +19,8 @@
 # The images lie on many devices and stay there. Each device trains a copy of one network and sends what changed. A network is
 # sent in every round, to everyone and back: what is compressed here is not a file but the *traffic*. How few bytes are enough?
 #
-# **You will be able to** train one network over clients that keep their images, round without a bias, send only the largest
-# changes, hold back what was lost and tell when that fails, compress both directions, and count bytes where they are sent.
+# **You will be able to** train one network over clients that keep their images, round without a bias, and send only the
+# largest changes. You will hold back what was lost, tell when that fails, and count bytes where they are sent, both ways.
 # **You need** [01](01_baseline.ipynb), and steps and entropy coding of [02](02_quantization.ipynb). **Time:** 60 minutes to
 # read, 60 for the seven exercises, a minute to run.
 #
@@ -89,10 +89,10 @@ bench = Bench("08_federated_learning", globals())
 # %% [markdown]
 # ## 1 · Who has the images?
 #
-# Devices differ: one has mostly 3s, another has few images at all. To study that, a known data set is divided unevenly. Each
-# class is divided among the clients in shares that a Dirichlet distribution draws
-# ([Hsu et al., 2019](https://arxiv.org/abs/1909.06335)). Its parameter α says how alike they are: a
-# [**Dirichlet split**](../docs/glossary.md#dirichlet-split) with α = 100 is nearly equal; with α = 0.3 most of a class lies with few clients.
+# Devices, the **clients**, differ: one has mostly 3s, another has few images at all. To study that, a known data set is
+# divided unevenly. In a [**Dirichlet split**](../docs/glossary.md#dirichlet-split) each class is divided among the clients in shares that a
+# Dirichlet distribution draws ([Yurochkin et al., 2019](https://arxiv.org/abs/1905.12022)). Its parameter α says how alike
+# the shares are: with α = 100 they are nearly equal; with α = 0.3 most of a class lies with few clients.
 #
 # *Predict*: in an equal split the most frequent of ten classes has about 10 % of a client's images. How much with α = 0.3?
 
@@ -124,17 +124,18 @@ def dirichlet_split(alpha: float) -> list[torch.Tensor]:
 from nnc_utils.federated import split
 
 by_hand = dirichlet_split(dirichlet)
-about = {"clients": lesson_clients, "seed": seed}
-unlike, alike = (split.dirichlet(labels, alpha=alpha, **about) for alpha in (dirichlet, 100))
+unlike, alike = (
+    split.dirichlet(labels, clients=lesson_clients, alpha=alpha, seed=seed) for alpha in (dirichlet, 100)
+)
 print(f"the package divides alike: {all(map(torch.equal, unlike, by_hand))}")
 everyone = torch.cat(unlike).sort().values
 print(f"every image has one client: {torch.equal(everyone, torch.arange(len(labels)))}")
 
 # %%
-figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
+figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), sharex=True, sharey=True)
 for axes, parts, alpha in zip(panels, (unlike, alike), (dirichlet, 100), strict=True):
     table = pd.DataFrame(split.counts(labels, parts, len(images.classes)).numpy())
-    table.plot.barh(stacked=True, ax=axes, legend=False, width=0.8, colormap="tab10")
+    table.plot.barh(stacked=True, ax=axes, legend=False, width=0.8)
     axes.set(title=f"α = {alpha:g}: who has which classes?", xlabel="images, a colour for each class")
     axes.set_ylabel("client")
 figures.show(figure, "Images of each client by class, for two values of α: unequal left, alike right")
@@ -151,11 +152,11 @@ predictions.measured("most frequent class of a client, mean (%)", 100 * most)
 # server sends the weights $w$. Each client trains them on its own images and sends its **update** $u_c$: its weights after
 # training less those it got. The server adds the mean, in which a client weighs as much as it has images $n_c$:
 #
-# $$w \leftarrow w + \sum_c \frac{n_c}{\sum n}\, u_c$$
+# $$w \leftarrow w + \sum_c \frac{n_c}{n}\, u_c, \qquad n = \sum_c n_c$$
 #
-# After one step on all of a client's images its update is a gradient times the learning rate, and the mean is that of all
-# images. With several local steps fewer rounds are needed. But clients with different images walk apart, and the mean of
-# where they end is not where all images would have led.
+# With one step on all of a client's images its update is minus the learning rate times its gradient, and the mean update
+# is a step on all images. With several local steps fewer rounds are needed. But clients with different images walk apart,
+# and the mean of where they end is not where all images would have led.
 #
 # ### Exercise 8.1 · The mean update
 #
@@ -181,7 +182,7 @@ def average(updates: list[torch.Tensor], images: list[int]) -> torch.Tensor:
 check("8.1", average)
 
 # %% [markdown]
-# To see every number, the lesson's network is one vector of weights for two linear layers. The benchmark below has a ResNet.
+# The lesson's network is two linear layers, and all its weights are one vector. The benchmark below has a ResNet.
 
 # %%
 from torch.nn import functional
@@ -257,14 +258,14 @@ axes.legend()
 figures.show(figure, "Validation accuracy against rounds: together far above each client alone")
 
 # %% [markdown]
-# **What it means.** Together the clients learn all classes, though none has many images of each. The more they differ, the
-# more rounds it takes.
+# **What it means.** It pays: together the clients learn all classes, though none has many images of each. Unlike clients
+# need more rounds. Here they end as accurate as alike ones.
 #
 # ## 3 · What does a round cost?
 #
 # A network of $n$ parameters in fp32 takes $4n$ bytes. In a round each of $C$ clients gets it and sends an update of the same
-# length: $2 \cdot 4n \cdot C$ bytes, times the rounds. *Predict* the megabytes of the training above. Then build the messages
-# and add up their lengths. A message is what the suite's own files hold: a description in JSON, and streams of bytes.
+# length: $2 \cdot 4n \cdot C$ bytes, times the rounds. *Predict* the megabytes of the training above, whose network has about
+# 10,000 parameters on the digits. Then build the messages and add up their lengths. A message is what the suite's own files hold: a description in JSON, and streams of bytes.
 
 # %%
 predictions.predict("megabytes of the training in fp32", 1)
@@ -318,14 +319,15 @@ axes.legend()
 figures.show(figure, "Histogram of an update on a log axis: a high peak at 0 and long tails")
 
 # %% [markdown]
-# **What it means.** Most numbers hardly change, a few change much. The largest sets the step of uniform codes. With few bits
-# most of the others are far below a step. That is good for entropy coding, and it is where errors come from.
+# **What it means.** They are not: most numbers hardly change, a few change much. The largest sets the step of uniform codes
+# (the scale of [02](02_quantization.ipynb)). With few bits most of the others are far below a step. That is good for entropy
+# coding, and it is where errors come from.
 #
 # ## 5 · Can a number be rounded without a bias?
 #
-# A number lies a quarter of a step above a code. To the nearest it becomes that code, in every round and at every client: what
-# is small is lost for ever. [**Stochastic rounding**](../docs/glossary.md#stochastic-rounding) draws instead: up with
-# probability ¼, down with ¾. One message is worse, but the mean of many is right
+# A number lies a quarter of a step above a code. Rounding to the nearest takes that code, in every round and at every
+# client: what is small is lost for ever. [**Stochastic rounding**](../docs/glossary.md#stochastic-rounding) draws instead:
+# up with probability ¼, down with ¾. One message is worse, but the mean of many is right
 # ([Alistarh et al., 2017](https://arxiv.org/abs/1610.02132)). With a uniform draw $r$ from 0 to 1
 #
 # $$q = \left\lfloor \frac{u}{s} + r \right\rfloor, \qquad \mathbb{E}[s\,q] = u$$
@@ -357,7 +359,7 @@ check("8.2", stochastic_codes)
 # than the error of one?
 
 # %%
-predictions.predict("error of one rounding ÷ of the mean of 1,000", 1000)
+predictions.predict("error of one rounding ÷ error of the mean", 1000)
 
 # %% tags=["machine-dependent"]
 draw = torch.Generator().manual_seed(seed)
@@ -367,15 +369,16 @@ at_random = step * stochastic_codes(update, step, drawn)
 once, many = (float((mean - update).norm()) for mean in (at_random[0], at_random.mean(0)))
 nearest = float((step * (update / step).round() - update).norm())
 print(f"error at random: one {once:.3f}, mean of 1,000 {many:.3f}; to the nearest always {nearest:.3f}")
-predictions.measured("error of one rounding ÷ of the mean of 1,000", once / many)
+predictions.measured("error of one rounding ÷ error of the mean", once / many)
 
 # %% [markdown]
-# **What it means.** The error of a mean falls with the root of how many are averaged. To the nearest one message is better,
-# and a thousand are no better than one. The server averages over clients and rounds: it gains from rounding at random.
+# **What it means.** At random, a number can: the error of a mean falls with the root of how many are averaged. To the nearest
+# one message is better, and a thousand are no better than one. The server averages over clients and rounds: it gains from
+# rounding at random.
 #
 # ## 6 · How many bytes are codes of k bits?
 #
-# $k$ bits give codes from $-(2^{k-1}-1)$ to $2^{k-1}-1$, and the largest number of the update sets the step. Then the suite's own
+# $k$ bits give codes from $-(2^{k-1}-1)$ to $2^{k-1}-1$, and the largest number of the update sets the step. Then the
 # [entropy coder](../docs/glossary.md#entropy-coding) of [02](02_quantization.ipynb) writes them: most are 0, and a 0 costs a fraction of a bit.
 #
 # *Predict* the bytes from the entropy $H$ of the codes, $nH/8$, and how many times smaller than fp32 a message of 4 bits is.
@@ -411,22 +414,23 @@ for bits in (8, 4, 3, 2):
     entropy, nbytes = float(-(shares * shares.log2()).sum()), message(encoded)
     lines[bits] = [entropy, len(update) * entropy / 8, nbytes, 8 * nbytes / (len(update) * entropy)]
     lines[bits].append(message(encoding.Dense(update)) / nbytes)
-headings = ["entropy (bits)", "predicted bytes", "bytes", "ratio", "times smaller than fp32"]
+headings = ["entropy (bits)", "bytes by the entropy", "bytes", "ratio", "times smaller than fp32"]
 predictions.measured("message of 4 bits: times smaller than fp32", lines[4][-1])
 pd.DataFrame(lines.values(), index=pd.Index(lines, name="bits"), columns=headings).round(2)
 
 # %% [markdown]
-# **What it means.** The difference to the entropy is description and frequency table: it counts where a message is short.
+# **What it means.** Far fewer than $nk/8$: the entropy says how many. The rest is description and frequency table. It counts
+# where a message is short.
 #
 # ## 7 · What if only the largest are sent?
 #
-# Most of an update's length is in few numbers. Send these and their places: a [mask](../docs/glossary.md#mask), entropy-coded, too
+# Most of an update's length is in few numbers. Send these and their places. The places are a [mask](../docs/glossary.md#mask), entropy-coded, too
 # ([Aji and Heafield, 2017](https://arxiv.org/abs/1704.05021); [Lin et al., 2018](https://arxiv.org/abs/1712.01887)).
 #
 # ### Exercise 8.3 · The largest
 #
 # Return a mask in the shape of `update`, (numbers,), that is True at exactly `count` places: those where the update is largest
-# in size. Several numbers may be alike.
+# in size. Several numbers may be equal.
 #
 # <details><summary>Hint 1</summary>A comparison with the smallest one that is kept goes wrong where several are as large. Look for
 # places.</details>
@@ -476,7 +480,8 @@ for share in (0.2, 0.05, 0.01):
     lines[f"{100 * share:g} %"] = [bound, where, streams["codes"].size, nbytes, 4 * len(update) / nbytes]
     if share == 0.05:
         predictions.measured("share of a message that says where (%)", 100 * where / nbytes)
-headings = ["entropy of the places (bytes)", "places", "numbers", "message", "times smaller than fp32"]
+headings = [f"{part} (bytes)" for part in ("places by the entropy", "places", "numbers", "message")]
+headings.append("times smaller than fp32")
 pd.DataFrame(lines.values(), index=pd.Index(lines, name="sent"), columns=headings).round(1)
 
 # %% [markdown]
@@ -484,7 +489,7 @@ pd.DataFrame(lines.values(), index=pd.Index(lines, name="sent"), columns=heading
 #
 # ## 8 · Where does the rest go?
 #
-# What is not sent is lost, in each round anew. A weight that changes a little in each round never moves.
+# What is not sent is lost, in each round anew. A weight that wants to move a little in each round never does.
 # [**Error feedback**](../docs/glossary.md#error-feedback) keeps what was lost as a residual $e$ and adds it to the next update
 # ([Seide et al., 2014](https://www.microsoft.com/en-us/research/publication/1-bit-stochastic-gradient-descent-and-application-to-data-parallel-distributed-training-of-speech-dnns/);
 # [Stich et al., 2018](https://arxiv.org/abs/1809.07599)). With $C$ for compressing and decoding,
@@ -540,24 +545,24 @@ class Sender:
 
 
 # %% [markdown]
-# The package's `Feedback` does the same to each tensor of a network. Three updates, the same draws: bit for bit?
+# The package's `Feedback` does the same to each tensor of a network. Three updates, rounded to the nearest: bit for bit?
 
 # %% tags=["nbval-check-output"]
 from nnc_utils.federated import compress as package
 
-ours, theirs = torch.zeros_like(update), package.Feedback(package.Compressor(bits=4))
-draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
+to_nearest = package.Compressor(bits=4, rounding="nearest")
+ours, theirs = torch.zeros_like(update), package.Feedback(to_nearest)
 for _ in range(3):
-    received, ours = feedback(update, ours, lambda vector: encoding.decode(rounded(4)(vector, draws[0])))
-    _, decoded = theirs.send({"weight": update[None]}, draws[1])
+    received, ours = feedback(update, ours, lambda v: encoding.decode(rounded(4, nearest=True)(v, draw)))
+    _, decoded = theirs.send({"weight": update[None]}, draw)
     same = torch.equal(received, decoded["weight"][0]), torch.equal(ours, theirs.residual["weight"][0])
     print(f"received the same: {same[0]}, the same residual: {same[1]}")
 
 # %% [markdown]
 # ## 9 · And the way down?
 #
-# The server sends weights to every client in each round: as many bytes as come up. So the clients keep what they were sent,
-# and the server sends, compressed, the *difference* from what they hold to what it has. What a message lost is still in the
+# The server sends weights to every client in each round: as many bytes as come up. To send fewer, the clients keep what they
+# were sent. The server compresses the *difference* from what they hold to what it has. What a message lost is still in the
 # next difference. That is error feedback, too, with the server's own weights as its memory
 # ([Sattler et al., 2019](https://arxiv.org/abs/1903.02891)).
 #
@@ -657,7 +662,7 @@ def train(up=exactly, *, holds_back: bool = False, down=exactly) -> pd.DataFrame
 
 
 # %% [markdown]
-# *Predict*: after all rounds, how many updates long is the residual of 2 bits at random?
+# *Predict*: after all rounds, how many times as long as an update is the residual of 2 bits at random?
 
 # %%
 predictions.predict("residual ÷ update, 2 bits at random", 1)
@@ -678,19 +683,19 @@ for name, marker in zip(compressors, "os^D", strict=True):
     run = runs[f"{name}, with feedback"]
     left.plot(run.index, run["residual ÷ update"], marker=marker, markevery=5, label=name)
     right.plot(run.index, run["accuracy (%)"], marker=marker, markevery=5, label=name)
-left.set(title="Does the residual stay small?", xlabel="rounds", ylabel="residual ÷ update", yscale="log")
+left.set(title="Does the residual stop growing?", xlabel="rounds", ylabel="residual ÷ update", yscale="log")
+left.yaxis.set_major_formatter("{x:g}")
 right.set(title="Does the network learn?", xlabel="rounds", ylabel="validation accuracy (%)")
 right.legend(title="with error feedback", fontsize=9)
 figures.show(figure, "Residual and accuracy with error feedback: that of 2 bits at random grows on")
 
 # %% [markdown]
 # **What it means.** Without feedback rounding at random is right on average, and rounding to the nearest loses what is small.
-# With feedback it is the other way round: the residual makes up for a bias, and only a contracting compressor keeps it small.
-# With 2 bits at random it *diverges*: each message carries mostly old errors. The package rounds to the nearest wherever there
-# is feedback, and at random elsewhere.
+# With feedback it is the other way round. The residual makes up for a bias, and with a contracting compressor it soon stops
+# growing. With 2 bits at random it outgrows the updates: each message carries mostly old errors. The package rounds to the
+# nearest wherever there is feedback, and at random elsewhere.
 #
-# **What would fool you.** The accuracy of these two layers, which survives much. In a deep network with batch-norm the same
-# messages end a training.
+# **What would fool you.** The accuracy after the last round: these two layers survive much. Look at the residual.
 #
 # ## 11 · What does a megabyte buy?
 #
@@ -701,13 +706,13 @@ figures.show(figure, "Residual and accuracy with error feedback: that of 2 bits 
 predictions.predict("times fewer bytes, 5 % up and 4 bits down", 20)
 
 # %% tags=["machine-dependent"]
-four = rounded(4)
+down = rounded(4, nearest=True)  # the server has a memory
 both = {
     "fp32": runs["fp32"],
     "4 bits up, fp32 down": runs["4 bits, at random"],
-    "4 bits up, 4 bits down": train(four, down=four),
-    "2 bits up, to the nearest, 4 bits down": train(rounded(2, nearest=True), holds_back=True, down=four),
-    "5 % up, 4 bits down": train(sparse(0.05, 4), holds_back=True, down=four),
+    "4 bits up, 4 bits down": train(rounded(4), down=down),
+    "2 bits up with feedback, 4 bits down": train(rounded(2, nearest=True), holds_back=True, down=down),
+    "5 % up with feedback, 4 bits down": train(sparse(0.05, 4), holds_back=True, down=down),
 }
 ends = pd.DataFrame({name: run.iloc[-1, :3] for name, run in both.items()}).T
 megabytes = ends["MB up"] + ends["MB down"]
@@ -722,12 +727,13 @@ for (name, run), marker in zip(both.items(), "osD^v", strict=True):
     axes.plot(run["MB up"] + run["MB down"], run["accuracy (%)"], marker=marker, markevery=5, label=name)
 axes.set(xscale="log", title="What does a megabyte buy?", xlabel="megabytes, both directions, all clients")
 axes.set_ylabel("validation accuracy (%)")
+axes.xaxis.set_major_formatter("{x:g}")
 axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 figures.show(figure, "Validation accuracy against megabytes on a log axis: compressed far left of fp32")
 
 # %% [markdown]
 # **What it means.** With the way down in fp32 no compressor of updates saves more than half. Read the figure upwards, too: for
-# the bytes of the other lines fp32 gets a round or two. The benchmark has that control: fp32 at *equal bytes*.
+# the bytes of the lines on the left fp32 gets two rounds at most. The benchmark has that control: fp32 at *equal bytes*.
 #
 # **What would fool you.** Reports of "100 times fewer bytes" that count one direction, or nominal bits without places,
 # tables and descriptions.
@@ -759,12 +765,10 @@ for end in ends_of_it:
     end.close()
 
 # %% [markdown]
-# Now trouble on purpose, in a training of a narrow ResNet: in the middle of round 2 client 1 is killed, and from round 3 on it
-# is started again. *Predict*: in which rounds do two of three clients answer?
+# Now trouble on purpose, in a training of a narrow ResNet: in the middle of round 2 client 1 is killed, and in round 3 it is
+# started again. *Predict*: in which rounds do two of three clients answer?
 
 # %% tags=["machine-dependent"]
-import time
-
 from nnc_utils import models
 from nnc_utils.federated.candidates import federation
 from nnc_utils.federated.plan import Plan
@@ -779,8 +783,7 @@ def watch(line: str) -> None:
     if line == "round 2 of 6: sent":
         processes.kill(1)
     if line == "round 3 of 6: sent":
-        processes.start(1)
-        time.sleep(5)  # a new process takes about as long to import PyTorch
+        processes.start(1, wait=True)  # until it has come to the server's door
     if not line.endswith("sent"):
         print(line)
 
@@ -790,11 +793,12 @@ outcome = processes.run(plan, watch=watch)
 print(f"finished: {outcome.ledger['agreed']} clients hold the server's network, bit for bit")
 
 # %% [markdown]
-# **What it means.** The mean is over those that answer. Who comes late gets the whole network once, in fp32: a difference is of
-# no use to it. That is the jump of the megabytes down.
+# **What it means.** It holds: the mean is over those that answer, and the accuracy swings while rounds are few. Nothing goes
+# down in round 1, since all draw the same first weights. Who comes late gets the whole network once, in fp32: a difference is
+# of no use to it. That is the jump of the megabytes down.
 #
-# Batch-norm has statistics beside its weights. Their mean is taken like the weights', and the variance is that of all
-# clients together: the mean of the variances and the variance of the means.
+# Batch-norm has statistics beside its weights. The means are averaged like the weights, and the variance is that of all
+# clients together: the mean of the variances plus the variance of the means.
 #
 # ## 13 · What does the server learn?
 #
@@ -804,8 +808,8 @@ print(f"finished: {outcome.ledger['agreed']} clients hold the server's network, 
 # - [**Secure aggregation**](../docs/glossary.md#secure-aggregation) ([Bonawitz et al., 2017](https://eprint.iacr.org/2017/281)): the server
 #   learns the sum of the updates and no single one. Each pair of clients shares a secret seed and draws a mask from it: one adds
 #   it, the other subtracts it. In the sum all masks cancel.
-# - **Differential privacy** ([McMahan et al., 2018](https://arxiv.org/abs/1710.06963)): updates are cut to a length, and noise is
-#   added, so that no client changes the result by much. It costs accuracy, and its strength is a number that has to be told.
+# - **Differential privacy** ([McMahan et al., 2018](https://arxiv.org/abs/1710.06963)): updates are clipped to a length, and noise
+#   is added, so that no client changes the result by much. It costs accuracy. A number, ε, says how strong it is.
 #
 # ### Exercise 8.7 · Masks that cancel
 #
@@ -862,13 +866,14 @@ predictions.measured("masked codes ÷ codes, bytes", sizes[1] / sizes[0])
 
 # %% [markdown]
 # **What it means.** Masked codes look like noise, and noise cannot be compressed. The sum also needs the same numbers in the
-# same step of every client, so that none can send its own largest. What is left is few bits and a small modulus. The package
-# does not mask: its server is trusted.
+# same step of every client, so that none can send its own largest. Few bits and a small modulus still save bytes.
+# The package does not mask: its server is trusted.
 #
 # ## Benchmark
 #
-# A narrow ResNet, in processes. Controls: fp32 with as many rounds, images and clients, and fp32 with as many bytes. What the
-# clients hold at the end is saved as a file. A fresh process scores it on the test images, like every network of this course.
+# A narrow ResNet, in processes. Controls: fp32 with as many rounds, images and clients, and fp32 with as many bytes, but one
+# round at least. What the clients hold at the end is saved as a file. A fresh process scores it on the test images, like
+# every network of this course. The last three columns compare it with fp32 after as many rounds.
 
 # %% tags=["benchmark"]
 candidates = bench.build(controls + configurations)
@@ -881,10 +886,12 @@ tables.table(rows, bench)
 
 # %% tags=["benchmark"]
 figure, axes = plt.subplots(figsize=(7, 4.6))
-for name, run in tables.curve(bench).groupby("configuration", sort=False):
-    axes.plot(run["megabytes"], run["validation (%)"], marker="o", label=name)
+grouped = tables.curve(bench).groupby("configuration", sort=False)
+for (name, run), marker in zip(grouped, figures.MARKERS):
+    axes.plot(run["megabytes"], run["validation (%)"], marker=marker, label=name)
 axes.set(xscale="log", xlabel="megabytes, both directions", ylabel="validation accuracy (%)")
 axes.set_title("What does a megabyte at the socket buy?")
+axes.xaxis.set_major_formatter("{x:g}")
 axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.4))
 figures.show(figure, "Validation accuracy against megabytes at the sockets, in fp32 and compressed")
 
@@ -892,8 +899,8 @@ figures.show(figure, "Validation accuracy against megabytes at the sockets, in f
 done = bench.finish()
 
 # %% [markdown]
-# **What would fool you.** The last column after a few rounds. What is compressed most is some rounds behind fp32, and the curves
-# still rise: compare them where they have stopped.
+# **What would fool you.** The last columns after a few rounds. What is compressed most is some rounds behind fp32, and the
+# curves still rise: compare them where they have stopped.
 #
 # ## The committed results
 #
@@ -902,7 +909,7 @@ done = bench.finish()
 # %% tags=["machine-dependent"]
 committed = tables.committed()
 if committed is None:
-    print("no such run is committed yet: .venv/bin/python -m bench benchmark --profile federated")
+    print("not committed yet: `make benchmark PROFILE=federated` measures them")
 committed
 
 # %% [markdown]
@@ -919,8 +926,8 @@ figures.show(predictions.show(), shown)
 #
 # - Clients send updates, and the server adds their mean, weighed by images. The images stay; what an update tells of them goes.
 # - Rounding at random has no bias: errors cancel over clients and rounds. It needs no memory.
-# - Few bits or the largest few, entropy-coded: places, tables and descriptions count as bytes, too.
-# - Error feedback sends later what was lost, if the compressor contracts. Rounding to the nearest does, 2 bits at random do not.
+# - Send few bits or the largest few, entropy-coded: places, tables and descriptions count as bytes, too.
+# - Error feedback sends later what was lost, if the compressor contracts: to the nearest it does, with 2 bits at random not.
 # - Count both directions, at the socket. The rivals are fp32 at equal rounds and fp32 at equal bytes.
 #
 # <!-- numbers:begin -->
@@ -948,7 +955,7 @@ figures.show(predictions.show(), shown)
 # nearest, a number loses at most itself: it contracts. At random a small number may become a whole step. The squared error is
 # then larger than what went in, and the residual grows.</details>
 # <details><summary>8. Why does the server send a difference, and what is its memory?</summary>A difference is small, and its step is finer.
-# Its memory are its own weights: what a message lost is in the next difference.</details>
+# Its memory is its own weights: what a message lost is in the next difference.</details>
 # <details><summary>9. A report says that updates are 100 times smaller. How much traffic is saved at most if the way down is
 # fp32?</summary>Half: the way down has as many bytes as the way up had.</details>
 # <details><summary>10. What does a client that comes late need, and why?</summary>The whole network. It does not hold what the differences
@@ -963,7 +970,7 @@ figures.show(predictions.show(), shown)
 # (4) Add `{"method": "fedavg", "dirichlet": 0.3, "bits": 8}` to `configurations`: predict megabytes up and down.
 #
 # **Further reading.** [Kairouz et al., 2021](https://arxiv.org/abs/1912.04977), the field and its open problems;
-# [Konečný et al., 2016](https://arxiv.org/abs/1610.05492), the first compressed updates;
+# [Konečný et al., 2016](https://arxiv.org/abs/1610.05492), the first compressed updates of federated learning;
 # [Richtárik et al., 2021](https://arxiv.org/abs/2106.05203), error feedback with a proof for unlike clients.
 #
 # Next: [09_transfer_learning](09_transfer_learning.ipynb): is a compressed network a worse start for another task?

@@ -21,18 +21,19 @@
 # task add, if the first one's file is on the device already?
 #
 # **You will be able to** say what a network knows of a task that it has never seen, freeze a network so that it is
-# frozen, fine-tune with masks and codes kept, and store a second task as a small difference that refuses another base.
+# frozen, and fine-tune with masks and codes kept. You will store a second task as a small difference that refuses another
+# base.
 # **You need** [01](01_baseline.ipynb), and a rough idea of [02](02_quantization.ipynb) and [03](03_pruning.ipynb).
 # **Time:** 45 minutes to read, 45 for the six exercises, a minute to run.
 #
 # **Contents.**
 # [1 · A task never seen](#1-·-What-does-a-network-know-of-a-task-that-it-has-never-seen?).
-# [2 · Frozen](#2-·-Is-a-frozen-network-frozen?)
-# [3 · The worth of a start](#3-·-What-is-a-start-worth?)
-# [4 · Compressed starts](#4-·-Is-a-compressed-network-a-worse-start?)
-# [5 · Codes that stay codes](#5-·-Can-codes-stay-codes?)
-# [6 · Small differences](#6-·-How-small-is-a-second-task?)
-# [7 · The right base](#7-·-Of-which-file-is-it-a-difference?)
+# [2 · Frozen](#2-·-Is-a-frozen-network-frozen?).
+# [3 · The worth of a start](#3-·-What-is-a-start-worth?).
+# [4 · Compressed starts](#4-·-Is-a-compressed-network-a-worse-start?).
+# [5 · Codes that stay codes](#5-·-Can-codes-stay-codes?).
+# [6 · Small differences](#6-·-How-small-is-a-second-task?).
+# [7 · The right base](#7-·-Of-which-file-is-it-a-difference?).
 # Then [the benchmark](#Benchmark),
 # [the committed results](#The-committed-results),
 # [your predictions](#Your-predictions),
@@ -81,7 +82,7 @@ network, first, second = bench.dense, bench.images, bench.target
 #
 # The network has learned the **first task**: with the defaults, to tell the digits 0 to 4 apart. The **second task**
 # has other classes. Few of its training images are labelled: that is why anybody transfers. Here the labels of the
-# others are known, too, and with validation they judge what the few have taught.
+# others are known, too: on those images and on validation the accuracy is measured.
 
 # %% tags=["nbval-check-output"]
 figures.style()
@@ -162,7 +163,7 @@ from nnc_utils.data import Split
 
 
 def apart(places):
-    """What judges, a thousand at most: training images that were not drawn, and validation."""
+    """Images that measure, a thousand at most: training images that were not drawn, and validation."""
     others = torch.ones(len(second.train), dtype=torch.bool)
     others[places] = False
     images = torch.cat([second.train.images[others], second.validation.images])
@@ -199,25 +200,25 @@ for name, features in known.items():
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3))
-axes.bar(list(right), list(right.values()))
-axes.set(ylabel="accuracy (%)", title=f"Nearest class mean, {labels} labels a class")
+axes.bar([name.replace("layer", "stage ") for name in right], list(right.values()))
+axes.set(ylabel="accuracy (%)", title=f"What tells new classes apart, with {labels} labels each?")
 figures.show(figure, "Accuracy of the nearest class mean on pixels and on the features of each stage")
 
 # %% tags=["machine-dependent"]
 predictions.measured("nearest class mean on the last stage's features (%)", right["layer4"])
 best = max(right, key=right.get)
-print(f"best: {best}, {right[best]:.1f} %; last stage: {right['layer4']:.1f} %")
+print(f"best: {best.replace('layer', 'stage ')}, {right[best]:.1f} %; last stage: {right['layer4']:.1f} %")
 
 # %% [markdown]
-# **What it means.** Where the bars fall towards the last stage, that stage has forgotten what the first task did not
-# need. Early stages are general, late ones specific ([Yosinski et al., 2014](https://arxiv.org/abs/1411.1792)). On the
-# tiny, centred digits the pixels are the best: they know *where* something is, which a mean over a stage's pixels forgets.
-# So a new head alone cannot be good here, and the nearest mean of pixels is a rival to remember.
+# **What it means.** A stage before the last one knows more: the last has forgotten what the first task did not need.
+# Early stages are general, late ones specific ([Yosinski et al., 2014](https://arxiv.org/abs/1411.1792)). On the tiny,
+# centred digits the pixels are the best: they know *where* something is, which a mean over a stage's pixels forgets. So a
+# new head alone has little to work with here, and the nearest mean of pixels is a rival to remember.
 #
 # ## 2 · Is a frozen network frozen?
 #
 # The cheapest transfer trains a **new [head](../docs/glossary.md#head-and-body)**, the classifier, and freezes the body. Its gradient is switched off, so it
-# cannot move. *Predict*: ten batches pass through such a body in train mode, and nothing is trained. By how many percent
+# should not move. *Predict*: ten batches pass through such a body in train mode, and nothing is trained. By how many percent
 # do its features change?
 
 # %%
@@ -239,8 +240,8 @@ change = (outputs(body, inputs)["layer4"] - before).norm() / before.norm()
 predictions.measured("features of a frozen body change by (%)", 100 * float(change))
 
 # %% [markdown]
-# **What it means.** Batch-norm's means and variances are no parameters: no gradient moves them, each forward pass in
-# train mode does. A body that several heads share is then another one for each of them, and nothing raises an error.
+# **What it means.** It is not. Batch-norm's means and variances are no parameters: no gradient moves them, each forward
+# pass in train mode does. A body that several heads share is then another one for each of them, and nothing raises an error.
 #
 # ### Exercise 9.3 · Find the bug: a frozen body that moves
 #
@@ -301,10 +302,11 @@ def tune(network, labels, loss=training.cross_entropy):
     """Train a network, in place, on so many labels a class; returns its accuracy on the other images."""
     places = draw(second.train.labels, labels, seed)
     judges = apart(places)
-    places = places.repeat(-(-seen // len(places)))  # each image as often as it takes
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+    places = places[order].repeat(-(-seen // len(places)))[:seen]  # each image as often as it takes
     few = dataclasses.replace(second, train=Split(second.train.images[places], second.train.labels[places]))
-    options = {"batch_size": batch_size, "augment": bench.recipe["augment"], "seed": seed}
-    training.fit(network, few, epochs=seen / len(places), learning_rate=learning_rate, loss=loss, **options)
+    options = {"batch_size": min(batch_size, seen), "augment": bench.recipe["augment"], "seed": seed}
+    training.fit(network, few, epochs=1, learning_rate=learning_rate, loss=loss, **options)
     return evaluation.accuracy(evaluation.predict(network, judges, normalize=second.normalize), judges.labels)
 
 
@@ -330,17 +332,20 @@ predictions.measured("fine-tuned minus from scratch, 10 labels a class (pp)", cu
 curve.rename_axis("labels a class").round(1)
 
 # %% [markdown]
-# **What would fool you.** A start can save two things: labels, and training. With the defaults each training is short.
-# A from-scratch rival with ten times the steps comes near here, since these images are easy: raise `seen` and look.
-# Whether a start saves *labels* shows only where the rival has converged. On photographs it often does
-# ([Kornblith et al., 2019](https://arxiv.org/abs/1805.08974)). With many images and a long training new weights come as
-# far ([He et al., 2019](https://arxiv.org/abs/1811.08883)).
+# **What it means.** With few labels and a short training it is worth a lot.
+#
+# **What would fool you.** A start can save two things: labels, and training. With the defaults each training is short, and
+# the nearest mean of pixels beats both. A from-scratch rival with ten times the steps comes near here, since these images
+# are easy: raise `seen` and look. Whether a start saves *labels* shows only where the rival has converged. On photographs
+# it often does; on some fine-grained tasks it hardly does ([Kornblith et al., 2019](https://arxiv.org/abs/1805.08974)). With
+# many images and a long training new weights come as far ([He et al., 2019](https://arxiv.org/abs/1811.08883), in
+# detection).
 #
 # ## 4 · Is a compressed network a worse start?
 #
 # Three ways to compress the first task's network, each as in its own notebook: rounded to 8 bits, the smallest 90 % of
-# the weights set to 0, three quarters of the MACs removed with their channels. None is trained again. Then all are
-# fine-tuned alike, here in floats.
+# the weights set to 0, three quarters of the MACs removed with their channels. None is trained again on the first task.
+# Then all are fine-tuned alike, here in floats: zeros may become weights again.
 #
 # *Predict*: which share of the dense start's gain over new weights is left to the start with 90 % zeros?
 
@@ -353,11 +358,11 @@ from nnc_utils.pruning import unstructured
 from nnc_utils.quantization import uniform
 
 scoring, truth = bench.sample(128)
-kept = unstructured.masks(unstructured.scores(network, "magnitude"), 0.9)
+masks = unstructured.masks(unstructured.scores(network, "magnitude"), 0.9)
 starts = {
     "dense": network,
     "8 bits": uniform.quantize_network(network, bits=8, per_channel=True),
-    "90 % zeros": batch_norm.reestimate(unstructured.masked(network, kept), scoring),
+    "90 % zeros": batch_norm.reestimate(unstructured.masked(network, masks), scoring),
     "channels, MACs ÷ 4": pipeline.prune(network, scoring, truth, macs=models.macs(network.spec) / 4),
 }
 
@@ -378,14 +383,14 @@ predictions.measured(
 table.assign(gain_pp=gain).rename(columns={"gain_pp": "gain over new weights (pp)"}).round(1)
 
 # %% [markdown]
-# **What it means.** Rounding to 8 bits changes weights by less than fine-tuning does: the start is nearly the same. What
-# is removed is gone, and the first task's accuracy does not tell whether the second task needed it: compare the two
-# columns. Average accuracy hides what a network lost
+# **What it means.** With 8 bits it is not: rounding changes weights by less than fine-tuning does. With channels removed
+# it is here. What is removed is gone, and the first task's accuracy does not tell whether the second task needed it:
+# compare the two columns. Average accuracy hides what a network lost
 # ([Hooker et al., 2019](https://arxiv.org/abs/1911.05248), on single classes).
 #
-# **What would fool you.** One seed. Twenty steps on fifty images end several points higher or lower with other images,
-# or from weights that differ in the last bit. A start that seems better than the dense one is most likely that. The full
-# benchmark has three seeds and longer trainings.
+# **What would fool you.** One seed. Twenty steps on fifty images end several percentage points higher or lower with other
+# images, or from weights that differ in the last bit. A start that seems better than the dense one is most likely that.
+# The full benchmark has three seeds and longer trainings.
 #
 # ## 5 · Can codes stay codes?
 #
@@ -394,7 +399,8 @@ table.assign(gain_pp=gain).rename(columns={"gain_pp": "gain over new weights (pp
 #
 # ### Exercise 9.4 · A rounded weight that learns
 #
-# The network sees $\text{scale} \cdot \operatorname{round}(w / \text{scale})$. `gradient(seen)` is the loss's gradient at
+# As in the quantization-aware training of [02](02_quantization.ipynb), the network sees
+# $\text{scale} \cdot \operatorname{round}(w / \text{scale})$. `gradient(seen)` is the loss's gradient at
 # the weight that the network sees. Take so many steps of SGD on the float weight *behind* the rounding, and return what
 # the network sees in the end. The given weight stays as it is.
 #
@@ -428,6 +434,9 @@ for _ in range(100):
 print(f"rounded after each of 100 steps: {[round(float(w), 1) for w in stuck]}")
 
 # %% [markdown]
+# The weights get near their goal, and those rounded after each step stay where they were. A goal between two codes is never
+# met: the weight swings between them.
+#
 # The package's parametrizations do the same. A file of codes loads with `trainable=True`: masks and quantizers are
 # attached, `fit` keeps them, and saving writes codes again. *Predict*: which share of the 8-bit codes changes in this
 # fine-tuning?
@@ -443,9 +452,9 @@ def codes(network):
     return torch.cat([encoding.encoded(network.get_submodule(name)).codes.flatten() for name in names])
 
 
-about = {"mean": first.mean, "std": first.std, "classes": first.classes}
+of_first = {"mean": first.mean, "std": first.std, "classes": first.classes}
 file = bench.path("lesson/int8.safetensors")
-artifact.save(starts["8 bits"], file, **about)
+artifact.save(starts["8 bits"], file, **of_first)
 rounded = with_new_head(artifact.load(file, trainable=True))
 was = codes(rounded)
 in_codes, in_floats = tune(rounded, labels), lines["8 bits"]["second task (%)"]
@@ -457,6 +466,8 @@ print(
 )
 
 # %% [markdown]
+# **What it means.** They can: about as accurate as in floats, in a file that is a quarter as large.
+#
 # ## 6 · How small is a second task?
 #
 # The device has the first task's file. What does the second one *add*? A new head alone: a kilobyte. Everything
@@ -525,9 +536,10 @@ for rank in (1, 2, 4, 8):
 figure, axes = plt.subplots(figsize=(6, 3.4))
 for (name, line), marker in zip(kept.items(), figures.MARKERS):
     axes.plot(list(line), list(line.values()), marker=marker, label=name)
-axes.set(xscale="log", xlabel="numbers stored", ylabel="share of ‖Δ‖² kept (%)", title="Which is simple?")
+axes.set(xscale="log", xlabel="numbers stored", ylabel="share of ‖Δ‖² kept (%)", title="Which keeps more?")
+axes.set_xticks(list(kept["low rank"]))
 axes.xaxis.set_major_formatter("{x:,.0f}")
-axes.xaxis.set_minor_formatter("")
+axes.minorticks_off()
 axes.legend()
 figures.show(figure, "Share of the difference kept against the numbers stored: of low rank, and sparse")
 
@@ -535,16 +547,16 @@ figures.show(figure, "Share of the difference kept against the numbers stored: o
 predictions.measured("share of ‖Δ‖² that rank 1 keeps (%)", next(iter(kept["low rank"].values())))
 
 # %% [markdown]
-# **What it means.** Where the lines lie close together, the difference is simple in neither way: half of the norm needs
-# thousands of numbers. But norm is not accuracy, and a file has entropy coding: a mask of 1 % costs a twelfth of a bit for
-# each weight, a code under a byte. The package stores sparse differences, and trains on after the choice of places: what
-# stays makes up for what went.
+# **What it means.** The lines lie close together, and neither is simple: half of the squared norm needs thousands of numbers.
+# But norm is not accuracy, and entropy coding makes places cheap: a mask of 1 % costs a twelfth of a bit for each weight, a
+# code under a byte. So the package stores sparse differences. It trains on after the choice of places, here as long again:
+# what stays makes up for what went.
 
 # %% tags=["machine-dependent"]
 from nnc_utils.transfer import delta
 
 base = bench.path("lesson/dense.safetensors")
-artifact.save(network, base, **about)
+artifact.save(network, base, **of_first)
 small = delta.sparse(network, first_tuned, share)
 by_hand = largest(torch.cat([d.flatten() for d in deltas]), round(share * sum(d.numel() for d in deltas)))
 stored = torch.cat([small.get_submodule(c.name).parametrizations.weight[0].values.flatten() for c in convs])
@@ -599,14 +611,14 @@ except delta.DeltaError as error:
     print(str(error).replace(f"{file.parent}/", ""))
 
 # %% [markdown]
-# **What would fool you.** Accuracy of the network in memory, before its difference was rounded and written. Here every
-# number of a difference is that of base and difference read back.
+# **What would fool you.** Accuracy of the network in memory, before its difference was rounded and written. In the
+# benchmark every accuracy of a difference is that of base and difference read back.
 #
 # ## Benchmark
 #
 # All trainings for the second task see as many images, of the same labelled ones. Each start is a file of the first task.
-# "kB added" is what the second task adds: a difference, a head, or a whole network. The difference in accuracy is that to
-# the dense start, all of it fine-tuned, with as many labels. Then a fresh process scores the test images of each file.
+# "kB added" is what the second task adds: a difference, a head, or a whole network. A fresh process scores the test images
+# of each file. The difference in accuracy is that to the uncompressed start, all of it fine-tuned, with as many labels.
 
 # %% tags=["benchmark"]
 candidates = bench.build(configurations + controls)
@@ -648,10 +660,10 @@ figures.show(
 # %% [markdown]
 # ## Summary
 #
-# - Early stages know most about other tasks. The last stage keeps what its own task needed.
+# - The last stage keeps what its own task needed. Of another task an earlier stage can know more.
 # - Frozen parameters are not a frozen network: batch-norm's statistics move in train mode.
-# - A start saves training always, and labels sometimes. The rival from new weights has to have converged.
-# - Rounding to 8 bits changes a start less than training does. What is pruned is gone, and the first task hides it.
+# - A start can save training and labels. It saves labels only where it beats new weights that have converged.
+# - Rounding to 8 bits changes a start less than training does. What is pruned is gone, and the first task's accuracy hides it.
 # - A second task is a small file on top of the first one's, if the file says which base it needs.
 #
 # <!-- numbers:begin -->
@@ -672,7 +684,7 @@ figures.show(
 # step or two. With equal epochs, more labels would also mean more training.</details>
 # <details><summary>4. With which normalization does the second task go through the network?</summary>With the first one's:
 # the weights were trained for inputs of that scale.</details>
-# <details><summary>5. A start gains 20 points after 20 steps and none after 2,000. What did it save?</summary>Training, and
+# <details><summary>5. A start gains 20 percentage points after 20 steps and none after 2,000. What did it save?</summary>Training, and
 # no labels: from new weights as few labels lead as far.</details>
 # <details><summary>6. Two compressed networks are as accurate on the first task. Are they equally good starts?</summary>Not
 # by that. Each kept what the first task needs; they may have lost different things that it does not need.</details>

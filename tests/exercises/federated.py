@@ -13,6 +13,10 @@ def summed(updates, images):
     return sum(update * count for update, count in zip(updates, images))
 
 
+def in_place_sum(updates, images):
+    return sum(update.mul_(count) for update, count in zip(updates, images)) / sum(images)
+
+
 def upper_or_lower(update, step, draws):
     """The lower whole number, and one more where the draw is below the fraction."""
     lower = torch.floor(update / step)
@@ -67,14 +71,14 @@ def mask(seed, count):
     return torch.randint(MODULUS, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def hidden(signs, *, codes=True, reduced=True, who=lambda client, other, clients: other != client):
+def hidden(signs, *, codes=True, reduced=True, one=False, who=lambda client, other, clients: other != client):
     """Masks with a sign each pair, of those that `who` names."""
 
     def hide(own, client, seeds):
         total = own.clone() if codes else torch.zeros_like(own)
         for other, seed in enumerate(seeds[client]):
             if who(client, other, len(seeds)):
-                total += signs(client, other) * mask(seed, len(own))
+                total += signs(client, other) * mask(seed, 1 if one else len(own))
         return total % MODULUS if reduced else total
 
     return hide
@@ -104,6 +108,7 @@ WRONG = {
         (lambda u, n: summed(u, [1 / (k or 1) for k in n]) / sum(1 / (k or 1) for k in n), "upside down"),
         (lambda u, n: summed(u, n[::-1]) / sum(n), "images / all images · update"),
         (lambda u, n: summed(u, [max(k, 1) for k in n]) / sum(max(k, 1) for k in n), "without images"),
+        (in_place_sum, "changed the updates"),
     ],
     "8.2": [
         (lambda u, s, d: torch.round(u / s), "draws do not count"),
@@ -119,6 +124,7 @@ WRONG = {
         (lambda u, s, d: torch.floor(u / s + 4 * d - 1.5), "Only the two whole numbers"),
         (lambda u, s, d: torch.floor(u * s + d), "The mean of the codes"),
         (lambda u, s, d: torch.floor(u / s + d).mean(0), "that of the update"),
+        (lambda u, s, d: torch.floor(u / s + torch.rand_like(d)), "draw nothing yourself"),
     ],
     "8.3": [
         (lambda u, k: to_a_mask(u, u.topk(k).indices), "with their signs"),
@@ -173,6 +179,7 @@ WRONG = {
         (hidden(lambda client, other: 1), "Both clients of a pair"),
         (hidden(first_adds, codes=False), "codes are missing"),
         (hidden(first_adds, reduced=False), "0 to 65,535"),
+        (hidden(first_adds, one=True), "one of its own"),
         (hidden(first_adds, who=lambda client, other, clients: True), "none with itself"),
         (hidden(first_adds, who=lambda client, other, clients: other == (client + 1) % clients), "*each*"),
         (lambda codes, client, seeds: hidden(first_adds)(codes, client, seeds)[:1], "a hidden code for each"),

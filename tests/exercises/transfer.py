@@ -20,7 +20,7 @@ def sums(features, labels, others):
     return torch.cdist(others, wrong).argmin(1)
 
 
-def step(mode="eval", moved=("fc",), sign=1.0, reduction="mean", clear=True, bias=True):
+def step(mode="eval", moved=("fc",), sign=1.0, reduction="mean", clear=True, bias=1.0):
     """A step of SGD, with its mistakes as options."""
 
     def head_step(network, inputs, labels, rate):
@@ -31,8 +31,8 @@ def step(mode="eval", moved=("fc",), sign=1.0, reduction="mean", clear=True, bia
         loss.backward()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                if name.startswith(moved) and (bias or not name.endswith("bias")):
-                    parameter -= sign * rate * parameter.grad
+                if name.startswith(moved):
+                    parameter -= sign * rate * (bias if name.endswith("bias") else 1) * parameter.grad
 
     return head_step
 
@@ -139,10 +139,10 @@ def trusting(weight, difference):
     return flat.view(weight.shape)
 
 
-def checked(how):
+def checked(how, error=ValueError):
     def second(weight, difference):
         if not is_its_base(weight, difference):
-            raise ValueError("this difference is to another weight")
+            raise error("this difference is to another weight")
         return how(weight, difference)
 
     return second
@@ -181,17 +181,17 @@ WRONG = {
         (lambda x, y, z: y[torch.cdist(z, x).argmin(1)], "nearest image's class"),
         (lambda x, y, z: (z @ means(x, y).T).argmax(1), "favours long means"),
         (sums, "number of all images"),
-        (lambda x, y, z: torch.zeros(len(z)), "The class of the nearest mean"),
+        (lambda x, y, z: torch.cdist(z, means(x, y), p=1).argmin(1), "The class of the nearest mean"),
     ],
     "9.3": [
         (step("train"), "new statistics"),
         (step(moved=("fc", "conv")), "The body has moved"),
         (lambda *given: None, "The head has not moved"),
-        (step(bias=False), "The head's bias"),
+        (step(bias=0), "The head's bias"),
         (step(sign=-1), "That step climbs"),
         (in_train_mode_with_statistics_restored, "that of train mode"),
         (step(reduction="sum"), "the summed loss"),
-        (step(sign=2), "One step of SGD"),
+        (step(bias=2), "One step of SGD"),
         (step(clear=False), "still there"),
     ],
     "9.1": [
@@ -231,6 +231,7 @@ WRONG = {
         (checked(added_in_place), "has changed"),
         (trusting, "not its own"),
         (silent, "in words"),
+        (checked(trusting, AssertionError), "raise a ValueError"),
         (checked(lambda w, d: trusting(w, d) + 1), "with the values added"),
     ],
 }

@@ -35,15 +35,15 @@ def _lines(solution: str) -> str:
 def student(notebook: NotebookNode) -> NotebookNode:
     """A notebook to work in: without solutions, and without the outputs that answer a question.
 
-    Those are the outputs of exercises, of their checkers, and of the cells behind a text that says "Predict".
-    All others stay: they are what is to be expected.
+    Those are the outputs of exercises, of their checkers, of the cells behind a text that says "Predict",
+    and of those that show how near a prediction was. All others stay: they are what is to be expected.
     """
     notebook = copy.deepcopy(notebook)
     is_asked = False
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             is_asked = "*Predict" in cell.source
-        elif is_asked:
+        elif is_asked or re.search(r"predictions\.(measured|show)\(", cell.source):
             cell.outputs, cell.execution_count = [], None
     for cell, checker in zip(notebook.cells, notebook.cells[1:]):
         if "exercise" in cell.metadata.get("tags", []):

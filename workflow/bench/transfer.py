@@ -86,14 +86,10 @@ class TransferBench(Bench):
     def show(self, table: pd.DataFrame) -> pd.DataFrame:
         """Accuracy, the difference to the uncompressed start, and the bytes that the second task adds."""
         told = rows.with_settings(table)
-        return pd.DataFrame(
-            {
-                "configuration": told["title"],
-                "accuracy (%)": told["accuracy"].round(2),
-                "difference (pp) [95 %]": [rows.interval_text(row) for _, row in told.iterrows()],
-                "kB added": (told["artifact_bytes"] / 1000).round(1),
-            }
-        ).set_index("configuration")
+        columns = {"configuration": told["title"], "accuracy (%)": told["accuracy"].round(2)}
+        columns["difference (pp) [95 %]"] = [rows.interval_text(row) for _, row in told.iterrows()]
+        columns["kB added"] = (told["artifact_bytes"] / 1000).round(1)
+        return pd.DataFrame(columns).set_index("configuration")
 
     def figure(self, table: pd.DataFrame) -> Figure:
         """Accuracy against the bytes that the second task adds, a colour a start, a marker a training."""
@@ -111,6 +107,8 @@ class TransferBench(Bench):
         for train in dict.fromkeys(told["setting.train"]):
             axes.plot([], [], markers[train], color="grey", label=TRAINED[train])
         axes.set(xscale="log", xlabel="kB that the second task adds", ylabel="test accuracy (%)")
+        axes.set_title("What do more bytes buy?")
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=8)
         return figure
 
