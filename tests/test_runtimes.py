@@ -12,6 +12,7 @@ from small_networks import ODD, PLAIN, POOLED, images, network, quantized, saved
 
 from nnc_utils import artifact, models, provenance, runtimes
 from nnc_utils.models import BlockSpec, Spec
+from nnc_utils.quantization import activations, uniform
 from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes import worker as worker_module
 from nnc_utils.runtimes.children import ChildError
@@ -133,6 +134,26 @@ def test_other_networks_run_in_integers_too(name, spec, tmp_path):
         eager = artifact.network(stored)(pictures).numpy()
     # a rounding that falls on the other side moves on through the layers
     assert np.abs(found - eager).max() < 0.005 * len(models.layers(spec)) * np.abs(eager).max()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "executorch"])
+def test_channels_of_zeros_run_in_integers(name, tmp_path):
+    """Their batch-norm has seen nothing but zeros since they were pruned, and divides by √ε."""
+    if why := runtimes.available(name, "int8"):
+        pytest.skip(why)
+    model = network(TINY)
+    block = model.layer1[0]
+    for channel, bias in ((3, 0.5), (4, 0.0)):
+        block.conv1.weight.data[channel] = 0
+        block.bn1.running_mean[channel] = block.bn1.running_var[channel] = 0
+        block.bn1.weight.data[channel], block.bn1.bias.data[channel] = 1, bias
+    model = uniform.quantize_network(model, bits=7, per_channel=True)
+    stored = saved(activations.calibrate(model, images(TINY, 128)), tmp_path / "a.safetensors")
+    pictures = images(TINY, 66)
+    with torch.inference_mode():
+        eager = artifact.network(stored)(pictures).numpy()
+    found = runtimes.prepare(name, stored, "int8", 1).predict(pictures.numpy())
+    assert np.abs(found - eager).max() < 0.05 * np.abs(eager).max()
 
 
 def test_executorch_sessions_of_several_numbers_of_threads_take_turns(opened):

@@ -193,8 +193,10 @@ def _integers(weight: encoding.Encoding, factor: Tensor, bias: Tensor, input_sca
         values = encoding.decode(weight).double()
         scale = values.flatten(1).abs().amax(1) / 127
         codes = (values / _column(scale.clamp(min=SMALLEST_SCALE), values)).round()
+    # Codes of 0 mean 0 at any scale, but XNNPACK refuses one of 256 steps of the output, which 1 can become.
+    scale = scale.where(codes.flatten(1).any(1), 0)
     codes, folded = codes * _column(factor.sign(), codes), scale * factor.abs()
-    # A channel with γ≈0 carries only its bias: its scale grows until the bias fits, its codes shrink.
+    # A channel of 0, or with γ≈0, carries only its bias: its scale grows until that fits, its codes shrink.
     fitting = torch.maximum(folded, bias.abs() / (input_scale * BIAS_LIMIT)).clamp(min=SMALLEST_SCALE)
     codes = (codes * _column(folded / fitting, codes)).round()
     fitting = fitting.float()
