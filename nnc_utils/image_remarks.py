@@ -15,6 +15,9 @@ from nnc_utils.image_files import HELD_OUT, some
 FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
 OUTLINE = 16  # pixels of the grey images by which copies of another size or encoding are found
 COPY = 0.998  # correlation of their outlines; Fashion-MNIST's first 1,000 test images have none in train
+TINTS = 4  # pixels of the colours by which drawings of one shape in two colours are told apart
+SAME_COLOURS = 0.9  # correlation of these; JPEG, resizing and 5 % more light leave 0.95 and more
+GREY = 4  # of 255: an image whose colours are closer to grey may be a copy of one in colours
 MOSTLY = 0.8  # share of one class in the test images from which accuracy says little
 AT_ONCE = 256  # images that are compared with all others at a time
 
@@ -71,13 +74,16 @@ def _identical(images: list[Read]) -> list[str]:
 def _copies(images: list[Read]) -> list[str]:
     """Images of test and validation that are in another split, too, in another size or encoding."""
     outlines = np.stack([_outline(image.pixels) for image in images])
+    tints = np.stack([_tint(image.pixels) for image in images])
+    coloured = tints.any(1)
     splits = np.array([image.split for image in images])
     pairs = []
     for which in HELD_OUT:
         own, others = (np.flatnonzero(there) for there in (splits == which, splits != which))
-        theirs = outlines[others].T
         for some_own in np.split(own, range(AT_ONCE, len(own), AT_ONCE)):
-            correlation = outlines[some_own] @ theirs
+            correlation = outlines[some_own] @ outlines[others].T
+            differ = tints[some_own] @ tints[others].T < SAME_COLOURS
+            correlation[differ & coloured[some_own, None] & coloured[others]] = 0
             nearest = others[correlation.argmax(1)]
             for image, other, most in zip(some_own, nearest, correlation.max(1)):
                 pairs += [(images[image].file, images[other].file)] if most > COPY else []
@@ -96,6 +102,15 @@ def _outline(pixels: np.ndarray) -> np.ndarray:
     values = np.asarray(image.resize((OUTLINE, OUTLINE), Image.Resampling.BOX), np.float32).ravel()
     values -= values.mean()
     return values / max(float(np.linalg.norm(values)), 1.0)
+
+
+def _tint(pixels: np.ndarray) -> np.ndarray:
+    """What a tiny image differs from grey by, as a vector of length 1 (0 where that is next to nothing)."""
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("RGB")
+    values = np.asarray(image.resize((TINTS, TINTS), Image.Resampling.BOX), np.float32)
+    values = (values - values.mean(2, keepdims=True)).ravel()
+    length = float(np.linalg.norm(values))
+    return values / length if length > GREY * len(values) ** 0.5 else np.zeros_like(values)
 
 
 def _lost(images: list[Read]) -> list[str]:

@@ -4,12 +4,18 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageEnhance
 from test_images import fill, grey, load
 
 from nnc_utils import data, image_remarks
 
 TWO = ("cat", "dog")
+COPIED = {
+    "recoded": lambda image: image,
+    "smaller": lambda image: image.resize((40, 40)),
+    "grey": lambda image: image.convert("L"),
+    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.05),
+}
 
 
 def told(root, size=16):
@@ -22,6 +28,13 @@ def photo(seed, size=(64, 64)):
     """Smooth colours, as photographs have."""
     corners = np.random.RandomState(seed).randint(0, 256, (6, 6, 3)).astype(np.uint8)
     return Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
+
+
+def drawing(colour):
+    """One shape in the same place."""
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).ellipse((14, 16, 50, 52), fill=colour)
+    return image
 
 
 def keep(root, images, suffix=".png", **options):
@@ -37,13 +50,19 @@ def test_of_a_plain_folder_nothing_is_told(tmp_path):
     assert told(tmp_path) == ""
 
 
-@pytest.mark.parametrize("how", ["recoded", "smaller", "grey"])
+def test_drawings_of_one_shape_in_other_colours_are_no_copies_but_theirs_are(tmp_path):
+    keep(tmp_path / "train", map(drawing, ("crimson", "seagreen", "royalblue", "orchid")))
+    keep(tmp_path / "test", map(drawing, ("teal", "goldenrod")))
+    assert told(tmp_path) == ""
+    keep(tmp_path / "test", [COPIED[how](drawing("seagreen")) for how in COPIED], ".jpg", quality=50)
+    assert "nearly identical images in two splits: 4, such as" in told(tmp_path)
+
+
+@pytest.mark.parametrize("how", COPIED)
 def test_copies_across_splits_are_told(tmp_path, how):
     images = [photo(seed) for seed in range(20)]
     keep(tmp_path / "train", images)
-    copies = [image.resize((40, 40)) if how == "smaller" else image for image in images[:6]]
-    copies = [image.convert("L") for image in copies] if how == "grey" else copies
-    keep(tmp_path / "test", copies, ".jpg", quality=50)
+    keep(tmp_path / "test", map(COPIED[how], images[:6]), ".jpg", quality=50)
     keep(tmp_path / "test" / "cat", [photo(99)])
     remark = told(tmp_path)
     assert "nearly identical images in two splits: 6, such as " in remark
