@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from nnc_utils import artifact as artifacts
 from nnc_utils import images, runtimes, web
 from nnc_utils.artifact import ArtifactError
@@ -45,7 +47,7 @@ def export(path: str | Path, *, to: str, out: str | Path, precision: str = "") -
     out : the file to write, with the suffix of the target: .onnx, .xml (its weights go into a .bin
         beside it) or .pte.
     precision : "fp32", or "int8" for an artifact with activation ranges; unless given int8 where that
-        is possible. The int8 network is loaded once, to see that it runs in integers.
+        is possible. The network runs once, to see that it does, and an int8 one in integers.
 
     Raises
     ------
@@ -78,9 +80,11 @@ def export(path: str | Path, *, to: str, out: str | Path, precision: str = "") -
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         try:
             file = runtimes.convert(runtime, Path(path), precision, Path(scratch))
+            session, spec = module.load(file, precision, 1), network.spec
             if precision == "int8":
-                counts = module.load(file, precision, 1).integer_operators
-                qdq.check_integer(network.spec, counts, module.INTEGER)
+                qdq.check_integer(spec, session.integer_operators, module.INTEGER)
+            # XNNPACK refuses what it has no kernel for only now
+            session.predict(np.zeros((1, spec.channels, spec.size, spec.size), np.float32))
         except (qdq.LoweringError, RuntimeError, ImportError) as error:
             raise ExportError(f"{path} as {precision} for {to}: {error}") from None
         written = [out.with_suffix(part.suffix) for part in runtimes.files(runtime, file)]

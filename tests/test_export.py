@@ -157,6 +157,18 @@ def test_what_cannot_be_exported_is_said_in_one_line(change, said, tmp_path, cap
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_a_file_that_a_runtime_loads_but_does_not_run_is_not_left(tmp_path, monkeypatch):
+    saved(network(PLAIN), tmp_path / "a.safetensors")
+
+    def refused(*_):
+        raise RuntimeError("error: 0x1")
+
+    monkeypatch.setattr(runtimes.adapter("onnxruntime").OnnxRuntimeSession, "predict", refused)
+    with pytest.raises(export.ExportError, match="as fp32 for onnx: error: 0x1"):
+        export.export(tmp_path / "a.safetensors", to="onnx", out=tmp_path / "net.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runtimes, "available", lambda *_: "not installed")
     with pytest.raises(export.ExportError, match="onnx needs onnxruntime: not installed .*--peers"):
