@@ -122,6 +122,12 @@ def test_the_test_images_say_yes_no_or_how_many_would_be_needed():
     assert "cannot tell" in own_goal.can_tell(0, -6.25, 6.25, 48)
 
 
+def test_that_the_uncompressed_network_only_guesses_is_told_first(asked):
+    told = own_result.verdict(asked, OFFERS[0], 50.0)
+    assert told[0].startswith("Beware: the uncompressed network is right on 50.00 %") and len(told) == 2
+    assert own_result.verdict(asked, OFFERS[0], 75.0) == own_goal.verdict(asked.goal, OFFERS[0], 4)
+
+
 # --- Before any work -----------------------------------------------------------------------------------
 
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from result_files import edit
 
 from bench import tables
@@ -118,3 +120,15 @@ def test_the_smallest_claim_is_named_or_else_the_nearest():
     assert tables.smallest_claim(summary)["size_ratio"] == 160.0
     assert tables.smallest_claim(summary.assign(headline=0))["size_ratio"] == 100.0
     assert tables.smallest_claim(summary.head(0)) is None
+
+
+@pytest.mark.parametrize("accuracy, told", [(75, True), (75.1, False)])
+def test_a_baseline_that_only_guesses_is_told_to_who_builds_on_it(accuracy, told, capsys):
+    labels = torch.tensor([1, 0, 1, 1], dtype=torch.uint8)
+    assert ("always naming the same class on 75.00 %" in tables.guessing(accuracy, labels)) is told
+    row = SimpleNamespace(technique="baseline", accuracy=accuracy)
+    extra = SimpleNamespace(images={"test": "abc"})
+    run = SimpleNamespace(record=SimpleNamespace(extra=extra), compression=[row], run="01")
+    split = SimpleNamespace(test=SimpleNamespace(labels=labels), digests=lambda: extra.images)
+    tables.Run.check_images(run, SimpleNamespace(images=split))
+    assert ("cannot lose what it has not learned" in capsys.readouterr().out) is told

@@ -317,6 +317,8 @@ right.set(title="Does accuracy still rise?", xlabel="epoch", ylabel="validation 
 figures.show(figure, "Training loss falling and validation accuracy rising with the epochs")
 rise = curve["validation"].iloc[-1] - curve["validation"].iloc[-max(2, len(curve) // 5) :].iloc[0]
 verdict = "has converged" if abs(rise) <= 0.5 else "has not converged: train longer"
+if (one := 100 / len(images.validation)) > 0.5:
+    verdict = f"may have converged or not, since one of {len(images.validation)} images is {one:.1f} pp"
 print(f"over the last fifth of the epochs accuracy changed by {rise:+.2f} pp: the network {verdict}")
 
 # %% [markdown]
@@ -463,11 +465,14 @@ print(f"validation {seen:.2f} %: on {n:,} test images the interval will be ±{pr
 rows = bench.measure(bench.build([Train()]))
 
 # %% tags=["machine-dependent"]
+from bench.tables import guessing
+
 row = rows.iloc[0]
 half = half_width(row["accuracy"], row["total"])
 right, total = int(row["correct"]), int(row["total"])
 print(f"test {row['accuracy']:.2f} % ({right:,} of {total:,} right), 95 % interval ±{half:.2f} pp")
 print(f"predicted ±{predicted_half:.2f} pp, ratio {half / max(predicted_half, 1e-9):.2f}")
+print(guessing(row["accuracy"], images.test.labels) or "that is more than always naming the same class")
 
 # %% [markdown]
 # **What it means.** Two networks that are measured on *different* images cannot be told apart within this interval.

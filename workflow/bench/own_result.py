@@ -19,7 +19,7 @@ from bench.committed import FASTEST, Tables
 from bench.own_goal import Offer
 from bench.publish import publish
 from bench.report import factor
-from bench.tables import Run, read_run
+from bench.tables import Run, guessing, read_run
 from nnc_utils import artifact, evaluation, export, figures
 from nnc_utils.data import Data
 from nnc_utils.devices import exact_device
@@ -44,7 +44,7 @@ def write(asked: Asked, folders: list[Path]) -> str:
     offers = [_offer(tables, row, _file(runs, row["artifact_sha256"]), asked, reference) for row in own]
     offer = own_goal.best(asked.goal, offers)
     draw(points, tables, offer, asked.out / "figures/own.png")
-    told = own_goal.verdict(asked.goal, offer, len(asked.images.validation))
+    told = verdict(asked, offer, reference)
     if asked.goal.points is not None:
         row = tables.compression.set_index("artifact_sha256").loc[offer.sha256]
         interval = row["delta_ci_low"], row["delta_ci_high"]
@@ -89,6 +89,13 @@ def _validated(path: Path, images: Data) -> float:
     about = {"normalize": images.normalize, "device": exact_device()}
     predicted = evaluation.predict(artifact.load(path), images.validation, **about)
     return evaluation.accuracy(predicted, images.validation.labels)
+
+
+def verdict(asked: Asked, offer: Offer, reference: float) -> list[str]:
+    """What answers the goal; first of all, where the uncompressed network, the reference, only guesses."""
+    labels = asked.images.validation.labels
+    told = [f"Beware: {only}."] if (only := guessing(reference, labels)) else []
+    return told + own_goal.verdict(asked.goal, offer, len(labels))
 
 
 # --- Table and figure -----------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from nnc_utils.rows import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 KEY = ["dataset", "technique", "method", "settings", "control"]  # what the seeds of a configuration share
 
@@ -129,7 +130,7 @@ class Run:
         return bool(self.compression or self.latency or extra.search or extra.latency or extra.failures)
 
     def check_images(self, bench: Any) -> None:
-        """ResultError, if `bench.images`, own images, are no longer those that the run saw."""
+        """ResultError, if `bench.images`, own images, are not those that the run saw. Tells of guessing."""
         saw = self.record.extra.images
         now = bench.images.digests() if saw else {}
         if differ := ", ".join(which for which in saw if saw[which] != now[which]):
@@ -137,6 +138,9 @@ class Run:
                 f"{self.run} in {self.folder} saw other {differ} images than {self.dataset} has now: run it "
                 "again, and what builds on it, or put the folder back as it was"
             )
+        for row in self.compression if saw else ():
+            if row.technique == "baseline" and (told := guessing(row.accuracy, bench.images.test.labels)):
+                print(f"{self.run}: {told}")
 
     def with_changes(self, **fields: Any) -> Run:
         """The same run with these fields of its record in place of its own."""
@@ -239,6 +243,18 @@ def artifact_name(sha256: str) -> str:
 def key_of(row: CompressionRow | LatencyRow) -> tuple:
     """What rows of several seeds, and of several runtimes, share: `KEY`."""
     return tuple(getattr(row, column) for column in KEY)
+
+
+def guessing(accuracy: float, labels: Tensor) -> str:
+    """Says where an accuracy in percent is no more than naming always the same class gives; else empty."""
+    always = 100 * int(labels.int().bincount().max()) / len(labels)
+    if accuracy > always:
+        return ""
+    return (
+        f"the uncompressed network is right on {accuracy:.2f} % of the images, always naming the same class "
+        f"on {always:.2f} %. Compressing cannot lose what it has not learned: train it longer or on more "
+        "images"
+    )
 
 
 def smallest_claim(summary: pd.DataFrame) -> pd.Series | None:
