@@ -9,9 +9,11 @@ import subprocess
 import symtable
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupytext
 import nbformat
+import pandas
 import papermill
 import pytest
 
@@ -214,3 +216,14 @@ def test_one_configuration_has_one_result_in_all_notebooks():
                 continue
             assert known.setdefault(title, accuracy) == accuracy, f"{title} in {path.stem}"
     assert len(known) >= 10
+
+
+@pytest.mark.parametrize(
+    "count, says", [(4, "one of 4 images is 25.0 pp"), (200, "the network has converged")]
+)
+def test_01_claims_convergence_only_with_enough_validation_images(count, says, capsys):
+    source = (ROOT / "notebooks/src/01_baseline.py").read_text(encoding="utf-8")
+    cell = source[source.index("rise = curve") :].partition("\n\n")[0]
+    curve = pandas.DataFrame({"validation": [50.0] * 8})
+    exec(cell, {"curve": curve, "images": SimpleNamespace(validation=range(count))})
+    assert says in capsys.readouterr().out
