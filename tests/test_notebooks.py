@@ -218,6 +218,24 @@ def test_one_configuration_has_one_result_in_all_notebooks():
     assert len(known) >= 10
 
 
+def test_03_names_who_is_ahead_only_where_its_images_can_tell(capsys):
+    source = (ROOT / "notebooks/src/03_pruning.py").read_text(encoding="utf-8")
+    compared = source[source.index("bound = ") :].partition("\n\n\nfor number")[0]
+    tuned = source[source.index("before, *after") :].partition("pd.Series")[0]
+    for count, winner, effect in (
+        (4, "these images cannot tell", "cannot be told"),
+        (200, "OBD and Taylor", "helps"),
+    ):
+        known = {
+            "images": SimpleNamespace(validation=range(count)),
+            "table": {"before": 50, "a": 52, "b": 75},
+        }
+        exec(compared, known)
+        assert known["ahead"]({"OBD": 75, "Taylor": 74, "magnitude": 50}) == winner
+        exec(tuned, known)
+        assert capsys.readouterr().out.count(f"peak {effect}") == 2
+
+
 @pytest.mark.parametrize(
     "count, says", [(4, "one of 4 images is 25.0 pp"), (200, "the network has converged")]
 )
