@@ -4,8 +4,10 @@
 #   Q8_0, with 8 bits, is closer than Q4_0, with 4.
 # Seen: from a standard deviation of about 1e-5 down Q8_0 is worse than Q4_0. A scale is stored as a half-precision
 #   number: the largest weight over 127 in Q8_0, over 8 in Q4_0. Below 6e-8 it becomes 0. At 1e-6 the 8-bit tensor is
-#   all but zeros, the 4-bit one 11 % away. The error begins to grow at 1e-4, where the scales become subnormal. No message.
-# Where it shows: matrices of small numbers: updates of weights, low-rank factors, gradients, layers behind a large scale.
+#   all but zeros, the 4-bit one 11 % away. The error begins to grow at 1e-4, where the scales become subnormal. No
+#   message.
+# Where it shows: matrices of small numbers: updates of weights, low-rank factors, gradients, layers behind a large
+#   scale.
 # Fails where gguf behaves otherwise.
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
@@ -31,7 +33,9 @@ print("gguf", version("gguf"))
 errors = {}
 for size in (1, 1e-2, 1e-4, 1e-5, 1e-6):
     errors[size] = [error(size, kind) for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0)]
-    print(f"standard deviation {size:g}: relative error {errors[size][0]:.2%} with Q8_0, {errors[size][1]:.2%} with Q4_0")
+    print(
+        f"standard deviation {size:g}: relative error {errors[size][0]:.2%} with Q8_0, {errors[size][1]:.2%} with Q4_0"
+    )
 assert errors[1][0] < 0.006 and errors[1e-2][0] < 0.006, "another error than was seen"
 assert errors[1e-4][0] > 1.8 * errors[1][0], "Q8_0 is as good with small weights now"
 assert errors[1e-5][0] > errors[1e-5][1] and errors[1e-6][0] > 0.9 > 0.2 > errors[1e-6][1], "8 bits win now"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# onnxruntime 1.32.0, CPU: two pairs of QuantizeLinear and DequantizeLinear in a row, the first with a step of 0.1, the
-# second with one of 0.003.
-# Expected: what ONNX defines, whatever the level of optimization: values on the first grid, rounded to the second. 9 of
-#   them in the second one's range.
-# Seen: from ORT_ENABLE_BASIC on the two become one pair with the finer step, and values come out that the first quantizer
-#   cannot put out; nearly all of the inputs used. No message. In the other order, too: rounded to 0.003 and then to 0.1,
-#   the values come out in steps of 0.003.
-# Where it shows: activations of fewer bits simulated in an 8-bit graph (a coarse scale), followed by the quantizer of the
-#   next layer or of a branch: the accuracy measured is that of the finer one.
+# onnxruntime 1.32.0, CPU: two pairs of QuantizeLinear and DequantizeLinear in a row, the first with a step of 0.1,
+# the second with one of 0.003.
+# Expected: what ONNX defines, whatever the level of optimization: values on the first grid, rounded to the second. 9
+#   of them in the second one's range.
+# Seen: from ORT_ENABLE_BASIC on the two become one pair with the finer step, and values come out that the first
+#   quantizer cannot put out; nearly all of the inputs used. No message. In the other order, too: rounded to 0.003 and
+#   then to 0.1, the values come out in steps of 0.003.
+# Where it shows: activations of fewer bits simulated in an 8-bit graph (a coarse scale), followed by the quantizer of
+#   the next layer or of a branch: the accuracy measured is that of the finer one.
 # Fails where onnxruntime behaves otherwise.
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
@@ -51,7 +51,7 @@ for steps in ((0.1, 0.003), (0.003, 0.1)):
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"):
         output = run(model, getattr(GraphOptimizationLevel, level))
         count, far = len(np.unique(output)), np.abs(output - defined).max()
-        print(f"steps {steps}, {level}: {count} values, at most {far:.3f} from the reference ({len(np.unique(defined))} values)")
+        print(f"steps {steps}, {level}: {count} values, at most {far:.3f} from the reference's {len(np.unique(defined))}")
         if level == "ORT_DISABLE_ALL":
             assert far < 1e-6, "without optimizations it is another network, too"
         else:

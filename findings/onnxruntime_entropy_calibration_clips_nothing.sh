@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # onnxruntime 1.32.0: quantize_static(calibrate_method=CalibrationMethod.Entropy) on activations with rare outliers.
-# Expected: KL-divergence calibration, as in the slides that its source cites (128 levels out of 2048 bins): a threshold
-#   far below the largest value, so that the bulk gets a fine scale.
-# Seen: the scale and zero point of MinMax, to the last bit, for each distribution tried. The histogram has 128 bins and
-#   is merged into 128 levels, so the search over thresholds has one candidate, the whole range. The calibrator itself
-#   takes num_bins, and with 512 it clips; quantize_static has no option that reaches it.
+# Expected: KL-divergence calibration, as in the slides that its source cites (128 levels out of 2048 bins): a
+#   threshold far below the largest value, so that the bulk gets a fine scale.
+# Seen: the scale and zero point of MinMax, to the last bit, for each distribution tried. The histogram has 128 bins
+#   and is merged into 128 levels, so the search over thresholds has one candidate, the whole range. The calibrator
+#   itself takes num_bins, and with 512 it clips; quantize_static has no option that reaches it.
 # Where it shows: "entropy calibration does not help this network". It was not tried.
 # Fails where onnxruntime behaves otherwise.
 set -euo pipefail
@@ -45,7 +45,10 @@ class Reader(quantization.CalibrationDataReader):
 
 
 weight = random.normal(size=(VALUES, 2)).astype(np.float32)
-ends = [[helper.make_tensor_value_info(*end)] for end in (("x", TensorProto.FLOAT, [1, VALUES]), ("y", TensorProto.FLOAT, [1, 2]))]
+ends = [
+    [helper.make_tensor_value_info(*end)]
+    for end in (("x", TensorProto.FLOAT, [1, VALUES]), ("y", TensorProto.FLOAT, [1, 2]))
+]
 graph = helper.make_graph(
     [helper.make_node("MatMul", ["x", "w"], ["y"])], "net", *ends, [numpy_helper.from_array(weight, "w")]
 )
@@ -62,14 +65,19 @@ def scale_and_zero_point(activations, method):
 def upper_threshold(activations, bins):
     with contextlib.redirect_stdout(io.StringIO()):
         options = {"num_bins": bins}
-        calibrator = calibrate.create_calibrator("float.onnx", calibrate_method=CalibrationMethod.Entropy, extra_options=options)
+        calibrator = calibrate.create_calibrator(
+            "float.onnx", calibrate_method=CalibrationMethod.Entropy, extra_options=options
+        )
         calibrator.collect_data(Reader(activations))
         return calibrator.compute_data()["x"].range_value[1].item()
 
 
 print("onnxruntime", onnxruntime.__version__)
 for name, activations in distributions.items():
-    seen = {method.name: scale_and_zero_point(activations, method) for method in (CalibrationMethod.MinMax, CalibrationMethod.Entropy)}
+    seen = {
+        method.name: scale_and_zero_point(activations, method)
+        for method in (CalibrationMethod.MinMax, CalibrationMethod.Entropy)
+    }
     print(f"{name}: largest value {activations.max():.1f}, scale and zero point {seen}")
     assert seen["Entropy"] == seen["MinMax"], "entropy clips now"
 for bins, clips in ((128, False), (512, True)):
