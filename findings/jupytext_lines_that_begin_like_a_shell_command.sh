@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# jupytext 1.19.6: notebooks paired with scripts (py:percent), and a line that begins with copy, cat, cp, ls, echo or the
-# name of another shell command.
+# jupytext 1.19.6: notebooks paired with scripts (py:percent), and a line that begins with copy, cat, cp, ls, echo or
+# the name of another shell command.
 # Expected: magic commands (%time, !pip) are commented out in the script, code stays code and comments stay comments.
-#   jupytext's own comment in the source says: not where an equal sign or a parenthesis follows.
 # Seen: "ls += [16]" becomes a comment, "ls = [8]" does not. The notebook prints two layer sizes, the script one. Both
 #   directions are fooled: in a script, the comment "# copy the teacher's weights" becomes a line of code of the
 #   notebook, which is none. Through jupytext and back all is as before, so that no round-trip test finds it.
