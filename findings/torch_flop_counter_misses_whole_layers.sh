@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# torch 2.14.1, CPU: torch.utils.flop_counter.FlopCounterMode around the forward pass of layers that torch itself offers.
-# Expected: two operations for each multiplication and addition of the matrix products, whatever the mode: a network computes the
-#   same in training and in evaluation. GRU and Linear are counted so.
-# Seen: nn.LSTM counts 0, where a GRU of the same size counts all. nn.TransformerEncoderLayer counts its projections in training,
-#   and 0 in evaluation without gradients, where it runs as one fused operator. The two products of attention count in no
-#   mode: the operator that scaled_dot_product_attention takes on a CPU has no formula. No warning that anything is left out.
-# Where it shows: "the teacher costs nothing"; costs of a search over layers that are mixed of counted and uncounted ones.
+# torch 2.14.1, CPU: torch.utils.flop_counter.FlopCounterMode around the forward pass of layers that torch itself
+# offers.
+# Expected: two operations for each multiplication and addition of the matrix products, whatever the mode: a network
+#   computes the same in training and in evaluation. GRU and Linear are counted so.
+# Seen: nn.LSTM counts 0, where a GRU of the same size counts all. nn.TransformerEncoderLayer counts its projections
+#   in training, and 0 in evaluation without gradients, where it runs as one fused operator. The two products of
+#   attention count in no mode: the operator that scaled_dot_product_attention takes on a CPU has no formula. No
+#   warning that anything is left out.
+# Where it shows: "the teacher costs nothing"; costs of a search over layers that are mixed of counted and uncounted
+#   ones.
 # Fails where torch behaves otherwise.
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
