@@ -110,6 +110,17 @@ def bypassed(model: onnx.ModelProto, *tensors: str) -> onnx.ModelProto:
     return model
 
 
+def with_float_weight(model: onnx.ModelProto, layer: str) -> onnx.ModelProto:
+    """One layer's weight as it was before it was quantized."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    (pair,) = [n for n in model.graph.node if n.input[0] == f"{layer}.weight_quantized"]
+    codes, scale = (numpy_helper.to_array(stored[name]) for name in pair.input[:2])
+    weight = codes * scale.reshape(-1, *[1] * (codes.ndim - 1))
+    model.graph.initializer.append(numpy_helper.from_array(weight, pair.output[0]))
+    model.graph.node.remove(pair)
+    return model
+
+
 def with_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     model.graph.output.append(_value(name, WIDTH, SIZE, SIZE))
     return model

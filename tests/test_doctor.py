@@ -43,6 +43,11 @@ def float_bias(folder):
     return made.bypassed(made.static(made.network(), folder, **settings), "logits_QuantizeLinear_Input")
 
 
+def float_weight(folder):
+    settings = made.UNSIGNED | {"extra_options": {"QuantizeBias": False}}
+    return made.with_float_weight(made.static(made.network(), folder, **settings), "conv3")
+
+
 def quantized_bias(folder):
     return made.bypassed(healthy(folder), "logits_QuantizeLinear_Input")
 
@@ -119,6 +124,7 @@ CASES = {
         healthy,
         {},
     ),
+    "weights-rounded-on-loading": (float_weight, {"conv3"}, healthy, {}),
     "signed-dynamic-weights": (
         lambda folder: made.dynamic(made.network(), folder),
         {*(f"{name}_quant" for name in made.CONVOLUTIONS), "fc_MatMul_quant"},
@@ -172,6 +178,13 @@ def test_and_is_silent_without(rule, tmp_path):
     report = examined(well(tmp_path), tmp_path, entries)
     assert rule not in report.named()
     assert rules.TABLE[rule].effect == "slow" or report.share > 0.99
+
+
+def test_the_remedy_of_weights_rounded_on_loading(tmp_path):
+    """Without the quantizer behind it, the layer is what the file says."""
+    report = examined(made.bypassed(float_weight(tmp_path), "conv3"), tmp_path)
+    assert {layer.name: layer.integer for layer in report.layers}["conv3"] is False
+    assert "weights-rounded-on-loading" not in report.named()
 
 
 def test_pooling_behind_a_quantizer_changes_no_reason(tmp_path):

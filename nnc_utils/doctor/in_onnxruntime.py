@@ -44,7 +44,9 @@ def examine(path: Path, settings: dict[str, str]) -> Report:
         integer = bool(INTEGER.search(kernel.op_type)) or _asks_for_int8(kernel)
         signed = len(kernel.input) > 2 and types.get(kernel.input[2]) == onnx.TensorProto.INT8
         runs = kernel.op_type + (" (signed)" if integer and signed else "")
-        rules = onnx_rules.slow(graph, kernel, types) if integer else onnx_rules.reasons(graph, node)
+        rules = onnx_rules.reasons(graph, node)
+        if integer:
+            rules = (*onnx_rules.rounded(graph, node), *onnx_rules.slow(graph, kernel, types))
         found.append(Layer(names[number], kind, runs, integer, macs(node, shapes) // batch, rules))
     return Report(str(path), f"ONNX Runtime {ort.__version__}", tuple(found), onnx_rules.notes(graph))
 

@@ -87,6 +87,14 @@ def _no_quantizer_behind(
     }
 
 
+def rounded(graph: Graph, node: NodeProto) -> tuple[str, ...]:
+    """The rule that says that the file holds the weight of an integer layer in floats."""
+    if node.op_type not in ("Conv", "Gemm"):
+        return ()
+    weight = graph.original(node.input[1], MOVING)
+    return ("weights-rounded-on-loading",) if graph.fixed(weight) and graph.pair(weight) is None else ()
+
+
 def slow(graph: Graph, kernel: NodeProto, types: dict[str, int]) -> tuple[str, ...]:
     """The names of the rules that say why an integer kernel is a slow one."""
     dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in graph.nodes)

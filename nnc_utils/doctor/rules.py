@@ -1,4 +1,4 @@
-"""The table of rules, rules.csv: what keeps a layer in floats, makes it slow or a file large, and what to do.
+"""The table of rules, rules.csv: what keeps a layer in floats or makes it slow, a file large, and what to do.
 
 How a rule on ONNX files is detected stands in onnx_rules.py, on others in the module of their runtime.
 """
@@ -18,7 +18,7 @@ class Rule:
 
     name: str
     runtime: str  # and the version in which it was seen
-    effect: str  # "float", "slow", "bytes", or "share": that is not the whole
+    effect: str  # "float", "slow", "accuracy", "bytes", or "share": that is not the whole
     symptom: str
     detected: str
     remedy: str
