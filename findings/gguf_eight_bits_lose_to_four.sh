@@ -5,7 +5,7 @@
 # Seen: from a standard deviation of about 1e-5 down Q8_0 is worse than Q4_0. A scale is stored as a half-precision
 #   number: the largest weight over 127 in Q8_0, over 8 in Q4_0. Such numbers lose bits below 6e-5 and are 0 below 3e-8.
 #   At 1e-4 the error of Q8_0 has doubled; at 1e-6 its tensor is all but zeros, and that of Q4_0 11 % away. No message.
-# Where it shows: matrices of small numbers: updates of weights, low-rank factors, gradients, layers before a large scale.
+# Where it shows: matrices of small numbers: updates of weights, low-rank factors, gradients.
 # Fails where gguf behaves otherwise.
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # torchao 0.18.0, torch 2.14.1: quantize_(network, IntxWeightOnlyConfig(weight_dtype=...)) with 1 and 2 bits.
-# Expected: 1 bit is accepted (the documentation: "torch.intx, where 1 <= x <= 8"), so it keeps the sign, as binary weights
-#   do; and symmetric quantization of a negated weight is the negated quantized weight.
-# Seen: with 1 bit every weight becomes 0, whatever it was: the codes are -1 and 0, the scale is twice the largest weight, and
-#   nothing is beyond a half. With 2 bits, codes -2 to 1, the largest weight of a row loses a third if it is positive, and
-#   grows by a third if it is negative. No warning. The tensor has the shape and the type that it should have.
+# Expected: 1 bit is accepted (the documentation: "torch.intx, where 1 <= x <= 8"), so it keeps the sign, as binary
+#   weights do; and symmetric quantization of a negated weight is the negated quantized weight.
+# Seen: with 1 bit every weight becomes 0, whatever it was: the codes are -1 and 0, the scale is twice the largest
+#   weight, and nothing is beyond a half. With 2 bits, codes -2 to 1, the largest weight of a row loses a third if it
+#   is positive, and grows by a third if it is negative. No warning. The tensor has the shape and the type that it
+#   should have.
 # Where it shows: sweeps over bits, networks whose sign is folded from one layer into the next.
 # Fails where torchao behaves otherwise.
 set -euo pipefail
@@ -31,12 +32,17 @@ def quantized(weights, kind):
 
 
 print("torchao", torchao.__version__, "torch", torch.__version__)
-for kind, largest in ((torch.int1, (0, 0)), (torch.int2, (2 / 3, 4 / 3)), (torch.int4, (14 / 15, 14 / 15)), (torch.int8, (1, 1))):
+for kind, largest in (
+    (torch.int1, (0, 0)),
+    (torch.int2, (2 / 3, 4 / 3)),
+    (torch.int4, (14 / 15, 14 / 15)),
+    (torch.int8, (1, 1)),
+):
     restored, mirrored = quantized(weights, kind), quantized(-weights, kind)
     zeros = float((restored == 0).float().mean())
     error = float((restored - weights).norm() / weights.norm())
     seen = restored[0, 0].item() / 4, mirrored[0, 0].item() / -4
-    print(f"{kind}: {zeros:.0%} zeros, relative error {error:.2f}; the largest weight times {seen[0]:.3f}, negated {seen[1]:.3f}")
+    print(f"{kind}: {zeros:.0%} zeros, error {error:.2f}; the largest weight times {seen[0]:.3f}, negated {seen[1]:.3f}")
     assert (zeros == 1) == (kind is torch.int1), "1 bit keeps something now"
     assert all(abs(a - b) < 0.01 for a, b in zip(seen, largest, strict=True)), "another scale than was seen"
 print("as described")
