@@ -390,3 +390,14 @@ def test_freezing_gives_what_pip_says_and_keeps_other_systems_pins(tmp_path, mon
         name: version for name, version in expected.items() if name not in ("pip", "nnc-utils")
     }
     assert count == len(written) and list(written) == sorted(written)
+
+
+def test_pip_without_a_network_says_so_whatever_it_says_last(tmp_path, monkeypatch):
+    pip = tmp_path / "pip"
+    pip.write_text(
+        "#!/bin/sh\necho 'Retrying after connection broken by ...'\necho 'ERROR: versions conflict'\nexit 1\n"
+    )
+    pip.chmod(0o755)
+    monkeypatch.setattr(setup_env, "python_in", lambda venv: pip)
+    said = setup_env._pip(tmp_path, tmp_path / "log", "torch")
+    assert said == "versions conflict; the package index could not be reached: is there a network?"

@@ -137,7 +137,7 @@ def _pip(venv, log_file, *wanted):
     command += ["--disable-pip-version-check", "--root-user-action", "ignore", "--no-warn-script-location"]
     # modules are compiled when they are first imported: most never are
     command += ["--no-compile"]
-    error = ""
+    error = unreachable = ""
     with log_file.open("a") as log:
         log.write(f"\n$ pip install {' '.join(wanted)}\n")
         with subprocess.Popen(
@@ -151,6 +151,8 @@ def _pip(venv, log_file, *wanted):
         ) as pip:
             for line in pip.stdout:
                 log.write(line)
+                if "after connection broken" in line:  # it goes on, and may name another fault in the end
+                    unreachable = "; the package index could not be reached: is there a network?"
                 if not error and line.startswith("ERROR:") and "Ignored the following" not in line:
                     error = line[len("ERROR:") :].strip()
                 if sys.stdout.isatty():
@@ -161,7 +163,7 @@ def _pip(venv, log_file, *wanted):
                     )
             if sys.stdout.isatty():
                 print("\r\033[K", end="", flush=True)
-    return "" if pip.returncode == 0 else error or f"exit code {pip.returncode}"
+    return "" if pip.returncode == 0 else (error or f"exit code {pip.returncode}") + unreachable
 
 
 def install_all(peers):
