@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from nnc_utils import artifact, provenance
@@ -114,3 +115,10 @@ def test_what_a_disturbed_run_does_wrong_is_counted(tmp_path, monkeypatch, again
     count = mutants.Count(tmp_path, "kills")
     assert (count["tried"], count["stood"]) == (4, stood)
     assert bool(count["stages_run_again"]) == bool(again)
+
+
+def test_the_page_shows_what_was_counted_and_all_of_it_stood():
+    table = pd.read_csv(ROOT / "docs/reliability.csv")
+    assert list(table["part"]) == list(reliability.PARTS)
+    assert (table["tried"] == table["stood"]).all() and table["tried"].sum() > 10_000
+    assert reliability.shown(table) in (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
