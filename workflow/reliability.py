@@ -36,6 +36,7 @@ from nnc_utils.provenance import PACKAGE, file_sha256, write_atomically
 
 DISK = "size=96m"
 SETTLE = 2  # seconds for what was killed to be gone
+PIPS_OWN = r"\.venv|\.egg-info"
 PATIENCE = 300  # seconds in which a command has to end by itself
 TRAIN = {"epochs": 4, "width": 0.25}
 PRUNE = {"train_epochs": 2, "configurations": [{"method": "weights", "sparsity": 0.9, "train": "finetune"}]}
@@ -214,7 +215,7 @@ def refuse(root: Path, count: Count, commands: list[tuple[str, tuple[str, ...]]]
 
 
 def _files(root: Path) -> dict[str, str]:
-    files = [file for file in root.rglob("*") if file.is_file() and ".venv" not in str(file)]
+    files = [file for file in root.rglob("*") if file.is_file() and not re.search(PIPS_OWN, str(file))]
     return {str(file): file_sha256(file) for file in files}
 
 
@@ -242,7 +243,7 @@ def no_network(out: Path, count: Count) -> None:
             *((f"{name} is not (in|available)", ("-m", "nnc_utils.data", name)) for name in sets),
             ("ImageNet weights cannot be fetched", own(root, "--weights", "imagenet")),
             ("npm could not fetch|no npm here", page),
-            ("set-up: pip failed", (str(root / "workflow/setup_env.py"),)),
+            ("set-up: pip failed.*is there a network", (str(root / "workflow/setup_env.py"),)),
         ]
         empty = {name: str(out / "empty") for name in ("NNC_DATA", "TORCH_HOME", "npm_config_cache")}
         refuse(root, count, commands, prefix=prefix, **empty)
