@@ -11,6 +11,8 @@ import re
 import tarfile
 import warnings
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from nnc_utils import models
 NEEDED = "the weights of a ResNet by name are needed: torch.save(model.state_dict(), FILE), or safetensors"
 EVERY = "layer1.0.conv1.weight"  # each ResNet has it: what stands before it are wrappers and prefixes
 ADDED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by PyTorch's wrappers
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # 8 bits need scales from elsewhere
 BEGINNINGS = {  # of files that are no weights
     b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` brings the file itself",
     b"<": "a web page: the download went wrong",
@@ -38,8 +41,8 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
 
     A file holds tensors in torchvision's names, which timm's ResNets have, too, in any precision; it is
     written by `torch.save` or is safetensors. Wrappers such as {"state_dict": ...} and prefixes such as
-    "module." are taken off; of several networks the first is taken, and that is printed. A one-channel
-    input takes the sum of the first weights over the colours, which is what they do to a grey image.
+    "module." are taken off; of several networks the first is taken, and what is not used is printed. A
+    one-channel input takes the sum of the first weights over the colours, as they do to a grey image.
 
     Returns the layers (stem, classifier) that stay fresh for their shape. ValueError: the file is none of
     this, or another network's, or holds what no training leaves; nothing has been copied then.
@@ -69,8 +72,14 @@ def _check_values(tensors: Mapping[str, Tensor], file: str | Path) -> None:
             raise ValueError(f"{file}: {name} holds NaN or infinity: its training had diverged")
         if name.endswith("running_var") and tensor.min() < 0:
             raise ValueError(f"{file}: {name} is negative, as no variance is: the file is damaged")
-        if tensor.ndim == 4 and tensor.numel() > 1 and tensor.min() == tensor.max():
+        if tensor.ndim != 4 or tensor.numel() < 2:
+            continue
+        if tensor.min() == tensor.max():
             raise ValueError(f"{file}: {name} is {tensor.max():g} everywhere, as no trained weights are")
+        if (tensor == tensor.round()).all():
+            raise ValueError(
+                f"{file}: {name} holds whole numbers alone: codes without their scales, it seems"
+            )
 
 
 def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,12 +127,23 @@ def _network(content: Mapping[str, Tensor], file: str | Path) -> dict[str, Tenso
     if others:
         print(f"{file} holds several networks: {first}* is taken, not {'*, '.join(others)}*")
     own = {name.removeprefix(first): tensor for name, tensor in tensors.items() if name.startswith(first)}
+    left = [n for n, tensor in tensors.items() if tensor.ndim and not n.startswith((*prefixes, "optim"))]
+    if unused := Counter(_beside(name, first) for name in left):
+        told = ", ".join(f"{start}.* ({count} tensors)" for start, count in unused.items())
+        print(f"{file}: not used: {told}")
     own = _weights(own)
     for name, tensor in own.items():
-        if not tensor.is_floating_point() or tensor.is_meta or tensor.layout is not torch.strided:
+        if tensor.dtype not in FLOATS or tensor.is_meta or tensor.layout is not torch.strided:
             kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
             raise ValueError(f"{file}: {name} is {kind}: dense floats from before quantization are needed")
     return {name: tensor.float() for name, tensor in own.items()}
+
+
+def _beside(name: str, first: str) -> str:
+    """A tensor's name as far as it first differs from that of the network which is taken."""
+    parts, shared = name.split("."), first.split(".")
+    same = next((i for i, (one, other) in enumerate(zip(parts, shared, strict=False)) if one != other), 0)
+    return ".".join(parts[: same + 1])
 
 
 def _without_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,8 +157,9 @@ def _without_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flat(content: object, before: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested mappings; its name begins with the keys on the way to it."""
-    for key, value in content.items() if isinstance(content, Mapping) else ():
+    """Every tensor in nested mappings and lists; its name begins with the keys on the way to it."""
+    listed = enumerate(content) if isinstance(content, list | tuple) else ()
+    for key, value in content.items() if isinstance(content, Mapping) else listed:
         if isinstance(value, Tensor):
             yield f"{before}{key}", value
         else:
@@ -158,9 +179,12 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         allowed = torch.serialization.safe_globals([argparse.Namespace])  # of torchvision's own training
         with path.open("rb") as file, allowed, warnings.catch_warnings(action="ignore"):
-            return dict(_flat(torch.load(file, map_location="cpu", weights_only=True)))
+            named = list(_flat(torch.load(file, map_location="cpu", weights_only=True)))
     except Exception as error:  # of many kinds, since these bytes may be anything
         raise ValueError(f"{path} is {_broken(error)}; {NEEDED}") from None
+    if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+        raise ValueError(f"{path} holds two tensors that would be called {twice[0]}: give one network alone")
+    return dict(named)
 
 
 def _foreign(path: Path, start: bytes) -> str:
@@ -178,7 +202,17 @@ def _foreign(path: Path, start: bytes) -> str:
             return "a TorchScript program"
         if not any(name.endswith("data.pkl") for name in names):
             return f"a zip archive of {', '.join(names[:3])}: unpack it"
+        if damaged := _damaged(path):
+            return f"damaged: {damaged} does not match its checksum (or was written without): save it anew"
     return "a tar archive: unpack it, or save it anew" if tarfile.is_tarfile(path) else ""
+
+
+def _damaged(path: Path) -> str | None:
+    """The first part of a zip archive that its checksum does not fit; `torch.load` reads it all the same."""
+    try:
+        return zipfile.ZipFile(path).testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        return f"a part ({error})"
 
 
 def _broken(error: Exception) -> str:

@@ -50,7 +50,7 @@ def test_a_peer_agrees_with_the_fp32_network(sources, tmp_path, name, settings):
     need(name)
     source = sources / ("int8" if name in ("gzip", "xz", "zstd") else "fp32")
     source = source.with_suffix(".safetensors")
-    path = peers.make(name, source, images(PLAIN, 64, seed=3).numpy(), tmp_path, **settings)
+    path = peers.make(name, source, images(PLAIN, 72, seed=3).numpy(), tmp_path, **settings)
     written = [file for file in tmp_path.iterdir() if file.is_file()]
     assert sorted(written) == sorted(peers.files(path)), "what is counted is all that was written"
     assert peers.measured(path)[1] == sum(file.stat().st_size for file in written)

@@ -94,6 +94,7 @@ def test_another_classifier_is_replaced_whole(tmp_path, fc):
 
 # --- As people save them ------------------------------------------------------------------------
 
+LOW = torch.ones(2, 4)
 SGD = torch.optim.SGD(narrow().parameters(), 0.1, momentum=0.9).state_dict()
 SGD["state"] = {0: {"momentum_buffer": torch.zeros(4, 3, 7, 7)}}
 PLACES = {
@@ -124,7 +125,17 @@ def test_wrappers_and_prefixes_are_taken_off(tmp_path, kind, capsys):
     assert fresh == (["fc"] if kind == "a backbone" else [])
     ours.fc = narrow().fc
     assert_same(ours, STATE)
-    assert capsys.readouterr().out == ""
+    unused = {"Lightning": "state_dict.criterion.* (1 tensors)", "a backbone": "head.* (1 tensors)"}.get(kind)
+    told = capsys.readouterr().out
+    assert told.endswith(f"not used: {unused}\n") if unused else told == ""
+
+
+@pytest.mark.parametrize(
+    "more", [{"lora": {"a": LOW, "b": LOW}}, {"ema": [LOW, LOW]}, {"ema": {"x": (LOW, LOW)}}]
+)
+def test_tensors_that_are_not_used_are_told(tmp_path, capsys, more):
+    load_pretrained(build(resnet(18, **NARROW)), saved(tmp_path / "w.pth", {"model": STATE, **more}))
+    assert capsys.readouterr().out.endswith(f"not used: {next(iter(more))}.* (2 tensors)\n")
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
@@ -220,6 +231,23 @@ def tar(path):
         file.add(path.parent / "storages", "storages")
 
 
+def flip(path):
+    """A byte of the largest tensor is another: its checksum no longer fits."""
+    torch.save(STATE, path)
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda part: part.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + largest.file_size // 2 + 99] ^= 1
+    path.write_bytes(content)
+
+
+def codes(kind):
+    """Weights of 8 bits whose scales are kept elsewhere."""
+    weights = {n: x / x.abs().max() * 127 if x.ndim == 4 else x for n, x in STATE.items()}
+    rounded = {n: x.round().to(kind) if x.ndim == 4 else x for n, x in weights.items()}
+    return {"model": rounded, "scales": {n: torch.ones(1) for n in rounded}}
+
+
 def cut(path, write):
     write(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -263,7 +291,7 @@ FOREIGN = {
     "a module in a wrapper": (lambda p: torch.save({"net": narrow()}, p), "would run the code of nnc_utils"),
     "code": (lambda p: torch.save({"state_dict": Evil()}, p), r"would run the code of \w+.system"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"conv1.weight": [1.0]})), "of another program"),
-    "a list": (lambda p: torch.save([torch.ones(3)], p), "holds no tensor with a name"),
+    "a list": (lambda p: torch.save([torch.ones(3)], p), "holds 0 ..., the weights of another network"),
     "nothing": (lambda p: torch.save({}, p), "holds no tensor with a name"),
     "a ring": (lambda p: torch.save(ring(), p), "of another program"),
     "sparse": (
@@ -290,6 +318,19 @@ FOREIGN = {
     "quantized": (
         lambda p: torch.save({**STATE, "layer2.0.conv1.weight": torch.ones(8, 4, 3, 3, dtype=torch.int8)}, p),
         "layer2.0.conv1.weight is torch.int8, .*: dense floats from before quantization",
+    ),
+    "eight bits": (
+        lambda p: torch.save(codes(torch.float8_e4m3fn), p),
+        "conv1.weight is torch.float8_e4m3fn, .*: dense floats from before quantization",
+    ),
+    "codes in floats": (
+        lambda p: torch.save(codes(torch.float32), p),
+        "conv1.weight holds whole numbers alone",
+    ),
+    "a wrong byte": (flip, r"damaged: \S+/data/\d+ does not match its checksum"),
+    "one name for two": (
+        lambda p: torch.save({"a": STATE, "a.conv1.weight": STATE["conv1.weight"] + 1}, p),
+        "two tensors that would be called a.conv1.weight",
     ),
     "NaN": (
         lambda p: torch.save(bent("layer3.1.bn2.running_var", torch.nan), p),

@@ -24,12 +24,13 @@ from nnc_utils.runtimes import qdq
 from nnc_utils.runtimes.onnxruntime import count_operators, session_options
 
 SCHEMES = {"U8S8": quantization.QuantType.QUInt8, "S8S8": quantization.QuantType.QInt8}
-BATCH = 64
+BATCH = 64  # at most
 
 
 class _Reader(quantization.CalibrationDataReader):
-    def __init__(self, images: np.ndarray) -> None:
-        self._batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+    def __init__(self, images: np.ndarray) -> None:  # ranges by histogram need batches of one size
+        size = next(size for size in range(min(BATCH, len(images)), 0, -1) if len(images) % size == 0)
+        self._batches = (images[start : start + size] for start in range(0, len(images), size))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._batches, None)
