@@ -45,6 +45,7 @@ SPLIT_WORDS = {
 }
 SEPARATORS, ADDED = r"[\W\d_]*", r"(images?|imgs?|data|dataset|set|split|folder)?"
 HAS_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS.values())})(?![a-z])")
+SMALL_THEN_LARGE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class FolderError(RuntimeError):
@@ -184,7 +185,9 @@ def _split_folders(path: Path) -> dict[str, Path]:
     """
     folders = [f for f in _subfolders(path) if _has_images(f) or _split_of(f.name)]
     nested = [f for f in folders if any(map(_has_images, _subfolders(f)))]
-    like = any(_split_of(f.name) or HAS_SPLIT_WORD.search(f.name.casefold()) for f in nested)
+    words = {f: HAS_SPLIT_WORD.search(SMALL_THEN_LARGE.sub(" ", f.name).casefold()) for f in folders}
+    several = len({_split_of(word[0]) for word in words.values() if word}) > 1
+    like = several or any(_split_of(f.name) or words[f] for f in nested)
     if not like and not any(_split_of(f.name) in HELD_OUT for f in folders):
         return {"train": path}
     splits = {_split_of(f.name): f for f in folders}

@@ -19,7 +19,7 @@ from nnc_utils.image_files import HELD_OUT, NAMED, SPLITS, FolderError, Layout, 
 from nnc_utils.image_remarks import Read, remarks
 
 BACKGROUND = "white"  # under transparent pixels
-PHOTOMETRIC = 262  # TIFF's tag: 0 where white is 0, which Pillow minds in 8 bits only
+BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE = 258, 259, 262, 277, 284, 339  # tags of TIFF
 SCALE, FRAMES = "scale", "frames"  # in an image's `info`: see `Read`
 KEYED = {"L;2", "L;4", "RGB;16B"}  # PNG's pixels whose transparent value Pillow takes for one of 8 bits
 READING = {
@@ -81,13 +81,13 @@ def decode(path: Path) -> Image.Image:
     values map to 0..255.
     """
     with Image.open(path) as opened:
+        if opened.format == "TIFF":
+            _check_tiff(opened)
         if "transparency" in opened.info and KEYED & {tile.args for tile in opened.tile}:
             raise ValueError("Pillow would mistake its transparent value: convert it to RGBA of 8 bits")
         image = ImageOps.exif_transpose(opened)
         is_grey = image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
         if image.mode[0] in "IF":  # one channel of 16 or 32 bits
-            if getattr(opened, "tag_v2", {}).get(PHOTOMETRIC) == 0:
-                raise ValueError("0 is white in this TIFF, and Pillow would read a negative: invert it first")
             image = _to_8_bits(image, sixteen=opened.format in ("PNG", "PPM"))
         elif image.has_transparency_data:
             image = image.convert("RGBA")
@@ -96,6 +96,20 @@ def decode(path: Path) -> Image.Image:
         several = opened.format != "MPO"  # whose others are previews
         image.info[FRAMES] = getattr(opened, "n_frames", 1) if several else 1
         return image
+
+
+def _check_tiff(opened: Image.Image) -> None:
+    """Refuse what Pillow opens, and reads as other values than the file holds."""
+    tags = opened.tag_v2
+    bits, bands = max(tags.get(BITS, (1,))), len(opened.getbands())
+    if opened.mode[0] in "IF" and tags.get(PHOTOMETRIC) == 0:  # which Pillow minds in 8 bits only
+        raise ValueError("0 is white in this TIFF, and Pillow would read a negative: invert it first")
+    if bits <= 16 and 2 in tags.get(SAMPLE, ()):
+        raise ValueError(f"its values are signed, of {bits} bits: unsigned ones are needed")
+    if (samples := tags.get(SAMPLES, 1)) != bands or opened.mode == "RGBX":
+        raise ValueError(f"of its {samples} channels Pillow would read only some: keep one, three, or RGBA")
+    if bits > 8 and bands > 1 and tags.get(PLANES) == 2 and tags.get(COMPRESSION) == 1:
+        raise ValueError(f"Pillow reads uncompressed planes of {bits} bits wrongly: convert it to PNG")
 
 
 def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:

@@ -135,6 +135,65 @@ def test_a_tiff_whose_0_is_white_is_inverted_or_refused(tmp_path, bits):
             images.read_image(tmp_path / "a.tif", 16)
 
 
+def tiff(path, values, bands=1, **tags):
+    """A TIFF of 16 x 16 pixels by the format's own description; `values`: as they are stored."""
+    content, width, planes = (
+        values.tobytes(),
+        8 * values.dtype.itemsize,
+        bands if tags.get("planar") == 2 else 1,
+    )
+    entries = {
+        256: 16,
+        257: 16,
+        258: [width] * bands,
+        259: 1,
+        262: 2 if bands >= 3 else 1,
+        277: bands,
+        278: 16,
+    }
+    entries |= {273: [8 + i * len(content) // planes for i in range(planes)], 284: tags.get("planar", 1)}
+    entries |= {279: [len(content) // planes] * planes, 338: tags.get("extra"), 339: tags.get("kind")}
+    heads, after, place = b"", b"", 8 + len(content)
+    entries = {tag: np.ravel(x).tolist() for tag, x in sorted(entries.items()) if x is not None}
+    place += 6 + 12 * len(entries)
+    for tag, numbers in entries.items():
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        where = packed if len(numbers) == 1 else struct.pack("<I", place + len(after))
+        heads += struct.pack("<HHI", tag, 4, len(numbers)) + where
+        after += packed if len(numbers) > 1 else b""
+    path.write_bytes(
+        b"II*\0" + struct.pack("<I", 8 + len(content)) + content
+        + struct.pack("<H", len(entries)) + heads + bytes(4) + after
+    )  # fmt: skip
+
+
+SHORT = np.arange(256, dtype=np.uint16) * 257
+TIFFS = {  # what Pillow opens and reads as other values, without a word
+    "planes of 16 bits": ((np.stack([SHORT, SHORT // 2, SHORT // 4]), 3), {"planar": 2}, "planes of 16 bits"),
+    "signed, 8 bits": ((np.arange(256, dtype=np.uint8), 1), {"kind": 2}, "are signed, of 8 bits"),
+    "signed, 16 bits": ((SHORT // 2, 1), {"kind": 2}, "are signed, of 16 bits"),
+    "five channels": ((np.stack([SHORT] * 5, 1).astype(np.uint8), 5), {"extra": [0, 0]}, "of its 5 channels"),
+    "a fourth": ((np.stack([SHORT] * 4, 1).astype(np.uint8), 4), {"extra": 0}, "of its 4 channels"),
+}
+
+
+@pytest.mark.parametrize("kind", TIFFS)
+def test_a_tiff_that_pillow_misreads_is_refused(tmp_path, kind):
+    (values, bands), tags, message = TIFFS[kind]
+    tiff(tmp_path / "a.tif", values, bands, **tags)
+    with pytest.raises(ValueError, match=message):
+        images.read_image(tmp_path / "a.tif", 16)
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_tiff_of_plain_values_is_read(tmp_path, bands, kind):
+    values = np.stack([SHORT // (2**i) for i in range(bands)], 1)
+    tiff(tmp_path / "a.tif", (values // 256).astype(kind) if kind == np.uint8 else values, bands)
+    read = images.read_image(tmp_path / "a.tif", 16)
+    assert (read.reshape(256, bands) == values // 256).all()
+
+
 def png(bits, colours, rows, key):
     """A PNG of 16 x 16 pixels by the format's own description, with a transparent value."""
 
@@ -352,6 +411,8 @@ def test_a_split_without_a_folder_is_taken_from_train(tmp_path):
         ("train", "test"),
         ("cat", "dog", "test"),
         ("trainset/a", "trainset/b", "rest/a", "rest/b"),
+        ("cat_train", "cat_test", "dog_train", "dog_test"),
+        ("trainA", "trainB", "testA", "testB"),
     ],
 )
 def test_splits_that_are_none_are_refused_with_what_to_rename(tmp_path, folders):
