@@ -204,7 +204,10 @@ def _series(row: dict) -> str:
             told.append(f"MACs ÷ {value:g}")
         elif setting not in (*BUDGETS, *UNNAMED) and value not in ("", 0, "group"):
             told.append(setting if value is True else str(value))
-    return ", ".join([name(settings.get("family") or row["method"]), *(name(word) for word in told if word)])
+    what = [settings.get("family") or row["method"]]  # a rival goes by its family's name
+    if row["method"] == "pipeline":
+        what = [row["method"], settings.get("family") if "narrow" in settings.get("stages", "") else ""]
+    return ", ".join(name(word) for word in (*what, *told) if word)
 
 
 def _lines(axes: Axes, table: pd.DataFrame, *, grey_controls: bool = False) -> None:

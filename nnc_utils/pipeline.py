@@ -210,7 +210,7 @@ class _Work:
         self, network: models.ResNet, stages: tuple[str, ...], budgets: Budgets, length: float
     ) -> tuple[models.ResNet, tuple[int, float]]:
         """A stage's training, by the teacher in `distill`, else by labels; the images and seconds it took."""
-        bench, images, loss, seconds = self.bench, self.bench.images, cross_entropy, 0.0
+        bench, images, loss, seconds, taught = self.bench, self.bench.images, cross_entropy, 0.0, []
         size, augment = self.given["batch_size"] or bench.recipe["batch_size"], bench.recipe["augment"]
         steps = max(1, round(length * (len(images.train) // size)))
         if stages[-1] == "distill":
@@ -222,6 +222,7 @@ class _Work:
                 known = candidates.memory(bench, teacher)
                 images, augment, seconds = known.images, False, known.seconds
                 loss = teaching.cached(known, lesson, network.spec)
+                taught = [teaching.logits_name(teacher, self.given["copies"], bench.seed), repr(lesson)]
         limits = [
             f"{name}{value}" for name, value in vars(budgets).items() if value != getattr(Budgets, name)
         ]
@@ -230,17 +231,22 @@ class _Work:
         options["learning_rate"] = self.given["learning_rate"]
         options["seed"] = bench.seed + 1_000_003 * (1 + TRAINED.index(stages[-1]))
         name = "_".join([*stages, *limits, f"{length:g}"])
-        if stages == ("narrow", "train") and bench.trained_before(network.spec):
-            return self._trained_once(network, name, options)
+        is_kept = stages == ("narrow", "train") or (stages == ("narrow", "distill") and taught)
+        if is_kept and bench.trained_before(network.spec):
+            trained, (seen, took) = self._trained_once(network, name, options, taught)
+            return trained, (seen, took + seconds)
         history = bench.fit(network, name, **options)
         return network.eval(), (history.images, history.seconds + seconds)
 
     def _trained_once(
-        self, network: models.ResNet, name: str, options: dict[str, Any]
+        self, network: models.ResNet, name: str, options: dict[str, Any], taught: list[str]
     ) -> tuple[models.ResNet, tuple[int, float]]:
-        """A rival's training, kept in 16 bits in the run's folder, or taken from beside the reference."""
+        """A narrow network's training, kept in 16 bits in the run's folder, or from beside the reference.
+
+        `taught`: by which logits, and how; empty without a teacher.
+        """
         told = {key: value for key, value in options.items() if key not in ("images", "loss")}
-        call = json.dumps([network_digest(network), data_digest(self.bench.images), told])
+        call = json.dumps([network_digest(network), data_digest(self.bench.images), told, *taught])
         kept = f"trained_{hashlib.sha256(call.encode()).hexdigest()[:16]}.tensors"
         file = self.bench.file_beside(kept) or self.bench.path(kept)
         if not file.is_file():

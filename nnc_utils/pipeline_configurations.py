@@ -20,6 +20,7 @@ class Rounded(Configuration):
 
     needs: ClassVar[frozenset[str]] = frozenset({"training", "calibration", "teacher"})
     added: ClassVar[dict[str, Any]] = {
+        "family": {"three_stage": "a three-stage ResNet"},
         "macs": "{macs:g}× fewer MACs",
         "latency_ms": "{latency_ms:g} ms",
         "sparsity": "{percent:g} % zeros",
@@ -48,6 +49,9 @@ class Pipeline(Rounded):
     stages: tuple[Stage, ...] = ("prune", "distill", "quantize")
     macs: Times | None = None
     latency_ms: Milliseconds | None = None
+    family: Literal["narrow_resnet18", "three_stage"] = (
+        "narrow_resnet18"  # of the stage narrow, as SmallDense's
+    )
     sparsity: Share | None = None  # of the weights that are left
 
     @model_validator(mode="after")
@@ -63,6 +67,8 @@ class Pipeline(Rounded):
                 faults.append(f"{stage} {needed if is_there else 'is missing for ' + ' and '.join(budgets)}")
         if self.sparsity is not None and "prune" not in stages:
             faults.append("sparsity belongs to the stage prune")
+        if self.family == "three_stage" and "narrow" not in stages:
+            faults.append("family belongs to the stage narrow")
         if self.ensemble and "distill" not in stages:
             faults.append("ensemble is the teacher of the stage distill")
         if self.lambda_ and self.stages == ("quantize",):

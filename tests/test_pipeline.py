@@ -8,7 +8,7 @@ import torch
 from small_networks import PLAIN
 
 from nnc_utils import artifact, data, models, pipeline, training
-from nnc_utils.configurations import read
+from nnc_utils.configurations import ConfigurationError, read
 
 EPOCHS = {"prune_epochs": 0.1, "quantize_epochs": 0.1, "distill_epochs": 0.2}
 
@@ -92,6 +92,17 @@ def test_what_was_rounded_goes_back_to_floats_for_pruning_and_is_rounded_again(b
     digits = bench.images
     about = {"mean": digits.mean, "std": digits.std, "classes": digits.classes}
     assert artifact.save(one.network, tmp_path / "a.safetensors", **about).bits_per_weight < 8
+
+
+def test_a_pipeline_may_distil_into_three_stages(bench):
+    bench.parameters["claim"] = False
+    about = {"stages": ["narrow", "distill", "quantize"], "macs": 2, "lambda_": 1e-9, "family": "three_stage"}
+    [one] = built(bench, **about)
+    assert len(one.network.spec.stages) == 3 and pipeline.is_rounded(one.network)
+    [configuration] = read([{"method": "pipeline", **about}], "pipeline")
+    assert configuration.title.startswith("narrow → distill → quantize: a three-stage ResNet, 2× fewer MACs")
+    with pytest.raises(ConfigurationError, match="family belongs to the stage narrow"):
+        read([{"method": "pipeline", "macs": 2, "lambda_": 1e-9, "family": "three_stage"}], "pipeline")
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,8 @@ row, before = measure("pruned, distilled", distilled), steps["pruned"]
 lost = first["accuracy (%)"] - before["accuracy (%)"]
 back = row["accuracy (%)"] - before["accuracy (%)"]
 print(f"pruning lost {lost:.2f} percentage points, distillation brought back {back:.2f}")
+count = len(images.validation.labels)
+print(f"on {count} validation images, where one is {100 / count:.2f} points")
 
 # %% [markdown]
 # ## 4 · Round: what is a bit worth?
