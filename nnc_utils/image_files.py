@@ -21,7 +21,8 @@ SUFFIXES = {  # of image formats, with what Pillow calls them
     **dict.fromkeys((".heic", ".heif"), "HEIF"),
     **{".jxl": "JXL", ".dng": "DNG", ".cr2": "CR2", ".nef": "NEF", ".arw": "ARW"},
 }
-CODECS = {"JPEG2000": "jpg_2000", "WEBP": "webp", "AVIF": "avif"}  # that Pillow may have been built without
+MISREAD = {"TGA", "JPEG2000"}  # Pillow loses their opacity or their deep colours without a word
+CODECS = {"WEBP": "webp", "AVIF": "avif"}  # that Pillow may have been built without
 SYSTEM = {  # names, in small letters, of what systems and programs leave in folders
     *("__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information"),
     *("lost+found", "__pycache__", "thumbs.db", "desktop.ini"),
@@ -170,7 +171,7 @@ def _has_images(folder: Path) -> bool:
     return bool(_images(folder, defaultdict(list)))
 
 
-def _split_of(name: str) -> str:
+def split_of(name: str) -> str:
     """The split that a folder's name stands for, in any case and with words around it; or empty."""
     for which, words in SPLIT_WORDS.items():
         if re.fullmatch(rf"{ADDED}{SEPARATORS}({words}){SEPARATORS}{ADDED}{SEPARATORS}", name.casefold()):
@@ -183,19 +184,19 @@ def _split_folders(path: Path) -> dict[str, Path]:
 
     A split's folder holds class folders. A class may be called train, if it holds its images itself.
     """
-    folders = [f for f in _subfolders(path) if _has_images(f) or _split_of(f.name)]
+    folders = [f for f in _subfolders(path) if _has_images(f) or split_of(f.name)]
     nested = [f for f in folders if any(map(_has_images, _subfolders(f)))]
     words = {f: HAS_SPLIT_WORD.search(SMALL_THEN_LARGE.sub(" ", f.name).casefold()) for f in folders}
-    several = len({_split_of(word[0]) for word in words.values() if word}) > 1
-    like = several or any(_split_of(f.name) or words[f] for f in nested)
-    if not like and not any(_split_of(f.name) in HELD_OUT for f in folders):
+    several = len({split_of(word[0]) for word in words.values() if word}) > 1
+    like = several or any(split_of(f.name) or words[f] for f in nested)
+    if not like and not any(split_of(f.name) in HELD_OUT for f in folders):
         return {"train": path}
-    splits = {_split_of(f.name): f for f in folders}
-    clear = all(f in nested and _split_of(f.name) for f in folders) and len(splits) == len(folders)
+    splits = {split_of(f.name): f for f in folders}
+    clear = all(f in nested and split_of(f.name) for f in folders) and len(splits) == len(folders)
     if clear and "train" in splits:
         return splits
     listed = ", ".join(
-        f"{f.name} ({_split_of(f.name) or 'no split'}, {'with' if f in nested else 'without'} class folders)"
+        f"{f.name} ({split_of(f.name) or 'no split'}, {'with' if f in nested else 'without'} class folders)"
         for f in folders
     )
     raise FolderError(
@@ -211,7 +212,7 @@ def _check_formats(found: Layout) -> None:
     if foreign := [file for file in listed if file.suffix.lower() not in known]:
         suffixes = ", ".join(sorted({file.suffix for file in foreign}))
         raise FolderError(
-            f"Pillow does not open {suffixes} here: {some(foreign, 'files')}. Convert them to .jpg or .png "
+            f"{suffixes} cannot be read here: {some(foreign, 'files')}. Convert them to .jpg or .png "
             "(.heic with the package pillow-heif), or take them out"
         )
 
@@ -237,7 +238,7 @@ def _check_names(found: Layout) -> None:
             f"names of classes with control characters, or not in UTF-8: {', '.join(map(ascii, odd))}. "
             f"Rename their folders in {found.folders['train']}"
         )
-    if mixed := [file for file, between in _deeper(found) if any(map(_split_of, between))]:
+    if mixed := [file for file, between in _deeper(found) if any(map(split_of, between))]:
         raise FolderError(
             f"class folders hold folders that are called like splits: {some(mixed, 'images')}. Put the "
             "splits above the classes, as train/CLASS and test/CLASS; or, where they are none, rename them"
@@ -249,9 +250,11 @@ def _is_text(name: str) -> bool:
 
 
 def openable() -> set[str]:
-    """The suffixes of `SUFFIXES` that Pillow opens, as it was built here."""
+    """The suffixes of `SUFFIXES` that Pillow opens, as it was built here, and reads right."""
     Image.init()
-    without = {name for name, codec in CODECS.items() if name in Image.OPEN and not features.check(codec)}
+    without = MISREAD | {
+        name for name, codec in CODECS.items() if name in Image.OPEN and not features.check(codec)
+    }
     return {suffix for suffix, name in SUFFIXES.items() if name in Image.OPEN.keys() - without}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nnc_utils.image_files import HELD_OUT, some
+from nnc_utils.image_files import HELD_OUT, some, split_of
 
 FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
 OUTLINE = 16  # pixels of the grey images by which copies of another size or encoding are found
@@ -42,14 +43,15 @@ class Read:
 
 def remarks(images: list[Read], classes: tuple[str, ...]) -> tuple[str, ...]:
     """A sentence for each thing that was found."""
-    found = [*_alike_names(classes), *_identical(images), *_copies(images), *_lost(images)]
-    return *found, *_scales(images), *_mostly(images, classes)
+    found = [*_alike_names(classes), *_identical(images), *_copies(images), *_named(images)]
+    return *found, *_lost(images), *_scales(images), *_mostly(images, classes)
 
 
 def _alike_names(classes: tuple[str, ...]) -> list[str]:
     by_name: dict[str, list[str]] = defaultdict(list)
     for name in classes:
-        by_name[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
+        seen = "".join(x for x in unicodedata.normalize("NFKC", name) if unicodedata.category(x) != "Cf")
+        by_name[seen.casefold().strip()].append(name)
     alike = [" and ".join(map(ascii, names)) for names in by_name.values() if len(names) > 1]
     return [f"classes whose names differ in case or spelling only: {'; '.join(alike)}"] if alike else []
 
@@ -72,7 +74,7 @@ def _identical(images: list[Read]) -> list[str]:
 
 
 def _copies(images: list[Read]) -> list[str]:
-    """Images of test and validation that are in another split, too, in another size or encoding."""
+    """Images of test and validation that are in another split, too, in another size, encoding or turn."""
     outlines = np.stack([_outline(image.pixels) for image in images])
     tints = np.stack([_tint(image.pixels) for image in images])
     coloured = tints.any(1)
@@ -81,9 +83,12 @@ def _copies(images: list[Read]) -> list[str]:
     for which in HELD_OUT:
         own, others = (np.flatnonzero(there) for there in (splits == which, splits != which))
         for some_own in np.split(own, range(AT_ONCE, len(own), AT_ONCE)):
-            correlation = outlines[some_own] @ outlines[others].T
-            differ = tints[some_own] @ tints[others].T < SAME_COLOURS
-            correlation[differ & coloured[some_own, None] & coloured[others]] = 0
+            correlation = np.zeros((len(some_own), len(others)), np.float32)
+            for outline, tint in zip(_turned(outlines[some_own], OUTLINE), _turned(tints[some_own], TINTS)):
+                turned = outline @ outlines[others].T
+                differ = tint @ tints[others].T < SAME_COLOURS
+                turned[differ & coloured[some_own, None] & coloured[others]] = 0
+                correlation = np.maximum(correlation, turned)
             nearest = others[correlation.argmax(1)]
             for image, other, most in zip(some_own, nearest, correlation.max(1)):
                 pairs += [(images[image].file, images[other].file)] if most > COPY else []
@@ -92,8 +97,35 @@ def _copies(images: list[Read]) -> list[str]:
     one, other = pairs[0]
     return [
         f"nearly identical images in two splits: {len(pairs)}, such as {one} and {other}. Where one is a "
-        "copy of the other, in another size or encoding, the accuracy is too high: keep them in one split"
+        "copy of the other, in another size or encoding, mirrored or turned, the accuracy is too high: keep "
+        "them in one split"
     ]
+
+
+def _turned(vectors: np.ndarray, side: int) -> list[np.ndarray]:
+    """Square images as vectors (n, side² or side² · 3), mirrored and turned in all eight ways."""
+    squares = vectors.reshape(len(vectors), side, side, -1)
+    both = squares, squares[:, :, ::-1]
+    return [np.rot90(one, times, (1, 2)).reshape(vectors.shape) for one in both for times in range(4)]
+
+
+def _named(images: list[Read]) -> list[str]:
+    """Names of files that speak of splits which their folders do not make, or of copies of one image."""
+    words, sources = defaultdict(set), defaultdict(set)
+    for image in images:
+        parts = re.split(r"[^a-z]+", image.file.stem.casefold())
+        words[image.file.parent] |= {split_of(part) for part in (parts[0], parts[-1])} - {""}
+        if (source := image.file.name.partition(".rf.")[0]) != image.file.name:  # as Roboflow names copies
+            sources[source].add(image.split)
+    found = []
+    if mixed := [folder for folder, splits in words.items() if len(splits) > 1]:
+        found.append(
+            f"names of files speak of splits, which only folders make: {some(mixed, 'class folders')}. If "
+            "they are meant, put the files into train, validation and test"
+        )
+    if copies := [name for name, splits in sources.items() if len(splits) > 1]:
+        found.append(f"augmented copies of one image in two splits: {some(copies, 'images')}")
+    return found
 
 
 def _outline(pixels: np.ndarray) -> np.ndarray:

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nnc_utils.image_files import HELD_OUT, NAMED, SPLITS, FolderError, Layout, inside, layout, some
+from nnc_utils.image_files import HELD_OUT, MISREAD, NAMED, SPLITS, FolderError, Layout, inside, layout, some
 from nnc_utils.image_remarks import Read, remarks
 
 BACKGROUND = "white"  # under transparent pixels
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE = 258, 259, 262, 277, 284, 339  # tags of TIFF
+HEIGHT, STRIPS, ROWS, LARGEST, TILES = 257, 273, 278, 281, 324  # more of them
 SCALE, FRAMES = "scale", "frames"  # in an image's `info`: see `Read`
 KEYED = {"L;2", "L;4", "RGB;16B"}  # PNG's pixels whose transparent value Pillow takes for one of 8 bits
 READING = {
@@ -28,6 +29,7 @@ READING = {
     "deep": "one channel of 16 bits: value // 256; of 32 bits: up to 255 as it is, else value // 256; "
     "floats up to 1 times 255, rounded, others as they are",
     "background": f"{BACKGROUND} under transparent pixels",
+    "profile": "not looked at, nor gamma: colours are taken as stored",
     "resized": "the middle square, bilinear with antialiasing (Pillow: ImageOps.fit, BILINEAR)",
 }
 
@@ -80,9 +82,13 @@ def decode(path: Path) -> Image.Image:
     Whatever Pillow says about a damaged file is passed on; a ValueError, where it is not clear how the
     values map to 0..255.
     """
-    with Image.open(path) as opened:
+    with path.open("rb") as file, Image.open(file) as opened:  # by its path, turned TIFFs are scrambled
+        if opened.format in MISREAD:
+            raise ValueError(f"a {opened.format} file, whatever its suffix: convert it to PNG")
         if opened.format == "TIFF":
             _check_tiff(opened)
+        if opened.format == "JPEG" and opened.mode == "CMYK" and "adobe" not in opened.info:
+            raise ValueError("CMYK, and not said whether 0 is ink or paper: convert it to RGB")
         if "transparency" in opened.info and KEYED & {tile.args for tile in opened.tile}:
             raise ValueError("Pillow would mistake its transparent value: convert it to RGBA of 8 bits")
         image = ImageOps.exif_transpose(opened)
@@ -110,6 +116,13 @@ def _check_tiff(opened: Image.Image) -> None:
         raise ValueError(f"of its {samples} channels Pillow would read only some: keep one, three, or RGBA")
     if bits > 8 and bands > 1 and tags.get(PLANES) == 2 and tags.get(COMPRESSION) == 1:
         raise ValueError(f"Pillow reads uncompressed planes of {bits} bits wrongly: convert it to PNG")
+    if bits == 16 and (top := max(tags.get(LARGEST, (65_535,)))) < 65_535:
+        raise ValueError(f"its white is {top}, not 65535: bring it to all of 8 or 16 bits")
+    parts, height = tags.get(STRIPS, tags.get(TILES, ())), tags.get(HEIGHT, 1)
+    rows = min(tags.get(ROWS, height), height)
+    planes = samples if tags.get(PLANES) == 2 else 1
+    if (STRIPS in tags and len(parts) < planes * -(-height // rows)) or 0 in parts:
+        raise ValueError("rows of it are not in the file: they would be black, or other bytes of the file")
 
 
 def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:

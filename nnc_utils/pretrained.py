@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnc_utils import models
 
@@ -28,6 +28,7 @@ NEEDED = "the weights of a ResNet by name are needed: torch.save(model.state_dic
 EVERY = "layer1.0.conv1.weight"  # each ResNet has it: what stands before it are wrappers and prefixes
 ADDED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by PyTorch's wrappers
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # 8 bits need scales from elsewhere
+TOLD = ("arch", "architecture", "model", "model_name", "replace_stride_with_dilation")  # each by itself
 BEGINNINGS = {  # of files that are no weights
     b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` brings the file itself",
     b"<": "a web page: the download went wrong",
@@ -62,6 +63,9 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
     _check_values(theirs, weights)
     for name in copied:
         ours[name].copy_(theirs[name])
+    means = [name for name in copied if name.endswith("running_mean")]
+    if means and not any(ours[name].any() for name in means):
+        print(f"{weights}: its batch-norm statistics were never measured: each mean is 0")
     return sorted(fresh)
 
 
@@ -72,11 +76,10 @@ def _check_values(tensors: Mapping[str, Tensor], file: str | Path) -> None:
             raise ValueError(f"{file}: {name} holds NaN or infinity: its training had diverged")
         if name.endswith("running_var") and tensor.min() < 0:
             raise ValueError(f"{file}: {name} is negative, as no variance is: the file is damaged")
-        if tensor.ndim != 4 or tensor.numel() < 2:
-            continue
-        if tensor.min() == tensor.max():
+        is_constant = tensor.numel() < 2 or bool(tensor.min() == tensor.max())
+        if tensor.ndim == 4 and tensor.numel() > 1 and is_constant:
             raise ValueError(f"{file}: {name} is {tensor.max():g} everywhere, as no trained weights are")
-        if (tensor == tensor.round()).all():
+        if tensor.ndim > 1 and not is_constant and (tensor == tensor.round()).all():
             raise ValueError(
                 f"{file}: {name} holds whole numbers alone: codes without their scales, it seems"
             )
@@ -113,12 +116,12 @@ def _place(weights: str | Path) -> Path:
     raise FileNotFoundError(f"no weights {weights}: there is no {' and no '.join(dict.fromkeys(places))}")
 
 
-def _network(content: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
-    """The tensors of the first network in a file, in torchvision's names and 32 bits."""
-    tensors = {ADDED.sub("", name): tensor for name, tensor in content.items()}
-    if len(tensors) < len(content):
+def _network(content: Mapping[str, object], file: str | Path) -> dict[str, Tensor]:
+    """The tensors of the first network in a file, in torchvision's names and 32 bits; the rest is told."""
+    tensors = {ADDED.sub("", name): leaf for name, leaf in content.items() if isinstance(leaf, Tensor)}
+    if len(tensors) < sum(isinstance(leaf, Tensor) for leaf in content.values()):
         raise ValueError(f"{file} holds tensors twice, with and without _orig_mod. or the like: give one net")
-    tensors = _without_masks(tensors)
+    tensors = _without_masks(tensors, file)
     prefixes = [n.removesuffix(EVERY) for n in tensors if n == EVERY or n.endswith(f".{EVERY}")]
     if not prefixes:
         names = ", ".join(list(tensors)[:3]) or "no tensor with a name"
@@ -126,48 +129,63 @@ def _network(content: Mapping[str, Tensor], file: str | Path) -> dict[str, Tenso
     first, *others = prefixes
     if others:
         print(f"{file} holds several networks: {first}* is taken, not {'*, '.join(others)}*")
-    own = {name.removeprefix(first): tensor for name, tensor in tensors.items() if name.startswith(first)}
-    left = [n for n, tensor in tensors.items() if tensor.ndim and not n.startswith((*prefixes, "optim"))]
-    if unused := Counter(_beside(name, first) for name in left):
-        told = ", ".join(f"{start}.* ({count} tensors)" for start, count in unused.items())
-        print(f"{file}: not used: {told}")
-    own = _weights(own)
+    own = _weights({n.removeprefix(first): tensor for n, tensor in tensors.items() if n.startswith(first)})
+    rest = {n: leaf for n, leaf in content.items() if n not in tensors and not isinstance(leaf, Tensor)}
+    rest |= {n: tensor for n, tensor in tensors.items() if not n.startswith(tuple(prefixes))}
+    if rest:
+        print(f"{file}: not used: {', '.join(_listed(rest, first))}")
     for name, tensor in own.items():
-        if tensor.dtype not in FLOATS or tensor.is_meta or tensor.layout is not torch.strided:
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if tensor.dtype not in FLOATS or tensor.is_meta or not is_plain:
             kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
             raise ValueError(f"{file}: {name} is {kind}: dense floats from before quantization are needed")
     return {name: tensor.float() for name, tensor in own.items()}
 
 
-def _beside(name: str, first: str) -> str:
-    """A tensor's name as far as it first differs from that of the network which is taken."""
-    parts, shared = name.split("."), first.split(".")
-    same = next((i for i, (one, other) in enumerate(zip(parts, shared, strict=False)) if one != other), 0)
-    return ".".join(parts[: same + 1])
+def _listed(rest: Mapping[str, object], first: str) -> Iterator[str]:
+    """What stands beside a network, grouped by where its names first differ from the network's prefix."""
+    groups: dict[str, list[str]] = {}
+    for name in rest:
+        parts, shared = name.split("."), first.split(".")
+        same = next((i for i, (one, other) in enumerate(zip(parts, shared, strict=False)) if one != other), 0)
+        is_told = parts[-1] in TOLD
+        groups.setdefault(name if is_told else ".".join(parts[: same + 1]), []).append(name)
+    for group, names in groups.items():
+        leaf = rest[names[0]]
+        if len(names) > 1 or names[0] != group:
+            yield f"{group}.* ({len(names)} entries)"
+        else:
+            yield group if isinstance(leaf, Tensor) else f"{group} = {str(leaf)[:40]!r}"
 
 
-def _without_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_masks(tensors: dict[str, Tensor], file: str | Path) -> dict[str, Tensor]:
     """With weight_orig · weight_mask, as `torch.nn.utils.prune` keeps a pruned layer, as its weight."""
     for mask in [name for name in tensors if name.endswith("_mask")]:
         plain = mask.removesuffix("_mask")
         whole = f"{plain}_orig" if f"{plain}_orig" in tensors else plain
-        if whole in tensors:
-            tensors[plain] = tensors.pop(whole) * tensors.pop(mask)
+        if whole not in tensors:
+            continue
+        if tensors[whole].shape != tensors[mask].shape or tensors[whole].dtype not in FLOATS:
+            raise ValueError(f"{file}: {mask} does not fit {whole}, floats of the same shape")
+        tensors[plain] = tensors.pop(whole) * tensors.pop(mask)
     return tensors
 
 
-def _flat(content: object, before: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested mappings and lists; its name begins with the keys on the way to it."""
-    listed = enumerate(content) if isinstance(content, list | tuple) else ()
-    for key, value in content.items() if isinstance(content, Mapping) else listed:
-        if isinstance(value, Tensor):
-            yield f"{before}{key}", value
-        else:
-            yield from _flat(value, f"{before}{key}.")
+def _flat(content: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Every tensor and plain value in nested mappings and lists, its name made of the keys on the way."""
+    if isinstance(content, argparse.Namespace):
+        content = vars(content)
+    if isinstance(content, list | tuple):
+        content = dict(enumerate(content))
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flat(value, f"{name}.{key}" if name else f"{key}")
+    else:
+        yield name, content
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Every tensor that a file holds, by name; a ValueError says in one line what it is instead."""
+def _read(path: Path) -> dict[str, object]:
+    """Every tensor and plain value in a file, by name; a ValueError says in one line what it is instead."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: the file of weights in it is needed")
     with path.open("rb") as file:
@@ -176,12 +194,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is {what}; {NEEDED}")
     try:
         if start[8:9] == b"{":  # safetensors: the length of a header in JSON, then the header
-            return load_file(path)
+            with safe_open(path, "pt") as opened:
+                about = opened.metadata() or {}
+            return load_file(path) | {f"metadata.{key}": about[key] for key in about if key != "format"}
         allowed = torch.serialization.safe_globals([argparse.Namespace])  # of torchvision's own training
         with path.open("rb") as file, allowed, warnings.catch_warnings(action="ignore"):
             named = list(_flat(torch.load(file, map_location="cpu", weights_only=True)))
+            is_longer = bool(file.read(1)) and not start.startswith(b"PK")
     except Exception as error:  # of many kinds, since these bytes may be anything
         raise ValueError(f"{path} is {_broken(error)}; {NEEDED}") from None
+    if is_longer:
+        raise ValueError(f"{path} goes on behind what torch.save wrote first: give one file a network")
     if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
         raise ValueError(f"{path} holds two tensors that would be called {twice[0]}: give one network alone")
     return dict(named)
@@ -198,6 +221,8 @@ def _foreign(path: Path, start: bytes) -> str:
         if not zipfile.is_zipfile(path):
             return "truncated: its end is missing"
         names = zipfile.ZipFile(path).namelist()
+        if min((part.header_offset for part in zipfile.ZipFile(path).infolist()), default=0):
+            return "more than one file: something stands before what torch.save wrote last"
         if any(name.endswith("/constants.pkl") for name in names):
             return "a TorchScript program"
         if not any(name.endswith("data.pkl") for name in names):

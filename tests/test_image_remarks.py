@@ -14,6 +14,8 @@ COPIED = {
     "recoded": lambda image: image,
     "smaller": lambda image: image.resize((40, 40)),
     "grey": lambda image: image.convert("L"),
+    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "turned": lambda image: image.transpose(Image.Transpose.ROTATE_90),
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.05),
 }
 
@@ -48,6 +50,22 @@ def keep(root, images, suffix=".png", **options):
 def test_of_a_plain_folder_nothing_is_told(tmp_path):
     keep(tmp_path, map(photo, range(40)))
     assert told(tmp_path) == ""
+
+
+def test_names_of_files_that_speak_of_splits_are_told(tmp_path):
+    keep(tmp_path, map(photo, range(24)))
+    assert told(tmp_path) == ""
+    for number, file in enumerate(sorted(tmp_path.glob("cat/*"))):
+        file.rename(file.with_stem(f"{'test' if number % 3 == 0 else 'train'}_{file.stem}"))
+    assert "names of files speak of splits, which only folders make: 1 class folders" in told(tmp_path)
+
+
+def test_copies_by_their_names_are_told(tmp_path):
+    for number, which in enumerate(("train", "test")):
+        keep(tmp_path / which, map(photo, range(40 * number, 40 * number + 8)))
+        file = tmp_path / which / "cat/000.png"
+        file.rename(file.with_name(f"img_jpg.rf.{number}{number}.png"))
+    assert "augmented copies of one image in two splits: 1 images, img_jpg" in told(tmp_path)
 
 
 def test_drawings_of_one_shape_in_other_colours_are_no_copies_but_theirs_are(tmp_path):

@@ -19,6 +19,7 @@ from small_networks import with_statistics
 from torch import nn
 from torch.nn.utils import prune
 
+from nnc_utils import pretrained
 from nnc_utils.models import BlockSpec, Spec, build, resnet
 from nnc_utils.pretrained import load_pretrained
 
@@ -97,6 +98,7 @@ def test_another_classifier_is_replaced_whole(tmp_path, fc):
 LOW = torch.ones(2, 4)
 SGD = torch.optim.SGD(narrow().parameters(), 0.1, momentum=0.9).state_dict()
 SGD["state"] = {0: {"momentum_buffer": torch.zeros(4, 3, 7, 7)}}
+OPTIMIZER = f"optimizer.* ({len(list(pretrained._flat(SGD)))} entries)"
 PLACES = {
     "DataParallel": led("module."),
     "torch.compile": led("_orig_mod."),
@@ -118,6 +120,17 @@ PLACES = {
 }
 
 
+BESIDE = {
+    "the ImageNet example": f"epoch = '3', arch = 'resnet18', {OPTIMIZER}, best_acc1",
+    "torchvision's references": f"{OPTIMIZER}, args.* (1 entries)",
+    "PyTorch's tutorial": f"epoch = '1', {OPTIMIZER.replace('zer', 'zer_state_dict')}, loss = '0.1'",
+    "Lightning": "state_dict.criterion.* (1 entries)",
+    "a backbone": "head.* (1 entries)",
+    "net": "acc = '93.1', epoch = '199'",
+    "params": "iter = '10'",
+}
+
+
 @pytest.mark.parametrize("kind", PLACES)
 def test_wrappers_and_prefixes_are_taken_off(tmp_path, kind, capsys):
     ours = build(resnet(18, **NARROW))
@@ -125,17 +138,23 @@ def test_wrappers_and_prefixes_are_taken_off(tmp_path, kind, capsys):
     assert fresh == (["fc"] if kind == "a backbone" else [])
     ours.fc = narrow().fc
     assert_same(ours, STATE)
-    unused = {"Lightning": "state_dict.criterion.* (1 tensors)", "a backbone": "head.* (1 tensors)"}.get(kind)
     told = capsys.readouterr().out
-    assert told.endswith(f"not used: {unused}\n") if unused else told == ""
+    assert told.endswith(f"not used: {BESIDE[kind]}\n") if kind in BESIDE else told == ""
 
 
 @pytest.mark.parametrize(
-    "more", [{"lora": {"a": LOW, "b": LOW}}, {"ema": [LOW, LOW]}, {"ema": {"x": (LOW, LOW)}}]
+    "more",
+    [
+        {"lora": {"a": LOW, "b": LOW}},
+        {"ema": [LOW, LOW]},
+        {"ema": {"x": (LOW, LOW)}},
+        {"scales": {"layer1.0.conv1": 0.1, "layer1.0.conv2": torch.tensor(0.2)}},
+        {"optimized": {"a": LOW, "b": 3}},
+    ],
 )
 def test_tensors_that_are_not_used_are_told(tmp_path, capsys, more):
     load_pretrained(build(resnet(18, **NARROW)), saved(tmp_path / "w.pth", {"model": STATE, **more}))
-    assert capsys.readouterr().out.endswith(f"not used: {next(iter(more))}.* (2 tensors)\n")
+    assert capsys.readouterr().out.endswith(f"not used: {next(iter(more))}.* (2 entries)\n")
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
@@ -180,6 +199,24 @@ def test_a_mask_beside_the_weight_itself_is_applied(tmp_path):
         ours = build(resnet(18, **NARROW))
         assert load_pretrained(ours, saved(tmp_path / "w.pth", content | more)) == []
         assert_same(ours, expected)
+
+
+def test_statistics_that_were_never_measured_are_told(tmp_path, capsys):
+    load_pretrained(
+        build(resnet(18, **NARROW)), saved(tmp_path / "w.pth", build(resnet(18, **NARROW)).state_dict())
+    )
+    assert "batch-norm statistics were never measured" in capsys.readouterr().out
+
+
+def test_the_name_of_another_architecture_is_told(tmp_path, capsys):
+    load_pretrained(
+        build(resnet(18, **NARROW)),
+        saved(tmp_path / "w.pth", {"model": STATE, "args": argparse.Namespace(model="resnetblur18", lr=0.1)}),
+    )
+    assert "args.model = 'resnetblur18'" in capsys.readouterr().out
+    safetensors.torch.save_file(STATE, tmp_path / "w.safetensors", {"format": "pt", "arch": "resnetaa18"})
+    load_pretrained(build(resnet(18, **NARROW)), tmp_path / "w.safetensors")
+    assert capsys.readouterr().out.endswith("not used: metadata.arch = 'resnetaa18'\n")
 
 
 def test_of_several_networks_the_first_is_taken_and_told(tmp_path, capsys):
@@ -239,6 +276,13 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[largest.header_offset + largest.file_size // 2 + 99] ^= 1
     path.write_bytes(content)
+
+
+def two(path, **options):
+    """One network, saved behind another."""
+    with path.open("wb") as file:
+        for seed in (1, 2):
+            torch.save(narrow(seed).state_dict(), file, **options)
 
 
 def codes(kind):
@@ -326,6 +370,19 @@ FOREIGN = {
     "codes in floats": (
         lambda p: torch.save(codes(torch.float32), p),
         "conv1.weight holds whole numbers alone",
+    ),
+    "codes in the classifier": (
+        lambda p: torch.save({**STATE, "fc.weight": (STATE["fc.weight"] * 99).round()}, p),
+        "fc.weight holds whole numbers alone",
+    ),
+    "two saved": (two, "is more than one file"),
+    "two saved as of old": (
+        lambda p: two(p, _use_new_zipfile_serialization=False),
+        "goes on behind what torch.save wrote first",
+    ),
+    "a mask of another shape": (
+        lambda p: torch.save({**STATE, "conv1.weight_mask": torch.ones(1, 3, 7, 7)}, p),
+        "conv1.weight_mask does not fit conv1.weight",
     ),
     "a wrong byte": (flip, r"damaged: \S+/data/\d+ does not match its checksum"),
     "one name for two": (

@@ -109,7 +109,7 @@ def architecture(images: Data, weights: str, model: str) -> tuple[int, str, list
                 errors.append(error)
     if not fitting:
         raise OwnError(str(errors[0]))
-    print("".join(said.getvalue().splitlines(keepends=True)[:1]), end="")
+    print("".join(dict.fromkeys(said.getvalue().splitlines(keepends=True))), end="")
     return min(fitting, key=lambda fit: "conv1" in fit[2])
 
 
