@@ -148,8 +148,8 @@ def _listed(rest: Mapping[str, object], first: str) -> Iterator[str]:
     for name in rest:
         parts, shared = name.split("."), first.split(".")
         same = next((i for i, (one, other) in enumerate(zip(parts, shared, strict=False)) if one != other), 0)
-        is_told = parts[-1] in TOLD
-        groups.setdefault(name if is_told else ".".join(parts[: same + 1]), []).append(name)
+        same = next((i for i, part in enumerate(parts) if part in TOLD), same)
+        groups.setdefault(".".join(parts[: same + 1]), []).append(name)
     for group, names in groups.items():
         leaf = rest[names[0]]
         if len(names) > 1 or names[0] != group:
