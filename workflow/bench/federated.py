@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from pydantic import Field
 
 from bench.committed import ALL_PROFILES
 from bench.tables import read_rows
+from nnc_utils import figures
 from nnc_utils.configurations import of_row
 from nnc_utils.provenance import root
 from nnc_utils.rows import (
@@ -133,20 +136,55 @@ def table(rows: pd.DataFrame, bench: Any) -> pd.DataFrame:
 
 def curve(bench: Any) -> pd.DataFrame:
     """Validation accuracy against megabytes of both directions together, as the rounds went on."""
-    lines = []
-    for candidate in bench.candidates:
-        for record in bench.extra["federated"][candidate.configuration.slug]["history"]:
-            if record["validation"] is not None:
-                line = {"configuration": candidate.configuration.title, "round": record["round"]}
-                line |= {"megabytes": _bytes(record) / 1e6, "validation (%)": record["validation"]}
-                lines.append(line)
-    return pd.DataFrame(lines)
+    ledgers = bench.extra["federated"]
+    own = [(candidate.configuration.title, candidate.configuration.slug) for candidate in bench.candidates]
+    return pd.concat([_curve(title, ledgers[slug]) for title, slug in own], ignore_index=True)
+
+
+def _curve(title: str, ledger: Mapping[str, Any]) -> pd.DataFrame:
+    seen = [record for record in ledger["history"] if record["validation"] is not None]
+    about = {"configuration": title, "round": [record["round"] for record in seen]}
+    about["megabytes"] = [_bytes(record) / 1e6 for record in seen]
+    return pd.DataFrame(about | {"validation (%)": [record["validation"] for record in seen]})
+
+
+def draw(folder: Path) -> Path | None:
+    """The committed curves, means over the seeds, a panel for each Dirichlet value; None without rows."""
+    if not (folder / FILE).is_file():
+        return None
+    ledgers = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    rows, curves = to_frame(read_rows(folder / FILE, FederatedRow), FederatedRow), []
+    for row in rows.to_dict("records"):
+        configuration = of_row(row["method"], row["settings"])
+        ledger = ledgers[row["run"]]["extra"]["federated"][configuration.slug]
+        said = configuration.title.replace(f", Dirichlet {row['dirichlet']:g}", "")
+        curves.append(_curve(said, ledger).assign(dirichlet=row["dirichlet"]))
+    means = (
+        pd.concat(curves).groupby(["dirichlet", "configuration", "round"], sort=False).mean().reset_index()
+    )
+    figure, panels = plt.subplots(
+        1, rows["dirichlet"].nunique(), figsize=(11, 5.2), sharey=True, squeeze=False
+    )
+    for axes, (alpha, panel) in zip(panels[0], means.groupby("dirichlet", sort=True)):
+        for (name, run), marker in zip(panel.groupby("configuration", sort=True), figures.MARKERS):
+            axes.plot(run["megabytes"], run["validation (%)"], marker=marker, label=name)
+        axes.set(xscale="log", xlabel="megabytes, both directions", title=f"Dirichlet {alpha:g}")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.15))
+    panels[0][0].set_ylabel("validation accuracy (%)")
+    figure.savefig(path := folder / "figures/federated.png", bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def of(folder: Path) -> pd.DataFrame | None:
+    """The `summary` of a profile's committed rows; None where it has none."""
+    if not (folder / FILE).is_file():
+        return None
+    return summary(read_rows(folder / FILE, FederatedRow), folder / "predictions")
 
 
 def committed() -> pd.DataFrame | None:
-    """The `summary` of the committed rows; None where no profile has some."""
-    for profile in ALL_PROFILES:
-        folder = root() / "results" / profile
-        if (folder / FILE).is_file():
-            return summary(read_rows(folder / FILE, FederatedRow), folder / "predictions")
-    return None
+    """The same of the best profile that has such rows."""
+    tables = (of(root() / "results" / profile) for profile in ALL_PROFILES)
+    return next((table for table in tables if table is not None), None)

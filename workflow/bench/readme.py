@@ -29,6 +29,7 @@ def draw(profile_dir: Path) -> None:
     """Draw the figures of a profile from its tables."""
     plt.switch_backend("Agg")
     figures.write(profile_dir)
+    federated.draw(profile_dir)
     techniques = set(Tables(profile_dir).compression["technique"])
     for technique in techniques & set(NOTEBOOKS) - {"baseline"}:
         figure = Committed(technique, profile_dir).figure()

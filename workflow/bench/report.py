@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from bench import claims, committed, goals, pairs, papers, two_data_sets
+from bench import claims, committed, federated, goals, pairs, papers, two_data_sets
 from bench.candidates import title
 from bench.committed import ALL_PROFILES, Tables
 from bench.publish import is_restored, publish, restore
@@ -26,6 +26,7 @@ FIGURES = {  # in figures/ of a profile, and what they show
     "pruning": "Pruned networks: times fewer multiplications against test accuracy",
     "distillation": "Students: parameters against test accuracy",
     "search": "Searched networks: parameters against test accuracy",
+    "federated": "Validation accuracy against megabytes sent in both directions, by Dirichlet value",
     "pipeline": "Pipelines and their rivals: times smaller against test accuracy",
 }
 HEADINGS = {  # technique -> its heading
@@ -85,6 +86,7 @@ def template(name: str, tables: Tables) -> jinja2.Template:
         "papers": papers.lines,
         "another_teacher": pairs.another_teacher,
         "committed": committed,
+        "rounds": lambda: federated.of(tables.folder),
         "second_tasks": committed.second_tasks,
         "counted": lambda told: Counter(pair.verdict.removesuffix(pairs.LARGER) for pair in told),
         "verdicts": lambda technique: tables.told(technique)[:3],
