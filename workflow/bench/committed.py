@@ -22,6 +22,7 @@ PROFILES = ("full", "standard", "quick")  # what the README shows, the best firs
 ALL_PROFILES = (
     "full",
     "standard",
+    "headline",
     "techniques",
     "medium",
     "quick",

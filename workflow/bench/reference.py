@@ -38,7 +38,8 @@ class Reference(NamedTuple):
 def read(given: dict[str, Any], images: data.Data) -> Reference:
     """The network that `pretrained` among the parameters of 01 names, if the others describe it.
 
-    A file that is missing, or of another data set, architecture or seed, is a ResultError before any work.
+    All seeds may start from one network. A file that is missing, or of another data set or architecture, is
+    a ResultError before any work.
     """
     path, spec = root() / given["pretrained"], spec_of(given, images)
     if given["weights"]:
@@ -49,9 +50,9 @@ def read(given: dict[str, Any], images: data.Data) -> Reference:
     stored = artifact.read(path)
     record = json.loads(path.with_name(PROVENANCE).read_text(encoding="utf-8"))
     wanted = {"data set": images.name, "classes": images.classes, "network": _described(spec)}
-    wanted |= {"seed": given["seed"], "checksum": record["extra"]["reference"]["sha256"]}
+    wanted |= {"checksum": record["extra"]["reference"]["sha256"]}
     there = {"data set": record["dataset"], "classes": stored.classes, "network": _described(stored.spec)}
-    there |= {"seed": record["seed"], "checksum": stored.sha256}
+    there |= {"checksum": stored.sha256}
     if saw := record["extra"].get("images"):  # own images
         there, wanted = there | {"images": saw}, wanted | {"images": images.digests()}
     differ = [f"{name} {there[name]}, not {wanted[name]}" for name in wanted if there[name] != wanted[name]]
@@ -143,8 +144,10 @@ def write_logits(out: Path, copies: int) -> Path:
     return path
 
 
-def beside(pretrained: Path, spec: models.Spec) -> models.ResNet | None:
-    """The network of an architecture that lies beside a pretrained one; None where there is none."""
+def beside(pretrained: Path, spec: models.Spec, seed: int) -> models.ResNet | None:
+    """The network of an architecture and a seed that lies beside a pretrained one, or None."""
+    if json.loads(pretrained.with_name(PROVENANCE).read_text(encoding="utf-8"))["seed"] != seed:
+        return None
     for file in sorted(pretrained.parent.glob("*.safetensors")):
         if not file.name.startswith("teacher_logits") and (stored := artifact.read(file)).spec == spec:
             return artifact.network(stored, trainable=True)

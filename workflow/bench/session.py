@@ -121,9 +121,9 @@ class Bench:
         return reference.read(given, self.images) if given.get("pretrained") else None
 
     def trained_before(self, spec: models.Spec) -> models.ResNet | None:
-        """The network of an architecture that lies beside a pretrained baseline and was trained like it."""
+        """The network that lies beside a pretrained baseline, trained like it by this seed; or None."""
         given = self.baseline.record.parameters.get("pretrained")
-        return reference.beside(root() / given, spec) if given else None
+        return reference.beside(root() / given, spec, self.seed) if given else None
 
     def file_beside(self, name: str) -> Path | None:
         """A file of this name beside a pretrained baseline; None where there is none."""
