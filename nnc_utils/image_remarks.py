@@ -29,6 +29,7 @@ class Read:
 
     `digest`: SHA-256 of the whole image in RGB; `shape`: its width and height; `frames`: or pages, in its
     file. `scale`: the range that its values were taken for, where the file does not say it; else empty.
+    `top`: the largest value in the file, where it has 16 or 32 bits; else 0.
     """
 
     file: Path
@@ -39,12 +40,13 @@ class Read:
     shape: tuple[int, int]
     scale: str
     frames: int
+    top: int
 
 
 def remarks(images: list[Read], classes: tuple[str, ...]) -> tuple[str, ...]:
     """A sentence for each thing that was found."""
     found = [*_alike_names(classes), *_identical(images), *_copies(images), *_named(images)]
-    return *found, *_lost(images), *_scales(images), *_mostly(images, classes)
+    return *found, *_lost(images), *_unused(images, classes), *_scales(images), *_mostly(images, classes)
 
 
 def _alike_names(classes: tuple[str, ...]) -> list[str]:
@@ -114,9 +116,14 @@ def _named(images: list[Read]) -> list[str]:
     words, sources = defaultdict(set), defaultdict(set)
     for image in images:
         parts = re.split(r"[^a-z]+", image.file.stem.casefold())
-        words[image.file.parent] |= {split_of(part) for part in (parts[0], parts[-1])} - {""}
+        words[image.file.parent] |= {split_of(part) for part in parts} - {""}
         if (source := image.file.name.partition(".rf.")[0]) != image.file.name:  # as Roboflow names copies
             sources[source].add(image.split)
+    splits_of = {image.file.with_suffix(""): image.split for image in images}
+    for file, split in splits_of.items():  # "name (1)", "name-edited", "name_aug_2" beside "name"
+        for end in re.finditer(r"[\W_]", file.name):
+            if splits_of.get(beside := file.with_name(file.name[: end.start()])) not in (None, split):
+                sources[beside.name] |= {split, splits_of[beside]}
     found = []
     if mixed := [folder for folder, splits in words.items() if len(splits) > 1]:
         found.append(
@@ -124,7 +131,7 @@ def _named(images: list[Read]) -> list[str]:
             "they are meant, put the files into train, validation and test"
         )
     if copies := [name for name, splits in sources.items() if len(splits) > 1]:
-        found.append(f"augmented copies of one image in two splits: {some(copies, 'images')}")
+        found.append(f"copies of one image in two splits, by their names: {some(copies, 'images')}")
     return found
 
 
@@ -161,6 +168,15 @@ def _lost(images: list[Read]) -> list[str]:
     if long:
         found.append(f"long: {some(long, 'images')}: their middle square is less than half of them")
     return found
+
+
+def _unused(images: list[Read], classes: tuple[str, ...]) -> list[str]:
+    """Classes whose deep images all leave the upper half of 16 bits unused, as devices of 12 bits do."""
+    tops = defaultdict(list)
+    for image in images:
+        tops[classes[image.label]].append(image.top)
+    dark = [name for name, own in tops.items() if min(own) > 255 and max(own) < 2**15]
+    return [f"16 bits of which at most 15 are used, so read darker: {some(dark, 'classes')}"] if dark else []
 
 
 def _scales(images: list[Read]) -> list[str]:

@@ -7,6 +7,8 @@ whole folder is refused. `read_image` is the one way to read an image; `READING`
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +23,13 @@ from nnc_utils.image_remarks import Read, remarks
 BACKGROUND = "white"  # under transparent pixels
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE = 258, 259, 262, 277, 284, 339  # tags of TIFF
 HEIGHT, STRIPS, ROWS, LARGEST, TILES = 257, 273, 278, 281, 324  # more of them
-SCALE, FRAMES = "scale", "frames"  # in an image's `info`: see `Read`
+KIND, DESCRIBED, DEPTH = 254, 270, 32_997
+NEXT = {  # how each image begins in a file that holds several, one behind the other
+    "JPEG": rb"\A\xff\xd8|\xff\xd9\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "PPM": rb"P[456]\s\d+\s\d+\s",
+}
+SCALE, FRAMES, TOP = "scale", "frames", "top"  # in an image's `info`: see `Read`
 KEYED = {"L;2", "L;4", "RGB;16B"}  # PNG's pixels whose transparent value Pillow takes for one of 8 bits
 READING = {
     "frame": "the first of an animation",
@@ -99,9 +107,28 @@ def decode(path: Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
         image = image.convert("L" if is_grey else "RGB")
-        several = opened.format != "MPO"  # whose others are previews
-        image.info[FRAMES] = getattr(opened, "n_frames", 1) if several else 1
+        image.info[FRAMES] = _frames(opened, path)
         return image
+
+
+def _frames(opened: Image.Image, path: Path) -> int:
+    """How many images a file holds, also where Pillow sees the first alone."""
+    if opened.format == "MPO":  # whose others are previews
+        return 1
+    if opened.format == "TIFF":  # a stack that one directory describes, as ImageJ and tifffile write it
+        tags = opened.tag_v2
+        said = re.match(r"(?s)ImageJ=.*^images=(\d+)", str(tags.get(DESCRIBED, "")), re.MULTILINE)
+        return max(opened.n_frames, int(said[1]) if said else 1, tags.get(DEPTH, 1), _stacked(opened))
+    if opened.format in NEXT:
+        return max(getattr(opened, "n_frames", 1), len(re.findall(NEXT[opened.format], path.read_bytes())))
+    return getattr(opened, "n_frames", 1)
+
+
+def _stacked(opened: Image.Image) -> int:
+    """Planes of a stack by the shape that tifffile notes; 1 without."""
+    shape = re.match(r'{"shape": \[([\d, ]+)\]', str(opened.tag_v2.get(DESCRIBED, "")))
+    values = math.prod(map(int, shape[1].split(","))) if shape and opened.n_frames == 1 else 0
+    return max(1, values // (math.prod(opened.size) * opened.tag_v2.get(SAMPLES, 1)))
 
 
 def _check_tiff(opened: Image.Image) -> None:
@@ -114,8 +141,11 @@ def _check_tiff(opened: Image.Image) -> None:
         raise ValueError(f"its values are signed, of {bits} bits: unsigned ones are needed")
     if (samples := tags.get(SAMPLES, 1)) != bands or opened.mode == "RGBX":
         raise ValueError(f"of its {samples} channels Pillow would read only some: keep one, three, or RGBA")
-    if bits > 8 and bands > 1 and tags.get(PLANES) == 2 and tags.get(COMPRESSION) == 1:
-        raise ValueError(f"Pillow reads uncompressed planes of {bits} bits wrongly: convert it to PNG")
+    is_right = opened.mode in ("RGB", "RGBA", "CMYK") and (bits == 8 or tags.get(COMPRESSION) != 1)
+    if bands > 1 and tags.get(PLANES) == 2 and not is_right:
+        raise ValueError(f"Pillow reads such planes ({opened.mode}, {bits} bits) wrongly: convert it to PNG")
+    if tags.get(KIND, 0) & 5:
+        raise ValueError("its first page is a preview or a mask: convert the image itself to PNG")
     if bits == 16 and (top := max(tags.get(LARGEST, (65_535,)))) < 65_535:
         raise ValueError(f"its white is {top}, not 65535: bring it to all of 8 or 16 bits")
     parts, height = tags.get(STRIPS, tags.get(TILES, ())), tags.get(HEIGHT, 1)
@@ -143,6 +173,7 @@ def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
     elif image.mode != "I" or sixteen or high > 255:
         values //= 256
     result = Image.fromarray(values.astype(np.uint8))
+    result.info[TOP] = int(high) if image.mode != "F" else 0
     if image.mode == "F" or (image.mode == "I" and not sixteen):
         tops = (1, 255) if image.mode == "F" else (255, 65_535)
         result.info[SCALE] = f"up to {tops[int(high > tops[0])]}"
@@ -208,7 +239,7 @@ def _read_all(found: Layout, size: int) -> list[Read]:
             return None
         whole = image.convert("RGB").tobytes()  # grey that is stored as RGB is the same image
         digest = hashlib.sha256(f"{image.size}".encode() + whole).hexdigest()
-        about = image.info.get(SCALE, ""), image.info[FRAMES]
+        about = image.info.get(SCALE, ""), image.info[FRAMES], image.info.get(TOP, 0)
         return Read(*entry, _resized(image, size), digest, image.size, *about)
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock

@@ -45,6 +45,9 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
     "module." are taken off; of several networks the first is taken, and what is not used is printed. A
     one-channel input takes the sum of the first weights over the colours, as they do to a grey image.
 
+    Names and shapes do not say strides, dilation, pooling, activations or the order of colours: of a variant
+    that differs in these alone nothing is noticed.
+
     Returns the layers (stem, classifier) that stay fresh for their shape. ValueError: the file is none of
     this, or another network's, or holds what no training leaves; nothing has been copied then.
     """

@@ -1,5 +1,6 @@
 """Own images: each kind of file against what was written into it, each layout against what it is."""
 
+import io
 import json
 import os
 import re
@@ -138,7 +139,14 @@ def tiff(path, values, bands=1, **tags):
     content, width = values.tobytes(), 8 * values.dtype.itemsize
     planes = bands if tags.get("planar") == 2 else 1
     places = [8 + i * len(content) // planes for i in range(planes)]
-    entries = {256: 16, 257: 16, 258: [width] * bands, 259: 1, 262: 2 if bands >= 3 else 1, 277: bands}
+    entries = {
+        256: 16,
+        257: 16,
+        258: [width] * bands,
+        259: 1,
+        262: tags.get("colours", 2 if bands >= 3 else 1),
+    }
+    entries |= {277: bands, 254: tags.get("page")}
     entries |= {273: tags.get("strips", places), 278: tags.get("rows", 16), 281: tags.get("top")}
     entries |= {279: [len(content) // planes] * planes, 284: tags.get("planar", 1)}
     entries |= {338: tags.get("extra"), 339: tags.get("kind")}
@@ -158,10 +166,16 @@ def tiff(path, values, bands=1, **tags):
 
 SHORT = np.arange(256, dtype=np.uint16) * 257
 TIFFS = {  # what Pillow opens and reads as other values, without a word
-    "planes of 16 bits": ((np.stack([SHORT, SHORT // 2, SHORT // 4]), 3), {"planar": 2}, "planes of 16 bits"),
+    "planes of 16 bits": ((np.stack([SHORT, SHORT // 2, SHORT // 4]), 3), {"planar": 2}, "such planes"),
     "signed, 8 bits": ((np.arange(256, dtype=np.uint8), 1), {"kind": 2}, "are signed, of 8 bits"),
     "signed, 16 bits": ((SHORT // 2, 1), {"kind": 2}, "are signed, of 16 bits"),
     "five channels": ((np.stack([SHORT] * 5, 1).astype(np.uint8), 5), {"extra": [0, 0]}, "of its 5 channels"),
+    "a preview first": ((SHORT.astype(np.uint8), 1), {"page": 1}, "its first page is a preview or a mask"),
+    "planes of Lab": (
+        (np.stack([SHORT] * 3).astype(np.uint8), 3),
+        {"planar": 2, "colours": 8},
+        r"such planes \(LAB",
+    ),
     "a fourth": ((np.stack([SHORT] * 4, 1).astype(np.uint8), 4), {"extra": 0}, "of its 4 channels"),
 }
 
@@ -179,6 +193,26 @@ def test_a_tiff_that_lacks_rows_or_has_another_white_is_refused(tmp_path, tags):
     tiff(tmp_path / "a.tif", SHORT, **tags)
     with pytest.raises(ValueError, match="its white is 4095" if "top" in tags else "rows of it are not in"):
         images.read_image(tmp_path / "a.tif", 16)
+
+
+STACKS = {  # files that hold several images, of which Pillow sees one
+    "a.jpg": lambda one: one("JPEG") * 3,
+    "a.png": lambda one: one("PNG") * 3,
+    "a.pgm": lambda one: one("PPM") * 3,
+    "imagej.tif": lambda one: one("TIFF", description="ImageJ=1.54\nimages=3\nslices=3\n"),
+    "shape.tif": lambda one: one("TIFF", description='{"shape": [3, 16, 16]}'),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_images_behind_the_first_are_told(tmp_path, name):
+    def one(kind, **options):
+        stream = io.BytesIO()
+        grey(HALF).save(stream, format=kind, **options)
+        return stream.getvalue()
+
+    (tmp_path / name).write_bytes(STACKS[name](one))
+    assert images.decode(tmp_path / name).info["frames"] == 3
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "CMYK", "RGB"])
