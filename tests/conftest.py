@@ -1,5 +1,8 @@
 """What several test files build on: a small profile with real artifacts, as notebooks leave it."""
 
+import contextlib
+import functools
+import json
 import os
 import shutil
 import types
@@ -14,8 +17,10 @@ from small_networks import PLAIN, quantized
 from xdist.scheduler import LoadFileScheduling
 
 from bench import folder as notebook
-from bench import marks, publish, readme
-from nnc_utils import artifact, data, encoding, evaluation, models, provenance, rows
+from bench import marks, publish, readme, report, two_data_sets
+from bench.committed import Tables
+from nnc_utils import artifact, data, encoding, evaluation, models, provenance, rows, scoring
+from nnc_utils.runtimes.children import ChildError
 
 PARAMETERS = """\
 seconds: float = 0.0  # [0, 100] how long it works
@@ -96,6 +101,45 @@ def place(tmp_path, monkeypatch):
         return write_notebook(tmp_path, name, *cells, parameters=parameters)
 
     return types.SimpleNamespace(root=tmp_path, notebook=write)
+
+
+class Inline:
+    """A child that carries its orders out here, and notes them."""
+
+    def __init__(self, actor, name, log):
+        self.actor, self.name, self.log = actor, name, log
+
+    def ask(self, order, **arguments):
+        self.log.append((self, order, arguments))
+        try:  # as on the way to another process, which has random numbers of its own
+            with torch.random.fork_rng(devices=[]):
+                answer = getattr(self.actor, order)(**json.loads(json.dumps(arguments)))
+            return json.loads(json.dumps(answer))
+        except Exception as error:
+            raise ChildError(f"{self.name} could not {order}: {error}") from None
+
+
+@pytest.fixture(scope="module")
+def scored_here():
+    """Networks are scored in this process: the fresh one of `test_scoring.py` imports for seconds."""
+
+    @contextlib.contextmanager
+    def child(module):
+        scoring._load.cache_clear()  # a folder may hold other images by now
+        yield Inline(scoring, module, [])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "child", child)
+        yield
+
+
+@pytest.fixture
+def one_thread():
+    """Small networks are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _networks(seed: int):
@@ -216,6 +260,17 @@ def published(example, tmp_path, monkeypatch):
     shutil.copytree(example.root, root)
     monkeypatch.setenv("NNC_ROOT", str(root))
     return root / "results" / "quick"
+
+
+_read = functools.cache(Tables)
+
+
+@pytest.fixture
+def read_once(monkeypatch):
+    """Tables of the repository, which no test changes: read and compared once for all that reports ask."""
+    for module in (readme, report, two_data_sets):
+        monkeypatch.setattr(module, "Tables", _read)
+    return _read
 
 
 @pytest.fixture(scope="session")

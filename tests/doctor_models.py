@@ -1,6 +1,7 @@
 """Small ONNX networks for the doctor: a residual one of ReLUs, and what the real tools make of it."""
 
 import logging
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from onnxruntime import quantization
 WIDTH, SIZE, CLASSES = 16, 12, 10
 CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4")
 UNSIGNED = {"activation_type": quantization.QuantType.QUInt8, "per_channel": True}
+_MADE: dict[tuple, bytes] = {}  # what the tools made; most tests begin with one of a few files
 
 
 def network(
@@ -78,22 +80,28 @@ class _Reader(quantization.CalibrationDataReader):
         return next(self._batches, None)
 
 
-def static(model: onnx.ModelProto, folder: Path, **settings) -> onnx.ModelProto:
+def static(model: onnx.ModelProto, **settings) -> onnx.ModelProto:
     """ONNX Runtime's `quantize_static` with its defaults but for the settings."""
-    logging.disable(logging.WARNING)  # it advises to pre-process
-    model = onnx.ModelProto.FromString(model.SerializeToString())  # it moves the weights out of what it gets
-    quantization.quantize_static(model, str(folder / "static.onnx"), _Reader(), **settings)
-    logging.disable(logging.NOTSET)
-    return onnx.load(folder / "static.onnx")
+    return _made(quantization.quantize_static, model, settings, _Reader())
 
 
-def dynamic(model: onnx.ModelProto, folder: Path, **settings) -> onnx.ModelProto:
+def dynamic(model: onnx.ModelProto, **settings) -> onnx.ModelProto:
     """ONNX Runtime's `quantize_dynamic`."""
-    logging.disable(logging.WARNING)
-    onnx.save(model, folder / "float.onnx")
-    quantization.quantize_dynamic(str(folder / "float.onnx"), str(folder / "dynamic.onnx"), **settings)
-    logging.disable(logging.NOTSET)
-    return onnx.load(folder / "dynamic.onnx")
+    return _made(quantization.quantize_dynamic, model, settings)
+
+
+def _made(tool, model, settings, *reader) -> onnx.ModelProto:
+    """A copy of what a tool makes of a network, which it is asked for once."""
+    key = tool, model.SerializeToString(), repr(settings)
+    if key not in _MADE:
+        logging.disable(logging.WARNING)  # it advises to pre-process
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder) / "float.onnx", Path(folder) / "net.onnx"
+            onnx.save(model, source)
+            tool(source, target, *reader, **settings)
+            _MADE[key] = target.read_bytes()
+        logging.disable(logging.NOTSET)
+    return onnx.ModelProto.FromString(_MADE[key])
 
 
 def bypassed(model: onnx.ModelProto, *tensors: str) -> onnx.ModelProto:

@@ -1,5 +1,10 @@
 """Small residual networks with random weights, for the tests of the runtimes."""
 
+import copy
+import functools
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -19,8 +24,9 @@ POOLED = models.resnet(50, channels=3, size=32, classes=4, width=0.05)
 PLAIN = models.resnet(18, channels=1, size=8, classes=10, stem="small_stride2", width=0.125)
 
 
-def network(spec, *, seed=0):
-    """A network whose batch-norm has seen data, some of its scales negative and one of them 0."""
+@functools.cache
+def _network(spec, seed):
+    """A network, and torch's random state behind its making."""
     torch.manual_seed(seed)
     model = models.build(spec)
     for module in model.modules():
@@ -30,7 +36,14 @@ def network(spec, *, seed=0):
             module.weight.data[::3] *= -1
             module.weight.data[1] = 0
     model.train()(images(spec, 64))
-    return model.eval()
+    return model.eval(), torch.get_rng_state()
+
+
+def network(spec, *, seed=0):
+    """A network whose batch-norm has seen data, some of its scales negative and one of them 0."""
+    model, state = _network(spec, seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
 
 
 def with_statistics(model, seed=0):
@@ -61,6 +74,14 @@ def quantized(model, *, bits=7, per_channel=True):
     return activations.calibrate(model, images(model.spec, 128))
 
 
+@functools.cache
+def artifact_of(spec, *, bits=7, per_channel=True):
+    """The artifact of a quantized network, which nobody changes."""
+    model = quantized(network(spec), bits=bits, per_channel=per_channel)
+    with tempfile.TemporaryDirectory() as folder:
+        return saved(model, Path(folder) / "a.safetensors")
+
+
 def affine(weight, *, bits, per_channel=True):
     """The weight in affine codes over its range, 0 included."""
     rows = weight.detach().flatten(1) if per_channel else weight.detach().flatten()
@@ -87,6 +108,17 @@ def saved(model, path):
     spec = model.spec
     mean, std = [0.5] * spec.channels, [0.25] * spec.channels
     return artifact.save(model, path, mean=mean, std=std, classes=[str(i) for i in range(spec.classes)])
+
+
+def without_pair(model, tensor):
+    """An ONNX model of `qdq` in which one tensor is not rounded."""
+    pair = [node for node in model.graph.node if f"{tensor}.codes" in (*node.input, *node.output)]
+    assert [node.op_type for node in pair] == ["QuantizeLinear", "DequantizeLinear"]
+    for node in pair:
+        model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [f"{tensor}.float" if name == tensor else name for name in node.input]
+    return model
 
 
 def kronecker(rows, columns, *, seed=0, images=400):

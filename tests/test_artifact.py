@@ -20,6 +20,7 @@ from nnc_utils import artifact, encoding, models
 from nnc_utils.artifact import ArtifactError
 from nnc_utils.parametrizations import UniformWeight, ZeroMask
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NOTHING = torch.nn.Identity()
 PREPROCESSING = {"mean": [0.286], "std": [0.353], "classes": [f"class {i}" for i in range(10)]}
 
@@ -84,15 +85,6 @@ KINDS = {
     "affine per tensor": {"bits": 3, "zero_points": True, "per_channel": False, "ranges": True},
     "learned scales": {"bits": 4, "keep": 0.3, "learn_scale": True},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Networks this small are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save(model, path, **changes):

@@ -9,20 +9,21 @@ import pytest
 from result_files import change, read
 
 from bench import audit, report
-from bench.committed import ALL_PROFILES, Tables
+from bench.committed import ALL_PROFILES
 from nnc_utils import provenance
 
 RESULTS = provenance.PACKAGE.parent / "results"
 COMMITTED = [RESULTS / name for name in ALL_PROFILES if (RESULTS / name / "compression.csv").is_file()]
+EACH = pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
 
 
-@pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
+@EACH
 def test_committed_results_are_what_their_evidence_says(profile):
     assert audit.problems(profile) == []
 
 
-@pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
-def test_the_committed_report_is_that_of_the_tables(profile):
+@EACH
+def test_the_committed_report_is_that_of_the_tables(profile, read_once):
     def facts(text):  # which runs are of older code comes and goes with the code around them
         return [line for line in text.splitlines() if "older code than" not in line.lower()]
 
@@ -35,7 +36,7 @@ def numbers(table, columns):
     return [[float(row[column]) for column in columns] for row in table]
 
 
-@pytest.mark.parametrize("profile", COMMITTED, ids=lambda path: path.name)
+@EACH
 def test_every_accuracy_and_interval_again_in_a_few_lines_of_numpy(profile):
     """Beside the audit, which could share a mistake with the reader of the tables."""
     rows = read(profile / "compression.csv")
@@ -228,8 +229,8 @@ def contradictions(quick, larger):
 
 
 @pytest.mark.parametrize("profile", [p for p in COMMITTED if p.name != "quick"], ids=lambda path: path.name)
-def test_quick_says_nothing_that_longer_training_contradicts(profile):
-    assert contradictions(Tables(RESULTS / "quick"), Tables(profile)) == []
+def test_quick_says_nothing_that_longer_training_contradicts(profile, read_once):
+    assert contradictions(read_once(RESULTS / "quick"), read_once(profile)) == []
 
 
 def test_a_contradiction_is_one_where_both_intervals_exclude_zero_and_the_reference_is_the_same():

@@ -15,20 +15,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     out = tmp_path_factory.mktemp("book")
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-q",
-        "-W",
-        "--keep-going",
-        "-c",
-        "docs",
-        "-b",
-        "html",
-        ".",
-        str(out),
-    ]
+    options = "-q -W --keep-going -c docs -b html ."
+    command = [sys.executable, "-m", "sphinx", *options.split(), str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr  # a link that leads nowhere is a warning, and so an error
     return out

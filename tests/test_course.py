@@ -1,5 +1,6 @@
 """Contents lead to headings, and nbgrader's own autograder gives the points that a submission deserves."""
 
+import functools
 import os
 import re
 import shutil
@@ -15,19 +16,26 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from bench import course
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks/01_baseline.ipynb"
+EACH = pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+@functools.cache
+def read(path):
+    """A notebook, which no test changes."""
+    return nbformat.read(path, as_version=4)
+
+
+@EACH
 def test_the_contents_of_a_notebook_link_to_its_headings(path):
-    prose = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    prose = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
     headings = re.findall(r"(?m)^## (.*)", "\n".join(prose))
     links = [unquote(link) for link in re.findall(r"\]\(#(.*?)\)", prose[0])]
     assert links == [heading.replace(" ", "-") for heading in headings]  # JupyterLab's names of headings
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+@EACH
 def test_a_notebook_begins_with_what_it_takes_and_ends_with_what_it_gave(path):
-    cells = nbformat.read(path, as_version=4).cells
+    cells = read(path).cells
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     top = " ".join(cells[0].source.split())
     assert all(f"**{word}**" in top for word in ("You will be able to", "You need", "Contents."))
@@ -43,9 +51,9 @@ def test_a_notebook_begins_with_what_it_takes_and_ends_with_what_it_gave(path):
     assert end.rstrip().splitlines()[-1].startswith("Next: [")
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+@EACH
 def test_each_prediction_stands_in_an_earlier_cell_than_what_is_measured(path):
-    place, cells = {}, nbformat.read(path, as_version=4).cells
+    place, cells = {}, read(path).cells
     for number, cell in enumerate(cells):
         for call, what in re.findall(r'predictions\.(predict|measured)\(\s*f?"([^"]+)"', cell.source):
             place.setdefault(what, {})[call] = number
@@ -69,10 +77,10 @@ def test_make_lab_serves_all_that_notebooks_link_to():
     assert options == ["--LabApp.default_url=/lab/tree/notebooks"]
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+@EACH
 def test_links_of_the_student_edition_lead_to_files(path):
     folder = NOTEBOOK.parents[1] / "build/course"
-    notebook = course.moved(course.student(nbformat.read(path, as_version=4)), folder)
+    notebook = course.moved(course.student(read(path)), folder)
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     links = set(re.findall(r"\]\((\.\./[^)#]*)", prose))
     assert links and all(Path(os.path.normpath(folder / link)).exists() for link in links), links
@@ -87,20 +95,20 @@ def test_the_student_edition_shows_no_output_behind_a_question():
     assert [len(cell.get("outputs", [])) for cell in course.student(whole).cells] == [0, 0, 0, 1]
 
 
-@pytest.fixture(scope="module")
-def solved():
-    """A notebook of two exercises of 01, with their solutions, as it is in the repository."""
-    cells = nbformat.read(NOTEBOOK, as_version=4).cells
-    pairs = [pair for pair in zip(cells, cells[1:]) if "exercise" in pair[0].metadata.get("tags", [])]
-    chosen = [cell for pair in pairs if pair[1].source[7:10] in ("1.4", "1.5") for cell in pair]
-    assert len(chosen) == 4
-    return new_notebook(cells=[new_code_cell("from nnc_utils.exercises import check"), *chosen])
+def exercises(notebook):
+    return [cell for cell in notebook.cells if "exercise" in cell.metadata.get("tags", [])]
 
 
-def test_solved_half_solved_and_empty_get_two_one_and_no_points(solved, tmp_path, monkeypatch):
+def test_answered_exercises_get_their_point_and_empty_ones_none(tmp_path, monkeypatch):
+    """Two exercises of 01 as they are in the repository, answered, and the same two once more, left empty."""
     api = pytest.importorskip("nbgrader.apps").NbGraderAPI
     from traitlets.config import Config
 
+    cells = read(NOTEBOOK).cells
+    pairs = [pair for pair in zip(cells, cells[1:]) if pair[1].source[7:10] in ("1.4", "1.5")]
+    chosen = [cell for pair in pairs for cell in pair]
+    copies = [new_code_cell(cell.source, metadata=dict(cell.metadata)) for cell in 2 * chosen]
+    solved = new_notebook(cells=[new_code_cell("from nnc_utils.exercises import check"), *copies])
     monkeypatch.chdir(tmp_path)
     tools = Path(sys.executable).parent  # nbgrader calls alembic by name
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
@@ -112,19 +120,17 @@ def test_solved_half_solved_and_empty_get_two_one_and_no_points(solved, tmp_path
     grader = api(config=config)
     assert grader.generate_assignment("two")["success"]
     released = nbformat.read(tmp_path / "release/two/two.ipynb", as_version=4)
-    holes = [cell for cell in released.cells if "exercise" in cell.metadata.get("tags", [])]
+    holes = exercises(released)
     assert all(course.BEGIN not in cell.source and "NotImplementedError" in cell.source for cell in holes)
-    answers = [cell.source for cell in solved.cells if "exercise" in cell.metadata.get("tags", [])]
-    points = {}
-    for student, count in (("solved", 2), ("half", 1), ("empty", 0)):
-        for cell, answer in zip(holes, answers[:count]):
-            cell.source = answer
-        place = tmp_path / f"submitted/{student}/two"
-        shutil.copytree(tmp_path / "release/two", place)
-        nbformat.write(released, place / "two.ipynb")
-        for cell in holes:
-            cell.source = course.cleared(answers[holes.index(cell)])
-        assert grader.autograde("two", student)["success"]
-        submission = grader.get_submission("two", student)
-        points[student] = submission["score"], submission["max_score"]
-    assert points == {"solved": (2, 2), "half": (1, 2), "empty": (0, 2)}
+    for hole, answer in zip(holes, exercises(solved)[:2]):
+        hole.source = answer.source
+    place = tmp_path / "submitted/student/two"
+    shutil.copytree(tmp_path / "release/two", place)
+    nbformat.write(released, place / "two.ipynb")
+    assert grader.autograde("two", "student")["success"]
+    submission = grader.get_submission("two", "student")
+    assert (submission["score"], submission["max_score"]) == (2, 4)
+    with grader.gradebook as book:
+        grades = book.find_submission_notebook("two", "two", "student").grades
+        points = {grade.name: grade.auto_score for grade in grades}
+    assert points == {"check-1": 1, "check-3": 1, "check-5": 0, "check-7": 0}

@@ -14,13 +14,7 @@ from nnc_utils.data import Split
 from nnc_utils.evaluation import Interval, paired_interval
 from nnc_utils.models import build, resnet
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -1,33 +1,19 @@
 """The protocol of timing, workers' orders carried out in this process; test_runtimes.py has real workers."""
 
 import contextlib
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import Inline
 
-from nnc_utils import artifact, data, measure, rows, runtimes, scoring
+from nnc_utils import artifact, data, measure, rows, runtimes
 from nnc_utils.runtimes.children import ChildError
 from nnc_utils.runtimes.worker import Worker
 
 
-class Inline:
-    """A child that carries its orders out here, and notes them."""
-
-    def __init__(self, actor, name, log):
-        self.actor, self.name, self.log = actor, name, log
-
-    def ask(self, order, **arguments):
-        self.log.append((self, order, arguments))
-        try:  # as on the way to another process
-            return json.loads(json.dumps(getattr(self.actor, order)(**json.loads(json.dumps(arguments)))))
-        except Exception as error:
-            raise ChildError(f"{self.name} could not {order}: {error}") from None
-
-
 @pytest.fixture
-def log(monkeypatch):
+def log(monkeypatch, scored_here):
     """Orders as (child, order, arguments)."""
     log = []
 
@@ -36,12 +22,7 @@ def log(monkeypatch):
         assert folder.name == measure.SCRATCH or not beside_others
         yield Inline(Worker(name), name, log)
 
-    @contextlib.contextmanager
-    def child(module):
-        yield Inline(scoring, module, [])
-
     monkeypatch.setattr(measure, "worker", worker)
-    monkeypatch.setattr(scoring, "child", child)
     monkeypatch.setattr(measure.psutil, "cpu_percent", lambda interval: 3.0)
     return log
 

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import os
 import re
 import shutil
@@ -29,8 +30,14 @@ MOST_PLUMBING = 0.15
 LONGEST = 30  # lines of a code cell
 
 
+@functools.cache
+def read(path):
+    """A notebook, which no test changes."""
+    return nbformat.read(path, as_version=4)
+
+
 def code(path):
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
 
 
 def tags(cell):
@@ -100,17 +107,16 @@ def test_jupyterlab_opens_what_papermill_wrote_after_the_sync_of_make_lab(tmp_pa
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestNotebook:
     def test_pair_holds_the_same_cells(self, path):
-        notebook = nbformat.read(path, as_version=4)
         source = jupytext.read(path.parent / "src" / f"{path.stem}.py")
         pairs = [
             [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in book.cells]
-            for book in (notebook, source)
+            for book in (read(path), source)
         ]
         assert pairs[0] == pairs[1]
 
     def test_outputs_are_of_the_code_beside_them(self, path):
         """jupytext keeps a cell's outputs when all of its code has changed."""
-        assert nbformat.read(path, as_version=4).metadata["nnc"]["source_sha256"] == source_sha256(path)
+        assert read(path).metadata["nnc"]["source_sha256"] == source_sha256(path)
 
     def test_every_code_cell_was_run_in_order_and_none_failed(self, path):
         cells = code(path)

@@ -21,6 +21,7 @@ from bench import folder, parameters
 from bench.execute import without_lesson
 from nnc_utils import artifact, provenance
 
+pytestmark = pytest.mark.usefixtures("scored_here")
 NOTEBOOKS = provenance.PACKAGE.parent / "notebooks"
 
 

@@ -8,7 +8,7 @@ import yaml
 from result_files import Invented
 
 from bench import papers
-from bench.committed import ALL_PROFILES, Tables
+from bench.committed import ALL_PROFILES
 from nnc_utils import configurations, provenance
 
 ROOT = provenance.PACKAGE.parent
@@ -101,12 +101,12 @@ def planned(value):
         yield from planned(inner)
 
 
-def test_every_method_is_measured_or_planned():
+def test_every_method_is_measured_or_planned(read_once):
     """In a committed profile's tables, or beside them as what a search found; or in a profile's file."""
     seen = {"train"}
     for folder in COMMITTED:
         seen |= set(pd.read_csv(folder / "compression.csv")["method"])
-        for record in Tables(folder).provenance.values():
+        for record in read_once(folder).provenance.values():
             seen |= set(record["extra"].get("search", {}).get("verified", {}))
     for file in (ROOT / "workflow/profiles").glob("*.yaml"):
         seen |= set(planned(yaml.safe_load(file.read_text(encoding="utf-8"))))
@@ -114,7 +114,7 @@ def test_every_method_is_measured_or_planned():
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
-def test_a_committed_defeat_says_why(folder):
-    told = papers.lines(Tables(folder), [Tables(other) for other in COMMITTED if other != folder])
+def test_a_committed_defeat_says_why(folder, read_once):
+    told = papers.lines(read_once(folder), [read_once(other) for other in COMMITTED if other != folder])
     assert [line for line in told if line["verdict"].startswith("below") and ":" not in line["verdict"]] == []
     assert sum(line["verdict"] != "not measured" for line in told) > len(told) / 2

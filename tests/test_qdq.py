@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
+import small_networks as small
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
@@ -75,8 +76,8 @@ def test_steps_are_the_networks_operations(spec):
 
 
 @SPECS
-def test_int8_is_exact_integer_arithmetic(spec, tmp_path):
-    stored = saved(quantized(network(spec)), tmp_path / "a.safetensors")
+def test_int8_is_exact_integer_arithmetic(spec):
+    stored = small.artifact_of(spec)
     lowered, pictures = qdq.lower(stored), images(spec, 32, seed=5)
     exact, graph = arithmetic(lowered, pictures), run(qdq.onnx_model(stored, "int8"), pictures)
     apart = steps_apart(lowered, graph, exact)
@@ -85,8 +86,8 @@ def test_int8_is_exact_integer_arithmetic(spec, tmp_path):
 
 
 @SPECS
-def test_int8_is_the_artifact_in_eager(spec, tmp_path):
-    stored = saved(quantized(network(spec)), tmp_path / "a.safetensors")
+def test_int8_is_the_artifact_in_eager(spec):
+    stored = small.artifact_of(spec)
     pictures = images(spec, 32, seed=5)
     with torch.inference_mode():
         eager = artifact.network(stored)(pictures)
@@ -96,8 +97,8 @@ def test_int8_is_the_artifact_in_eager(spec, tmp_path):
 
 
 @SPECS
-def test_fp32_is_the_decoded_network(spec, tmp_path):
-    stored = saved(quantized(network(spec), per_channel=False), tmp_path / "a.safetensors")
+def test_fp32_is_the_decoded_network(spec):
+    stored = small.artifact_of(spec, per_channel=False)
     plain = artifact.network(dataclasses.replace(stored, ranges={}))
     pictures = images(spec, 8, seed=5)
     with torch.inference_mode():
@@ -108,9 +109,8 @@ def test_fp32_is_the_decoded_network(spec, tmp_path):
 
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("bits", [2, 5, 8])
-def test_graph_holds_the_codes_of_the_file(bits, per_channel, tmp_path):
-    model = network(ODD)
-    stored = saved(quantized(model, bits=bits, per_channel=per_channel), tmp_path / "a.safetensors")
+def test_graph_holds_the_codes_of_the_file(bits, per_channel):
+    stored = small.artifact_of(ODD, bits=bits, per_channel=per_channel)
     assert qdq.stored_codes(stored)
     graph = qdq.onnx_model(stored, "int8").graph
     constants = {c.name: numpy_helper.to_array(c) for c in graph.initializer}
@@ -183,7 +183,7 @@ def test_refusals_name_the_cause(tmp_path):
         qdq.onnx_model(plain, "int8")
     with pytest.raises(qdq.LoweringError, match="unknown precision 'int4': one of fp32, int8"):
         qdq.onnx_model(plain, "int4")
-    stored = saved(quantized(network(PLAIN)), tmp_path / "a.safetensors")
+    stored = small.artifact_of(PLAIN)
     ranges = stored.ranges | {"quant_stem": (0.1, 3)}
     with pytest.raises(qdq.LoweringError, match="quant_stem has zero-point 3"):
         qdq.lower(dataclasses.replace(stored, ranges=ranges))
@@ -193,31 +193,22 @@ def test_refusals_name_the_cause(tmp_path):
 
 
 @SPECS
-def test_every_operator_is_integer_until_a_pair_is_missing(spec, tmp_path):
-    stored = saved(quantized(network(spec)), tmp_path / "a.safetensors")
+def test_every_operator_is_integer_until_a_pair_is_missing(spec):
+    stored = small.artifact_of(spec)
     model = qdq.onnx_model(stored, "int8")
     onnx.checker.check_model(model, full_check=True)
     whole = onnxruntime.OnnxRuntimeSession(model.SerializeToString(), "int8", 1).integer_operators
     qdq.check_integer(spec, whole)
     assert not [name for name in whole if name.startswith("float")]
     for tensor in ("layer1.0.quant1", "layer1.0.quant_out"):
-        broken = onnx.ModelProto()
-        broken.CopyFrom(model)
-        pair = [n for n in broken.graph.node if f"{tensor}.codes" in (*n.input, *n.output)]
-        assert [n.op_type for n in pair] == ["QuantizeLinear", "DequantizeLinear"]
-        for node in pair:
-            broken.graph.node.remove(node)
-        for node in broken.graph.node:
-            for i, name in enumerate(node.input):
-                if name == tensor:
-                    node.input[i] = f"{tensor}.float"
+        broken = small.without_pair(qdq.onnx_model(stored, "int8"), tensor)
         counts = onnxruntime.OnnxRuntimeSession(broken.SerializeToString(), "int8", 1).integer_operators
         with pytest.raises(RuntimeError, match=r"not an int8 network: .* of \d+ (conv|add)"):
             qdq.check_integer(spec, counts)
 
 
-def test_fp32_is_not_int8(tmp_path):
-    stored = saved(quantized(network(PLAIN)), tmp_path / "a.safetensors")
+def test_fp32_is_not_int8():
+    stored = small.artifact_of(PLAIN)
     counts = runtimes.prepare("onnxruntime", stored, "fp32", 1).integer_operators
     with pytest.raises(RuntimeError, match="0 of 20 conv, 0 of 1 linear, 0 of 8 add"):
         qdq.check_integer(PLAIN, counts)

@@ -14,6 +14,7 @@ from nnc_utils import artifact, data, models, training
 from nnc_utils.baseline import Train
 from nnc_utils.distillation import candidates, teaching
 
+pytestmark = pytest.mark.usefixtures("scored_here")
 DECLARED = """dataset: str = "digits"  # name
 size: int = 0  # pixels
 depth: int = 18  # layers

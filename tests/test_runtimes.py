@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from small_networks import ODD, PLAIN, POOLED, images, network, quantized, saved
+from small_networks import ODD, PLAIN, POOLED, artifact_of, images, network, quantized, saved, without_pair
 
 from nnc_utils import artifact, models, provenance, runtimes
 from nnc_utils.models import BlockSpec, Spec
@@ -99,14 +99,7 @@ def test_one_missing_pair_is_seen(name, stored, monkeypatch):
         pytest.skip(why)
     lost = "layer1.0.quant1"
     if name == "openvino":
-        model = qdq.onnx_model(stored, "int8")
-        pair = [node for node in model.graph.node if f"{lost}.codes" in (*node.input, *node.output)]
-        for node in pair:
-            model.graph.node.remove(node)
-        for node in model.graph.node:
-            for i, tensor in enumerate(node.input):
-                if tensor == lost:
-                    node.input[i] = f"{lost}.float"
+        model = without_pair(qdq.onnx_model(stored, "int8"), lost)
         monkeypatch.setattr(qdq, "onnx_model", lambda *_: model)
     else:
         from nnc_utils.runtimes import exported
@@ -124,10 +117,10 @@ def test_one_missing_pair_is_seen(name, stored, monkeypatch):
 
 
 @pytest.mark.parametrize("name, spec", [("openvino", ODD), ("openvino", POOLED), ("executorch", ODD)])
-def test_other_networks_run_in_integers_too(name, spec, tmp_path):
+def test_other_networks_run_in_integers_too(name, spec):
     if why := runtimes.available(name, "int8"):
         pytest.skip(why)
-    stored = saved(quantized(network(spec)), tmp_path / "a.safetensors")
+    stored = artifact_of(spec)
     pictures = images(spec, 70)
     found = runtimes.prepare(name, stored, "int8", 1).predict(pictures.numpy())
     with torch.inference_mode():
@@ -256,9 +249,11 @@ def test_exact_sums_are_asked_for_where_the_processor_lacks_vnni(stored, monkeyp
 
 
 @pytest.mark.parametrize("name", runtimes.NAMES)
-def test_identity_gives_its_input_back(name, tmp_path):
+def test_identity_gives_its_input_back(name, tmp_path, monkeypatch):
     if why := runtimes.available(name):
         pytest.skip(why)
+    if name == "inductor":  # its programs compile for seconds
+        monkeypatch.setattr(runtimes.adapter(name), "BATCHES", (1,))
     pictures = images(ODD, 3).numpy()
     for _ in range(2):  # made, then found
         session = runtimes.identity(name, (ODD.channels, ODD.size), 1, tmp_path)

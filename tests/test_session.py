@@ -18,6 +18,7 @@ from nnc_utils import artifact, data, doctor, models, peers, provenance, rows, s
 from nnc_utils.configurations import Built, ConfigurationError
 from nnc_utils.quantization import uniform
 
+pytestmark = pytest.mark.usefixtures("scored_here")
 PARAMETERS = """\
 configurations: list = []  # files
 controls: list = []  # rivals

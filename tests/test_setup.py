@@ -187,6 +187,18 @@ def test_make_hands_its_variables_on(arguments, expected, absent):
     assert expected in planned and absent not in planned
 
 
+def test_make_hands_on_what_your_own_images_take(monkeypatch):
+    given = ["DATA=/my images", "WEIGHTS=/a.pth", "MODEL=resnet34", "SIZE=96", "GOAL=20x smaller"]
+    planned = make("--dry-run", "benchmark", *given).stdout
+    options = "--weights '/a.pth' --model 'resnet34' --size '96' --goal '20x smaller'"
+    assert f"own --data '/my images' {options}" in planned and "bench benchmark" not in planned
+    assert r"--data '/Bob'\''s'" in make("--dry-run", "benchmark", "DATA=/Bob's").stdout
+    for name, value in {"DATA": "/data", "MODEL": "gpt2"}.items():  # as clusters have them
+        monkeypatch.setenv(name, value)
+    planned = make("--dry-run", "benchmark").stdout
+    assert "bench benchmark --profile quick" in planned and "bench own" not in planned
+
+
 def test_make_clean_says_what_goes_and_keeps_the_rest(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     kept = ["data/a", ".venv/lib/__pycache__/a", "results/quick/summary.csv"]

@@ -21,12 +21,8 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process at o
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_bars(monkeypatch):
+def no_bars(one_thread, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
