@@ -18,7 +18,7 @@ from torch import Tensor
 from nnc_utils import allocation, artifact, encoding, measure, models, sensitivity
 from nnc_utils.baseline import narrow_resnet
 from nnc_utils.configurations import Configuration
-from nnc_utils.pruning import channels, structured, unstructured
+from nnc_utils.pruning import channel_removal, channels, unstructured
 from nnc_utils.quantization import activations, uniform
 
 TIMED = 8  # networks between which milliseconds are interpolated
@@ -84,7 +84,7 @@ class Planner:
     def shrunk(self, stage: str, fewer: float = np.inf) -> models.ResNet:
         """The baseline, only narrowed as `prune` or `narrow` will; without a number to the narrowest."""
         narrow = narrow_resnet(self.spec, self.bench.recipe, fewer) if stage == "narrow" else self.spec
-        groups, multiple = structured.groups(self.spec), self.given["multiple"]
+        groups, multiple = channel_removal.groups(self.spec), self.given["multiple"]
         widths = {x.name: x.out_channels for x in models.layers(narrow) if x.name in groups}
         if stage == "narrow":
             kept = {name: torch.arange(width) for name, width in widths.items()}
@@ -93,7 +93,7 @@ class Planner:
         else:  # of channels that are all worth the same go all that may
             equal = {name: torch.zeros(width) for name, width in widths.items()}
             kept = channels.within_macs(self.spec, equal, macs=self.whole - 1, multiple=multiple)
-        return structured.remove_channels(self.dense, kept)
+        return channel_removal.remove_channels(self.dense, kept)
 
     @functools.cached_property
     def scores(self) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nnc_utils.image_files import HELD_OUT, some, split_of
+from nnc_utils.image_folder import HELD_OUT, some, split_of
 
 FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
 OUTLINE = 16  # pixels of the grey images by which copies of another size or encoding are found

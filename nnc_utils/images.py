@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nnc_utils.image_files import HELD_OUT, MISREAD, NAMED, SPLITS, FolderError, Layout, inside, layout, some
+from nnc_utils.image_folder import HELD_OUT, MISREAD, NAMED, SPLITS, FolderError, Layout, inside, layout, some
 from nnc_utils.image_remarks import Read, remarks
 
 BACKGROUND = "white"  # under transparent pixels
@@ -189,7 +189,7 @@ def _resized(image: Image.Image, size: int) -> np.ndarray:
 
 
 def read(path: Path, size: int) -> tuple[Folder, Arrays]:
-    """A folder of images as a data set, its images resized to `size` pixels; see `image_files.layout`.
+    """A folder of images as a data set, its images resized to `size` pixels; see `image_folder.layout`.
 
     A split without a folder is held out of train: of each class a share, `HELD_OUT`, at least one, chosen by
     the images' contents. So names and order do not matter, an image more moves few others to another split,

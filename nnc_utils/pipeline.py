@@ -22,7 +22,7 @@ from nnc_utils import batch_norm, curvature, encoding, models, peers
 from nnc_utils.baseline import narrow_resnet
 from nnc_utils.budgets import Budgets, Planner, sparse
 from nnc_utils.configurations import Built, Configuration, read
-from nnc_utils.distillation import candidates, teaching
+from nnc_utils.distillation import candidates, student_loss
 from nnc_utils.pruning import channels
 from nnc_utils.quantization import activations, hessian_rounding, qat, uniform
 from nnc_utils.training import cross_entropy, data_digest, network_digest
@@ -214,15 +214,15 @@ class _Work:
         size, augment = self.given["batch_size"] or bench.recipe["batch_size"], bench.recipe["augment"]
         steps = max(1, round(length * (len(images.train) // size)))
         if stages[-1] == "distill":
-            lesson = teaching.Recipe(temperature=self.given["temperature"], alpha=self.given["alpha"])
+            lesson = student_loss.Recipe(temperature=self.given["temperature"], alpha=self.given["alpha"])
             teacher = candidates.teacher(bench, "ensemble" if budgets.ensemble else "baseline")
             if self.given["copies"] == 0:
-                loss = teaching.online(teacher, lesson, network.spec)
+                loss = student_loss.online(teacher, lesson, network.spec)
             else:
                 known = candidates.memory(bench, teacher)
                 images, augment, seconds = known.images, False, known.seconds
-                loss = teaching.cached(known, lesson, network.spec)
-                taught = [teaching.logits_name(teacher, self.given["copies"], bench.seed), repr(lesson)]
+                loss = student_loss.cached(known, lesson, network.spec)
+                taught = [student_loss.logits_name(teacher, self.given["copies"], bench.seed), repr(lesson)]
         limits = [
             f"{name}{value}" for name, value in vars(budgets).items() if value != getattr(Budgets, name)
         ]

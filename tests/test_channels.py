@@ -9,7 +9,7 @@ from small_networks import ODD, PLAIN, POOLED, images, network
 from torch.nn import functional
 
 from nnc_utils import artifact, batch_norm, data, models
-from nnc_utils.pruning import channels, structured
+from nnc_utils.pruning import channel_removal, channels
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def scaled(model, name, channel, factor):
     """The network with one channel of a group times a factor, behind every layer that writes it."""
     twin = copy.deepcopy(model).double()
     norms = {layer.name: layer.batch_norm for layer in models.layers(model.spec)}
-    for writer in structured.groups(model.spec)[name].writers:
+    for writer in channel_removal.groups(model.spec)[name].writers:
         norm = twin.get_submodule(norms[writer])
         norm.weight.data[channel] *= factor
         norm.bias.data[channel] *= factor
@@ -65,7 +65,7 @@ def test_a_budget_is_met_and_used(spec, multiple):
     whole = before = models.macs(spec)
     for share in (1.0, 0.6, 0.3) if multiple == 1 else (1.0, 0.8):  # so little has no multiple of 4
         kept = channels.within_macs(spec, score, macs=share * whole, multiple=multiple)
-        macs = models.macs(structured.remove_channels(network(spec), kept).spec)
+        macs = models.macs(channel_removal.remove_channels(network(spec), kept).spec)
         assert macs <= share * whole and macs <= before
         before = macs
         if (spec, multiple) == (PLAIN, 1):
@@ -95,10 +95,12 @@ def test_layers_make_up_for_channels_by_least_squares(spec):
     """No other weights of a layer bring its sums nearer to the whole network's: their gradient is 0."""
     model, inputs = network(spec), images(spec, 300)
     widths = {layer.name: layer.out_channels for layer in models.layers(spec)}
-    kept = {name: torch.randperm(widths[name])[: -(widths[name] // 3)] for name in structured.groups(spec)}
-    plain, ours = structured.remove_channels(model, kept), channels.compensated(model, kept, inputs)
+    kept = {
+        name: torch.randperm(widths[name])[: -(widths[name] // 3)] for name in channel_removal.groups(spec)
+    }
+    plain, ours = channel_removal.remove_channels(model, kept), channels.compensated(model, kept, inputs)
     exact = channels.compensated(model, kept, inputs, rows=10**7, damping=1e-7)
-    written = {w: kept[n].sort().values for n, g in structured.groups(spec).items() for w in g.writers}
+    written = {w: kept[n].sort().values for n, g in channel_removal.groups(spec).items() for w in g.writers}
     for net in (model, exact):
         for layer in models.layers(spec):
             hook = net.get_submodule(layer.name).register_forward_hook
@@ -118,7 +120,7 @@ def test_layers_make_up_for_channels_by_least_squares(spec):
 def test_scores_are_ranked_among_groups_that_are_alike(trained):
     """Inside blocks; residual streams, but for the first, with fewer readers, and the last; against SciPy."""
     spec, score = trained[0].spec, channels.scores(trained[0], "l2")
-    known = structured.groups(spec)
+    known = channel_removal.groups(spec)
     inside = [name for name in known if len(known[name].writers) == 1]
     first, *between, last = [name for name in known if name not in inside]
     ranks = channels.comparable(spec, score, "isomorphic")
@@ -126,7 +128,7 @@ def test_scores_are_ranked_among_groups_that_are_alike(trained):
         ours, theirs = (torch.cat([values[name] for name in names]) for values in (ranks, score))
         torch.testing.assert_close(ours, torch.from_numpy((rankdata(theirs) - 1) / len(theirs)).float())
     kept = channels.within_macs(spec, score, macs=models.macs(spec) / 3, normalize="isomorphic")
-    assert 0 < models.macs(structured.narrowed(spec, kept)) <= models.macs(spec) / 3
+    assert 0 < models.macs(channel_removal.narrowed(spec, kept)) <= models.macs(spec) / 3
 
 
 def test_a_group_that_no_image_wakes_is_removed_without_harm(trained):

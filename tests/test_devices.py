@@ -17,7 +17,7 @@ from nnc_utils import (
     sensitivity,
     training,
 )
-from nnc_utils.distillation import features, teaching
+from nnc_utils.distillation import features, student_loss
 from nnc_utils.pruning import channels, unstructured
 from nnc_utils.quantization import activations, correction, qat, uniform
 
@@ -53,7 +53,7 @@ def test_a_network_evaluated_elsewhere_stays_where_it_is(model):
 
 
 def test_a_teacher_stays_where_it_is(model):
-    loss = teaching.online(model, teaching.Recipe(), SPEC)
+    loss = student_loss.online(model, student_loss.Recipe(), SPEC)
     student = models.build(SPEC)
     strides = [p.stride() for p in model.parameters()]
     loss(student, IMAGES, LABELS).backward()
@@ -125,11 +125,15 @@ def test_cuda_trains_what_is_saved_on_the_processor(model, kind, tmp_path):
         network = qat.prepare(network, IMAGES, bits=4, method=kind)
     elif kind in ("kd", "dkd", "attention", "hints"):
         about = {"soft": kind} if "kd" in kind else {kind: 1.0}
-        loss = teaching.online(model, teaching.Recipe(**about), SPEC)
+        loss = student_loss.online(model, student_loss.Recipe(**about), SPEC)
     elif kind == "cached":
-        memory = teaching.cache_logits(model, DIGITS, copies=2)
-        loss, pictures, augment = (teaching.cached(memory, teaching.Recipe(), SPEC), memory.images, False)
-    trained = features.WithRegressors(network, SPEC, teaching.STAGES) if kind == "hints" else network
+        memory = student_loss.cache_logits(model, DIGITS, copies=2)
+        loss, pictures, augment = (
+            student_loss.cached(memory, student_loss.Recipe(), SPEC),
+            memory.images,
+            False,
+        )
+    trained = features.WithRegressors(network, SPEC, student_loss.STAGES) if kind == "hints" else network
     about = {"batch_size": 64, "learning_rate": 0.01, "augment": augment, "validate": True, "loss": loss}
     about["checkpoint"] = tmp_path / "checkpoint"
     history = training.fit(trained, pictures, epochs=2, device="cuda", **about)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from nnc_utils import data, image_files, images
+from nnc_utils import data, image_folder, images
 
 README = Path(__file__).parents[1] / "README.md"
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -379,11 +379,11 @@ def test_every_file_is_read_or_left_out_with_a_reason(own):
         loaded = load(own)
     left = {reason: len(files) for reason, files in loaded.folder.left_out.items()}
     assert left == {
-        image_files.HIDDEN: 4 * 3 + 1 + 2,
-        image_files.OTHER_SUFFIX: 3,
-        image_files.NO_CLASS: 1,
-        image_files.LINKED: 1,
-        image_files.NO_FILE: 1,
+        image_folder.HIDDEN: 4 * 3 + 1 + 2,
+        image_folder.OTHER_SUFFIX: 3,
+        image_folder.NO_CLASS: 1,
+        image_folder.LINKED: 1,
+        image_folder.NO_FILE: 1,
     }
     [message] = [str(w.message) for w in told]
     lines = message.splitlines()[1:]
@@ -568,7 +568,7 @@ def test_unreadable_images_are_named_together(own):
     with pytest.raises(data.DataError, match="8 of 20 images cannot be read") as refused:
         load(own)
     lines = str(refused.value).splitlines()
-    assert len(lines) == 1 + image_files.NAMED + 1 and "0.png" in lines[1] and lines[-1].strip() == "…"
+    assert len(lines) == 1 + image_folder.NAMED + 1 and "0.png" in lines[1] and lines[-1].strip() == "…"
 
 
 def test_an_image_that_lost_its_contents_is_told(own):
@@ -637,7 +637,7 @@ def test_identical_images_in_two_split_folders_are_refused(tmp_path):
             image.save(tmp_path / "test" / "cat" / f"again{number}.bmp")
     with pytest.raises(data.DataError, match="images, 7 pairs, .*keep each in one split") as refused:
         load(tmp_path)
-    assert str(refused.value).count(" and ") == image_files.NAMED
+    assert str(refused.value).count(" and ") == image_folder.NAMED
 
 
 # --- What is passed on ---------------------------------------------------------------------------------

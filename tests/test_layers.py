@@ -9,7 +9,7 @@ import nnc_utils
 
 PACKAGE = Path(nnc_utils.__file__).parent
 FLOORS = [
-    {"models", "cifar", "image_files", "devices", "entropy", "parametrizations", "configurations"},
+    {"models", "cifar", "image_folder", "devices", "entropy", "parametrizations", "configurations"},
     {"image_remarks"},
     {"images", "encoding", "sample"},
     {"data"},

@@ -53,8 +53,10 @@ def test_all_schedules_train_for_as_many_images_and_end_at_the_same_share(schedu
 
 def test_iterative_pruning_is_distilled_from_the_dense_network(bench, monkeypatch):
     """Two removals, half of the training behind each, with what the whole network says in its loss."""
-    lessons, online = [], candidates.teaching.online
-    monkeypatch.setattr(candidates.teaching, "online", lambda *given: lessons.append(given) or online(*given))
+    lessons, online = [], candidates.student_loss.online
+    monkeypatch.setattr(
+        candidates.student_loss, "online", lambda *given: lessons.append(given) or online(*given)
+    )
     mapping = {"method": "channels", "macs": 3, "compensate": True, "normalize": "isomorphic"}
     pruned = built(bench, **mapping, schedule="iterative", train="distill")
     shares = [models.macs(student) / models.macs(PLAIN) for _, _, student in lessons]

@@ -12,7 +12,7 @@ from bench import marks, reference, tables
 from bench.session import Bench
 from nnc_utils import artifact, data, models, training
 from nnc_utils.baseline import Train
-from nnc_utils.distillation import candidates, teaching
+from nnc_utils.distillation import candidates, student_loss
 
 pytestmark = pytest.mark.usefixtures("scored_here")
 DECLARED = """dataset: str = "digits"  # name
@@ -170,7 +170,7 @@ def test_logits_beside_a_reference_are_those_of_its_runs(trained, monkeypatch):
     bench = Bench(
         "04_distillation", {"run_dir": "results/smoke/04", "upstream": ["results/smoke/with_logits"]}
     )
-    monkeypatch.setattr(teaching, "_logits", lambda *_: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(student_loss, "_logits", lambda *_: pytest.fail("the teacher was asked"))
     known = candidates.memory(bench, bench.dense)
     assert torch.equal(known.logits, load_file(path)["logits"])
     assert bench.trained_before(models.three_stage(channels=1, size=8, classes=10, width=2)) is None

@@ -11,7 +11,7 @@ from torch import nn
 
 from nnc_utils import artifact, models, training
 from nnc_utils.configurations import Built, Configuration, read
-from nnc_utils.distillation import features, teaching
+from nnc_utils.distillation import features, student_loss
 from nnc_utils.distillation.configurations import Distilled, StudentAlone
 
 
@@ -34,13 +34,13 @@ def check(configuration: Configuration, bench: Any) -> None:
         features.check_stages(_untrained(bench, configuration).spec, recipe(configuration).compared)
 
 
-def recipe(configuration: Distilled) -> teaching.Recipe:
+def recipe(configuration: Distilled) -> student_loss.Recipe:
     """What a configuration's teacher teaches."""
     method, settings = configuration.method, dict(configuration)
     soft = method if method in ("dkd", "dist") else "kd" if "kd" in method else ""
     weights = {part: settings["beta"] for part in ("attention", "hints", "similarity") if part in method}
-    shared = {name: settings[name] for name in teaching.Recipe.__dataclass_fields__ if name in settings}
-    return teaching.Recipe(**{"soft": soft, "alpha": 0.0} | weights | shared)
+    shared = {name: settings[name] for name in student_loss.Recipe.__dataclass_fields__ if name in settings}
+    return student_loss.Recipe(**{"soft": soft, "alpha": 0.0} | weights | shared)
 
 
 def _untrained(bench: Any, configuration: Configuration) -> models.ResNet:
@@ -59,18 +59,18 @@ def _trained(bench: Any, configuration: Configuration) -> tuple[models.ResNet, i
     loss, images, augment = training.cross_entropy, bench.images, bench.recipe["augment"]
     more_images, more_seconds = 0, 0.0
     if configuration.method == "label_smoothing":
-        loss = teaching.smoothed(configuration.smoothing)
+        loss = student_loss.smoothed(configuration.smoothing)
     elif isinstance(configuration, Distilled):
         network, more_images, more_seconds = _teacher(bench, configuration)
         lesson = recipe(configuration)
         if configuration.cached:
             known = memory(bench, network)
             images, augment, more_seconds = known.images, False, more_seconds + known.seconds
-            loss = teaching.cached(known, lesson, student.spec)
+            loss = student_loss.cached(known, lesson, student.spec)
         else:
-            loss = teaching.online(network, lesson, student.spec)
+            loss = student_loss.online(network, lesson, student.spec)
         if lesson.hints:  # from the student's widths to its teacher's
-            model = features.WithRegressors(student, network.spec, teaching.STAGES)
+            model = features.WithRegressors(student, network.spec, student_loss.STAGES)
     length, size = bench.parameters["epochs"] * getattr(configuration, "times", 1), bench.recipe["batch_size"]
     steps = round(getattr(configuration, "epochs", length) * (len(bench.images.train) // size))
     options = {"images": images, "loss": loss, "augment": augment, "batch_size": size}
@@ -107,18 +107,18 @@ def _teacher(bench: Any, configuration: Distilled) -> tuple[nn.Module, int, floa
 def teacher(bench: Any, kind: str, compressed: bool = False) -> nn.Module:
     """The "baseline", or the "ensemble" of all seeds' baselines; or what the pipeline made of them."""
     networks = [network for network, _ in members(bench, compressed)]
-    return teaching.Ensemble(networks) if kind == "ensemble" else networks[0]
+    return student_loss.Ensemble(networks) if kind == "ensemble" else networks[0]
 
 
 @functools.cache
-def memory(bench: Any, teacher: nn.Module) -> teaching.CachedLogits:
+def memory(bench: Any, teacher: nn.Module) -> student_loss.CachedLogits:
     """A teacher's logits of the training images, computed once: in the baseline's run, or beside its file."""
     augment = bench.recipe["augment"]
     copies = bench.parameters["copies"] if augment else 1
-    name = teaching.logits_name(teacher, copies, bench.seed)
+    name = student_loss.logits_name(teacher, copies, bench.seed)
     file = bench.file_beside(name) or bench.baseline.folder / name
     options = {"copies": copies, "augment": augment, "seed": bench.seed, "file": file}
-    known = teaching.cache_logits(teacher, bench.images, **options)
+    known = student_loss.cache_logits(teacher, bench.images, **options)
     if not torch.isfinite(known.logits).all():
         raise training.TrainingError("the teacher's logits are beyond half precision: train it longer first")
     return known

@@ -10,7 +10,7 @@ import torch
 
 from nnc_utils import batch_norm, models
 from nnc_utils.exercises import exercise, expect, same, tell
-from nnc_utils.pruning import channels, structured
+from nnc_utils.pruning import channel_removal, channels
 
 SPEC = models.three_stage(1, channels=1, size=6, classes=3, width=0.5)
 BUDGET, MULTIPLE = models.macs(SPEC) / 3, 4
@@ -47,7 +47,7 @@ def prune(prune_to: Callable) -> None:
     expect(not any(width % MULTIPLE for width in widths), f"Not all widths are multiples of {MULTIPLE}.")
     score = channels.scores(network, "fisher", images=images, labels=labels)
     kept = channels.within_macs(SPEC, score, macs=BUDGET, multiple=MULTIPLE)
-    removed = structured.remove_channels(network, kept)
+    removed = channel_removal.remove_channels(network, kept)
     wanted = channels.compensated(network, kept, images)
     are_fisher = given.spec == wanted.spec and torch.allclose(given.bn1.weight, wanted.bn1.weight)
     expect(are_fisher, "Other channels stay than by the Fisher scores of these images and labels.")

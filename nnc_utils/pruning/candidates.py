@@ -11,8 +11,8 @@ from nnc_utils.baseline import dense_finetuned, narrow_resnet, trained_from_new_
 from nnc_utils.configurations import Built, Configuration, of_row
 from nnc_utils.data import Split
 from nnc_utils.devices import exact_device
-from nnc_utils.distillation import teaching
-from nnc_utils.pruning import channels, reconstruct, schedules, structured, unstructured
+from nnc_utils.distillation import student_loss
+from nnc_utils.pruning import channel_removal, channels, reconstruct, schedules, unstructured
 from nnc_utils.pruning.configurations import SCANNED
 from nnc_utils.quantization import activations, uniform
 from nnc_utils.sensitivity import loss_increase
@@ -73,7 +73,7 @@ def _float(configuration: Configuration, bench: Any) -> Built:
         if configuration.trains:
             loss = cross_entropy
             if configuration.train == "distill":
-                loss = teaching.online(copy.deepcopy(bench.dense), teaching.Recipe(), network.spec)
+                loss = student_loss.online(copy.deepcopy(bench.dense), student_loss.Recipe(), network.spec)
             history = bench.fit(
                 network,
                 f"{name}_{number + 1}",
@@ -114,14 +114,14 @@ def removed(network: nn.Module, configuration: Configuration, share: float, benc
         kept = channels.within_macs(network.spec, scores, **budget)
         if configuration.compensate:
             return channels.compensated(network, kept, images)
-        return structured.remove_channels(network, kept)
+        return channel_removal.remove_channels(network, kept)
     if method == "torch_pruning":
         if why := peers.available("torch_pruning"):
             raise ValueError(f"Torch-Pruning: {why}")
         prune = peers.peer("torch_pruning").prune
         return prune(network, score, macs=macs, everywhere=configuration.uniform, **sample)
     if method == "blocks":
-        return structured.remove_blocks(network, least_missed(bench, configuration.removed))
+        return channel_removal.remove_blocks(network, least_missed(bench, configuration.removed))
     if method == "obs":
         return reconstruct.prune_network(network, images, sparsity=share, rounds=1)
     if method == "reconstruct":
@@ -168,7 +168,7 @@ def least_missed(bench: Any, count: int) -> list[str]:
     gone: list[str] = []
 
     def accuracy(name: str) -> float:
-        network = structured.remove_blocks(bench.dense, [*gone, name])
+        network = channel_removal.remove_blocks(bench.dense, [*gone, name])
         network = batch_norm.reestimate(network, bench.sample(bench.parameters["scoring_images"])[0])
         options = {"normalize": images.normalize, "device": exact_device()}
         return evaluation.accuracy(evaluation.predict(network, split, **options), split.labels)

@@ -1,6 +1,6 @@
 """Which channels go: a score for each, a choice within a budget of MACs, and readers that make up for them.
 
-The removal itself is `structured.remove_channels`.
+The removal itself is `channel_removal.remove_channels`.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch.nn import functional
 from nnc_utils import models, sample
 from nnc_utils.devices import exact_device
 from nnc_utils.models import Spec
-from nnc_utils.pruning.structured import check_plain, groups, narrowed, remove_channels
+from nnc_utils.pruning.channel_removal import check_plain, groups, narrowed, remove_channels
 
 BATCH = 64  # images a pass
 LEAST = 0.05  # share of each group's channels that stays in any case
@@ -136,7 +136,7 @@ def within_macs(
 def compensated(
     model: nn.Module, kept: Mapping[str, Tensor], images: Tensor, *, rows: int = 8192, damping: float = 0.05
 ) -> nn.Module:
-    """The narrower network (`structured.remove_channels`), whose layers make up for the channels it lacks.
+    """The narrower network (`channel_removal.remove_channels`), whose layers make up for what it lacks.
 
     Layer after layer, weights become those of least squares: from what the layer sees in the narrower network
     as compensated so far to the sums that it has in the whole one (He, Zhang and Sun, 2017, equation 1,

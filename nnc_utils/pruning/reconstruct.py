@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nnc_utils import curvature, encoding
 from nnc_utils.devices import exact_device
 from nnc_utils.pruning import schedules, unstructured
-from nnc_utils.pruning.structured import check_plain
+from nnc_utils.pruning.channel_removal import check_plain
 from nnc_utils.training import progress
 
 DAMPING = 0.05  # of H, a share of its mean diagonal: directions that no image showed still cost something

@@ -18,7 +18,7 @@ import torch
 from nnc_utils import artifact, evaluation, models, training
 from nnc_utils.configurations import Built
 from nnc_utils.distillation import candidates as distillation
-from nnc_utils.distillation import teaching
+from nnc_utils.distillation import student_loss
 from nnc_utils.quantization import activations, uniform
 from nnc_utils.search import latency, searchers
 from nnc_utils.search.configurations import Searched
@@ -289,6 +289,6 @@ def build(configuration: Searched, bench: Any) -> Built:
         return Built(network, history.images, history.seconds)
     (teacher, seconds), *_ = distillation.members(bench, configuration.compressed)
     memory = distillation.memory(bench, teacher)
-    options = {"loss": teaching.cached(memory, teaching.Recipe(), spec), "images": memory.images}
+    options = {"loss": student_loss.cached(memory, student_loss.Recipe(), spec), "images": memory.images}
     network, history = search.train(spec, given["epochs"], augment=False, **options)
     return Built(network, history.images, history.seconds + memory.seconds + seconds)

@@ -11,7 +11,7 @@ import torch
 
 from nnc_utils import artifact, models, pipeline
 from nnc_utils.baseline import narrow_resnet
-from nnc_utils.distillation import teaching
+from nnc_utils.distillation import student_loss
 from nnc_utils.pruning import unstructured
 from nnc_utils.quantization import activations, qat, uniform
 
@@ -63,7 +63,7 @@ def _made(bench: Any, name: str) -> tuple[models.ResNet, int, float]:
 
 
 def _taught(bench: Any, student: models.ResNet) -> Any:
-    return teaching.online(bench.dense, teaching.Recipe(), student.spec)
+    return student_loss.online(bench.dense, student_loss.Recipe(), student.spec)
 
 
 def _trained(

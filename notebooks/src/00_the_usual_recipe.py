@@ -377,13 +377,13 @@ print(f"accuracy {fp32['accuracy']:.1f} % before, {published[2]['accuracy']:.1f}
 # sides. The result is a narrower network, an ordinary one. It is fine-tuned, and quantized *after* that.
 
 # %% tags=["machine-dependent"]
-from nnc_utils.pruning import channels, structured
+from nnc_utils.pruning import channels, channel_removal
 
 options = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
 options["augment"] = bench.recipe["augment"]
 budget = models.macs(spec) * (1 - amount) ** 2
 kept = channels.within_macs(spec, channels.scores(model, "l2"), macs=budget, uniform=True)
-narrow = structured.remove_channels(model, kept)
+narrow = channel_removal.remove_channels(model, kept)
 before = accuracy(narrow)
 training.fit(narrow, images, epochs=epochs, **options)
 narrow_bytes, right[2] = file_bytes(narrow), int8_file(narrow, "narrow_int8")

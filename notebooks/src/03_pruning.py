@@ -802,9 +802,9 @@ def streams(spec: models.Spec) -> dict[str, list[str]]:
     return writers
 
 
-from nnc_utils.pruning import structured
+from nnc_utils.pruning import channel_removal
 
-groups = structured.groups(model.spec)
+groups = channel_removal.groups(model.spec)
 print("with conv1 go:", ", ".join(streams(model.spec)["conv1"][1:]))
 print("they are read by:", ", ".join(groups["conv1"].readers))
 same = all(list(groups[name].writers) == own for name, own in streams(model.spec).items())
@@ -819,7 +819,7 @@ predictions.predict("MACs left with half of the channels (%)", 50)
 
 # %% tags=["nbval-check-output"]
 half = {name: torch.arange(len(weights[name]))[::2] for name in groups}
-narrow, twin = structured.remove_channels(model, half), model
+narrow, twin = channel_removal.remove_channels(model, half), model
 norms = {x.name: x.batch_norm for x in models.layers(model.spec)}
 for name, kept in half.items():
     for writer in groups[name].writers:
@@ -940,7 +940,7 @@ rows = {}
 for times, normalize in ((2, "group"), (macs, "isomorphic"), (macs, "group")):
     options = {"macs": models.macs(model.spec) / times, "multiple": multiple, "normalize": normalize}
     kept = channels.within_macs(model.spec, fisher, **options)
-    plain = structured.remove_channels(model, kept)
+    plain = channel_removal.remove_channels(model, kept)
     repaired = batch_norm.reestimate(channels.compensated(model, kept, seen), seen)
     rows[f"{times:g}× fewer MACs, {normalize}"] = {
         "removed": accuracy(plain),
@@ -971,7 +971,7 @@ def without_block(network: models.ResNet, name: str) -> models.ResNet:
 
 rows = {}
 for name in (name for name, block in models.named_blocks(model.spec) if block.connection == "identity"):
-    shallow = structured.remove_blocks(model, [name])
+    shallow = channel_removal.remove_blocks(model, [name])
     with torch.inference_mode():
         assert torch.equal(shallow(seen[:4]), without_block(model, name)(seen[:4])), "the package differs"
     rows[name] = {"MACs left (%)": 100 * models.macs(shallow.spec) / models.macs(model.spec)}

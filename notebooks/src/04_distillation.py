@@ -626,7 +626,7 @@ predictions.predict("a step with the teacher online ÷ alone", 2)
 import statistics
 import time
 
-from nnc_utils.distillation import teaching
+from nnc_utils.distillation import student_loss
 
 
 def step_seconds(loss, batches) -> float:
@@ -639,9 +639,9 @@ def step_seconds(loss, batches) -> float:
     return statistics.median(taken[2:] or taken)
 
 
-recipe = teaching.Recipe(temperature=temperature, alpha=alpha)
+recipe = student_loss.Recipe(temperature=temperature, alpha=alpha)
 cpu = torch.device("cpu")
-memory = teaching.cache_logits(teacher, few, copies=1, augment=False, seed=seed)
+memory = student_loss.cache_logits(teacher, few, copies=1, augment=False, seed=seed)
 plain, cached = (
     list(training.batches(data, 1, seed, 64, False, cpu))[:10] for data in (images, memory.images)
 )
@@ -649,8 +649,8 @@ plain, cached = (
 # %% tags=["machine-dependent"]
 seconds = {
     "alone": step_seconds(training.cross_entropy, plain),
-    "teacher online": step_seconds(teaching.online(teacher, recipe, student.spec), plain),
-    "teacher cached": step_seconds(teaching.cached(memory, recipe, student.spec), cached),
+    "teacher online": step_seconds(student_loss.online(teacher, recipe, student.spec), plain),
+    "teacher cached": step_seconds(student_loss.cached(memory, recipe, student.spec), cached),
 }
 predicted = 1 + macs["teacher_macs"] / (3 * macs["student_macs"])
 measured = seconds["teacher online"] / seconds["alone"]

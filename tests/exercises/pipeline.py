@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from nnc_utils import batch_norm, pipeline
-from nnc_utils.pruning import channels, structured
+from nnc_utils.pruning import channel_removal, channels
 
 
 def narrower(network, images, labels, *, macs, multiple, score="fisher", fix=True, norm=True, first=False):
@@ -15,7 +15,7 @@ def narrower(network, images, labels, *, macs, multiple, score="fisher", fix=Tru
     kept = channels.within_macs(network.spec, scores, macs=macs, multiple=multiple)
     if first:
         network = batch_norm.reestimate(network, images)
-    removed = structured.remove_channels(network, kept)
+    removed = channel_removal.remove_channels(network, kept)
     narrow = channels.compensated(network, kept, images) if fix else removed
     return batch_norm.reestimate(narrow, images) if norm else narrow
 
@@ -148,7 +148,7 @@ RIGHT = {
 }
 WRONG = {
     "6.1": [
-        (lambda *given, **options: structured.groups(given[0].spec), "A network is asked for"),
+        (lambda *given, **options: channel_removal.groups(given[0].spec), "A network is asked for"),
         (twice_the_budget, "are allowed"),
         (pruned(multiple=1), "multiples of 4"),
         (pruned(score="l1"), "Fisher scores"),

@@ -130,14 +130,14 @@ def write_narrow(out: Path, family: str, fewer: float) -> Path:
 
 def write_logits(out: Path, copies: int) -> Path:
     """Compute the logits of the reference in `out` for so many augmentations of each image, beside it."""
-    from nnc_utils.distillation import teaching  # here alone: what a process loads counts for its rows
+    from nnc_utils.distillation import student_loss  # here alone: what a process loads counts for its rows
 
     record = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
     teacher = artifact.load(out / _name(record))
     images, augment = data.load(record["dataset"], size=teacher.spec.size), record["parameters"]["augment"]
     copies = copies if augment else 1
-    path = out / teaching.logits_name(teacher, copies, record["seed"])
-    known = teaching.cache_logits(
+    path = out / student_loss.logits_name(teacher, copies, record["seed"])
+    known = student_loss.cache_logits(
         teacher, images, copies=copies, augment=augment, seed=record["seed"], file=path
     )
     print(f"{path}: {path.stat().st_size:,} bytes, {known.seconds:.0f} s")

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from nnc_utils import configurations, data, models, training
-from nnc_utils.distillation import attention, candidates, features, soft_labels, teaching
-from nnc_utils.distillation.teaching import Recipe
+from nnc_utils.distillation import attention, candidates, features, soft_labels, student_loss
+from nnc_utils.distillation.student_loss import Recipe
 
 DIGITS = data.load("digits")
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_each_part_of_a_recipe_is_in_the_loss(teacher):
     wrapped = features.WithRegressors(student, teacher.spec, ["layer2", "layer3"])
     recipe = Recipe(alpha=0.7, temperature=3.0, attention=5.0, hints=0.5, similarity=2.0)
     recipe = dataclasses.replace(recipe, stages=("layer2", "layer3"))
-    value = teaching.online(teacher, recipe, student.spec)(wrapped, images, labels)
+    value = student_loss.online(teacher, recipe, student.spec)(wrapped, images, labels)
     theirs, their_stages = features.outputs(teacher.eval(), images, recipe.stages)
     ours, our_stages = features.outputs(student, images, recipe.stages)
     kl = functional.kl_div((ours / 3).log_softmax(1), (theirs / 3).softmax(1), reduction="batchmean")
@@ -86,7 +86,7 @@ def test_a_configuration_s_settings_reach_the_loss_of_an_online_and_a_cached_tea
     mapping |= {"width": 0.25, "alpha": 0.7, "cached": True, "teacher": "ensemble"}
     recipe = candidates.recipe(configurations.read([mapping], "distillation")[0])
     teacher, student = Pixels(), Pixels(-0.5)
-    memory = teaching.cache_logits(teacher, DIGITS, copies=1, augment=False)
+    memory = student_loss.cache_logits(teacher, DIGITS, copies=1, augment=False)
     images, labels = batch(64)
     if "labels" in soft:
         soft["labels"] = labels
@@ -94,8 +94,8 @@ def test_a_configuration_s_settings_reach_the_loss_of_an_online_and_a_cached_tea
     pair = {"student_logits": student_logits, "teacher_logits": teacher(images), "temperature": 3}
     weight = 0.7 * mapping.get("gain", 1)
     expected = 0.3 * functional.cross_entropy(student_logits, labels) + weight * function(**pair, **soft)
-    online = teaching.online(teacher, recipe, student.spec)(student, images, labels)
-    cached = teaching.cached(memory, recipe, student.spec)(student, images, torch.arange(64))
+    online = student_loss.online(teacher, recipe, student.spec)(student, images, labels)
+    cached = student_loss.cached(memory, recipe, student.spec)(student, images, torch.arange(64))
     torch.testing.assert_close(online, expected)
     torch.testing.assert_close(cached, expected, rtol=1e-3, atol=1e-3)
 
@@ -106,7 +106,7 @@ def test_a_careless_callers_teacher_stays_as_it_is_and_teaches_in_eval_mode(teac
     careless = copy.deepcopy(teacher).train()
     before = copy.deepcopy(careless.state_dict())
     in_eval, in_train = copy.deepcopy(teacher).eval()(images), copy.deepcopy(careless)(images)
-    loss = teaching.online(careless, Recipe(alpha=1.0), student.spec)
+    loss = student_loss.online(careless, Recipe(alpha=1.0), student.spec)
     pair = {"student_logits": student(images), "temperature": 4.0}
     right, wrong = (soft_labels.kd(teacher_logits=logits, **pair) for logits in (in_eval, in_train))
     torch.testing.assert_close(loss(student, images, labels), right)
@@ -114,7 +114,7 @@ def test_a_careless_callers_teacher_stays_as_it_is_and_teaches_in_eval_mode(teac
     training.fit(student, DIGITS, epochs=0.2, loss=loss, **OPTIONS)
     assert all(torch.equal(before[name], tensor) for name, tensor in careless.state_dict().items())
     assert all(parameter.grad is None for parameter in careless.parameters())
-    memory = teaching.cache_logits(careless, DIGITS, copies=1, augment=False)
+    memory = student_loss.cache_logits(careless, DIGITS, copies=1, augment=False)
     assert (memory.logits[:32] - in_eval).abs().mean() < 0.1 * (in_train - in_eval).abs().mean()
     assert careless.training and careless.bn1.training
 
@@ -123,11 +123,13 @@ def test_a_careless_callers_teacher_stays_as_it_is_and_teaches_in_eval_mode(teac
 def test_sums_over_features_are_exact_under_autocast(teacher, monkeypatch, function):
     """Of the features that the loss saw: bf16 products of whole stages would move the value by percents."""
     seen = []  # a second forward pass may take other kernels, which round otherwise
-    monkeypatch.setattr(teaching, "outputs", lambda *given: seen.append(features.outputs(*given)) or seen[-1])
+    monkeypatch.setattr(
+        student_loss, "outputs", lambda *given: seen.append(features.outputs(*given)) or seen[-1]
+    )
     student, (images, labels) = resnet(0.25, seed=5).eval(), batch(32)
     recipe = Recipe(soft="", stages=("layer3",), **{function.__name__.removesuffix("_transfer"): 1.0})
     with torch.autocast("cpu", torch.bfloat16):
-        value = teaching.online(teacher, recipe, student.spec)(student, images, labels)
+        value = student_loss.online(teacher, recipe, student.spec)(student, images, labels)
     (_, theirs), (logits, ours) = seen
     assert ours["layer3"].dtype == torch.bfloat16 and value.dtype == torch.float32
     exact = function(student=ours["layer3"].double(), teacher=theirs["layer3"].double())
@@ -137,9 +139,9 @@ def test_sums_over_features_are_exact_under_autocast(teacher, monkeypatch, funct
 
 def test_hints_train_the_regressors_and_leave_a_plain_student(teacher):
     student, (images, labels) = resnet(0.0625), batch()
-    wrapped = features.WithRegressors(student, teacher.spec, teaching.STAGES)
+    wrapped = features.WithRegressors(student, teacher.spec, student_loss.STAGES)
     before = [r.weight.clone() for r in wrapped.regressors.values()]
-    loss = teaching.online(teacher, Recipe(soft="", hints=1.0), student.spec)
+    loss = student_loss.online(teacher, Recipe(soft="", hints=1.0), student.spec)
     early = loss(wrapped, images, labels).item()
     training.fit(wrapped, DIGITS, epochs=2, loss=loss, **OPTIONS)
     assert all(not torch.equal(b, r.weight) for b, r in zip(before, wrapped.regressors.values(), strict=True))
@@ -153,10 +155,10 @@ def test_each_image_gets_its_own_logits_and_in_the_control_another_ones(is_cache
     """Student and teacher are the same: the loss is 0 if and only if both see the same image."""
     network, images, recipe = Pixels(), DIGITS, Recipe(alpha=1.0, shuffled=shuffled)
     if is_cached:
-        memory = teaching.cache_logits(network, DIGITS, copies=3, seed=5, batch_size=100)
-        images, loss = memory.images, teaching.cached(memory, recipe, network.spec)
+        memory = student_loss.cache_logits(network, DIGITS, copies=3, seed=5, batch_size=100)
+        images, loss = memory.images, student_loss.cached(memory, recipe, network.spec)
     else:
-        loss = teaching.online(network, recipe, network.spec)
+        loss = student_loss.online(network, recipe, network.spec)
     drawn = training.batches(images, 1, 7, 64, False, CPU)  # in another order, as `fit` draws them
     values = torch.stack([loss(network, images, rows) for images, rows in drawn]).detach()
     assert values.min() > 0.05 if shuffled else values.max() < 1e-4
@@ -164,9 +166,11 @@ def test_each_image_gets_its_own_logits_and_in_the_control_another_ones(is_cache
 
 def test_cached_logits_have_the_labels_of_the_data_set_and_augmentations_by_their_seed():
     network, count = Pixels(), len(DIGITS.train)
-    memory, again, other = (teaching.cache_logits(network, DIGITS, copies=2, seed=seed) for seed in (5, 5, 6))
+    memory, again, other = (
+        student_loss.cache_logits(network, DIGITS, copies=2, seed=seed) for seed in (5, 5, 6)
+    )
     images, rows = next(training.batches(memory.images, 1, 7, 64, False, CPU))
-    value = teaching.cached(memory, Recipe(alpha=0.0), network.spec)(network, images, rows)
+    value = student_loss.cached(memory, Recipe(alpha=0.0), network.spec)(network, images, rows)
     expected = functional.cross_entropy(network(images), DIGITS.train.labels[rows % count])
     torch.testing.assert_close(value, expected)
     drawn = memory.images.train.images
@@ -177,22 +181,22 @@ def test_cached_logits_have_the_labels_of_the_data_set_and_augmentations_by_thei
 
 def test_a_file_of_logits_is_read_and_those_of_another_call_are_refused(tmp_path):
     network, options = Pixels(), {"copies": 2, "seed": 5, "file": tmp_path / "logits"}
-    memory = teaching.cache_logits(network, DIGITS, **options)
+    memory = student_loss.cache_logits(network, DIGITS, **options)
     network.forward = None  # whoever computes them again, fails
-    again = teaching.cache_logits(network, DIGITS, **options)
+    again = student_loss.cache_logits(network, DIGITS, **options)
     assert torch.equal(again.logits, memory.logits) and again.seconds == memory.seconds
     assert torch.equal(again.images.train.images, memory.images.train.images)
     for teacher, changed in ((network, {"seed": 6}), (network, {"copies": 1}), (Pixels(2.0), {})):
         with pytest.raises(ValueError, match="holds no logits of this teacher"):
-            teaching.cache_logits(teacher, DIGITS, **options | changed)
+            student_loss.cache_logits(teacher, DIGITS, **options | changed)
 
 
 def test_a_student_learns_from_the_teacher_alone(teacher):
     """alpha = 1: every label is 0, and yet the student names the classes."""
     nothing = data.Split(DIGITS.train.images, torch.zeros_like(DIGITS.train.labels))
-    memory = teaching.cache_logits(teacher, dataclasses.replace(DIGITS, train=nothing), copies=2)
+    memory = student_loss.cache_logits(teacher, dataclasses.replace(DIGITS, train=nothing), copies=2)
     student = resnet(0.125)
-    loss = teaching.cached(memory, Recipe(alpha=1.0), student.spec)
+    loss = student_loss.cached(memory, Recipe(alpha=1.0), student.spec)
     training.fit(student, memory.images, epochs=2, loss=loss, **OPTIONS)
     predicted = student(DIGITS.normalize(DIGITS.validation.images)).argmax(1)
     assert (predicted == DIGITS.validation.labels).float().mean() > 0.7  # 0.1 for logits of other images
@@ -202,9 +206,9 @@ def test_an_ensemble_is_the_mean_of_its_members():
     members = [resnet(0.0625, seed=seed).eval() for seed in (1, 2, 3)]
     images, _ = batch(4)
     expected = sum(member(images) for member in members) / 3
-    torch.testing.assert_close(teaching.Ensemble(members)(images), expected)
+    torch.testing.assert_close(student_loss.Ensemble(members)(images), expected)
     with pytest.raises(ValueError, match="the teacher has 10 classes, the student 7"):
-        teaching.Ensemble([members[0], resnet(0.0625, classes=7)])
+        student_loss.Ensemble([members[0], resnet(0.0625, classes=7)])
 
 
 @pytest.mark.parametrize(
@@ -212,21 +216,21 @@ def test_an_ensemble_is_the_mean_of_its_members():
 )
 def test_a_teacher_of_other_images_or_classes(what, theirs, ours):
     with pytest.raises(ValueError, match=f"the teacher has {theirs} {what}, the student {ours}"):
-        teaching.online(resnet(0.0625, **{what: theirs}), Recipe(), Pixels.spec)
+        student_loss.online(resnet(0.0625, **{what: theirs}), Recipe(), Pixels.spec)
 
 
 def test_a_recipe_that_cannot_be_followed():
-    student, memory = resnet(0.0625), teaching.cache_logits(Pixels(), DIGITS, copies=1)
+    student, memory = resnet(0.0625), student_loss.cache_logits(Pixels(), DIGITS, copies=1)
     with pytest.raises(ValueError, match="no stage 'layer9'"):
-        teaching.online(student, Recipe(attention=1.0, stages=("layer9",)), student.spec)
+        student_loss.online(student, Recipe(attention=1.0, stages=("layer9",)), student.spec)
     with pytest.raises(ValueError, match="an ensemble has logits only"):
-        teaching.online(teaching.Ensemble([student]), Recipe(attention=1.0), student.spec)
+        student_loss.online(student_loss.Ensemble([student]), Recipe(attention=1.0), student.spec)
     with pytest.raises(ValueError, match="features are not stored: use online"):
-        teaching.cached(memory, Recipe(similarity=1.0), student.spec)
+        student_loss.cached(memory, Recipe(similarity=1.0), student.spec)
     with pytest.raises(ValueError, match="the teacher has 10 classes, the student 7"):
-        teaching.cached(memory, Recipe(), resnet(0.0625, classes=7).spec)
+        student_loss.cached(memory, Recipe(), resnet(0.0625, classes=7).spec)
     with pytest.raises(ValueError, match="hints need a regressor at each stage: give features.WithRegress"):
-        teaching.online(student, Recipe(hints=1.0), student.spec)(student, *batch(4))
-    loss = teaching.cached(memory, Recipe(), student.spec)
+        student_loss.online(student, Recipe(hints=1.0), student.spec)(student, *batch(4))
+    loss = student_loss.cached(memory, Recipe(), student.spec)
     with pytest.raises(ValueError, match="the teacher saw other images: fit on memory.images with augment"):
         training.fit(student, memory.images, epochs=0.5, loss=loss, **OPTIONS | {"augment": True})

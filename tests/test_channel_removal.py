@@ -7,7 +7,7 @@ import torch
 from small_networks import ODD, PLAIN, POOLED, images, network, quantized, saved
 
 from nnc_utils import artifact, encoding, models
-from nnc_utils.pruning import structured
+from nnc_utils.pruning import channel_removal
 
 SPECS = pytest.mark.parametrize("spec", [ODD, POOLED, PLAIN], ids=["odd", "pooled", "plain"])
 
@@ -34,7 +34,7 @@ def silenced(model, group, kept):
 
 @SPECS
 def test_every_convolution_is_written_once_and_the_readers_fit(spec):
-    groups, layers = structured.groups(spec), {layer.name: layer for layer in models.layers(spec)}
+    groups, layers = channel_removal.groups(spec), {layer.name: layer for layer in models.layers(spec)}
     assert sorted(name for g in groups.values() for name in g.writers) == sorted(set(layers) - {"fc"})
     assert sorted(name for g in groups.values() for name in g.readers) == sorted(set(layers) - {"conv1"})
     for name, group in groups.items():
@@ -43,7 +43,7 @@ def test_every_convolution_is_written_once_and_the_readers_fit(spec):
 
 
 def test_a_residual_stream_is_one_group():
-    groups = structured.groups(models.resnet(18))
+    groups = channel_removal.groups(models.resnet(18))
     assert groups["conv1"].writers == ("conv1", "layer1.0.conv2", "layer1.1.conv2")
     first = ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0")
     assert groups["conv1"].readers == first and groups["layer1.0.conv1"].readers == ("layer1.0.conv2",)
@@ -54,9 +54,9 @@ def test_a_residual_stream_is_one_group():
 @pytest.mark.parametrize("spec", [ODD, PLAIN], ids=["odd", "plain"])
 def test_each_group_alone_equals_the_masked_twin(spec):
     model, inputs = network(spec), images(spec, 8)
-    for name, group in structured.groups(spec).items():
+    for name, group in channel_removal.groups(spec).items():
         kept = some(widths(spec)[name])
-        narrow = structured.remove_channels(model, {name: kept})
+        narrow = channel_removal.remove_channels(model, {name: kept})
         with torch.inference_mode():
             assert torch.allclose(narrow(inputs), silenced(model, group, kept)(inputs), atol=1e-4), name
         assert models.parameters(narrow.spec) < models.parameters(spec)
@@ -65,15 +65,18 @@ def test_each_group_alone_equals_the_masked_twin(spec):
 @SPECS
 def test_all_groups_together_and_once_more(spec, tmp_path):
     model, inputs, twin = network(spec), images(spec, 4), network(spec)
-    once = {name: some(widths(spec)[name], 0.7) for name in structured.groups(spec)}
-    for name, group in structured.groups(spec).items():
+    once = {name: some(widths(spec)[name], 0.7) for name in channel_removal.groups(spec)}
+    for name, group in channel_removal.groups(spec).items():
         twin = silenced(twin, group, once[name])
-    narrow = structured.remove_channels(model, once)
+    narrow = channel_removal.remove_channels(model, once)
     counted = sum(p.numel() for p in narrow.parameters())
     assert counted == models.parameters(narrow.spec) < models.parameters(spec)
     second = {name: torch.arange(max(1, len(numbers) - 1)) for name, numbers in once.items()}
     both = {name: numbers.sort().values[second[name]] for name, numbers in once.items()}
-    again, at_once = structured.remove_channels(narrow, second), structured.remove_channels(model, both)
+    again, at_once = (
+        channel_removal.remove_channels(narrow, second),
+        channel_removal.remove_channels(model, both),
+    )
     stored = saved(narrow, tmp_path / "narrow.safetensors")
     with torch.inference_mode():
         assert torch.allclose(narrow(inputs), twin(inputs), atol=1e-4)
@@ -89,25 +92,25 @@ def test_masks_and_activation_ranges_stay_and_the_order_of_channels_is_nothing()
         encoding.attach(module, encoding.Dense(module.weight.detach() * mask, mask))
     for place in models.activations(model).values():
         place.scale, place.zero_point = 0.1, 3
-    narrow = structured.remove_channels(model, {"layer3.0.conv1": torch.tensor([4, 0, 9])})
+    narrow = channel_removal.remove_channels(model, {"layer3.0.conv1": torch.tensor([4, 0, 9])})
     mask, whole = (encoding.mask_of(net.layer3[0].conv2) for net in (narrow, model))
     assert torch.equal(mask, whole[:, [0, 4, 9]]) and (narrow.layer3[0].conv2.weight[~mask] == 0).all()
     assert {(p.scale, p.zero_point) for p in models.activations(narrow).values()} == {(0.1, 3)}
-    everything = {name: torch.randperm(widths(PLAIN)[name]) for name in structured.groups(PLAIN)}
+    everything = {name: torch.randperm(widths(PLAIN)[name]) for name in channel_removal.groups(PLAIN)}
     with torch.inference_mode():
-        assert torch.equal(structured.remove_channels(model, everything)(inputs), model(inputs))
+        assert torch.equal(channel_removal.remove_channels(model, everything)(inputs), model(inputs))
 
 
 def test_a_quantized_network_is_refused():
     with pytest.raises(ValueError, match="conv1 is quantized: prune first"):
-        structured.remove_channels(quantized(network(PLAIN)), {"conv1": torch.arange(4)})
+        channel_removal.remove_channels(quantized(network(PLAIN)), {"conv1": torch.arange(4)})
 
 
 @pytest.mark.parametrize("name", ["conv1", "layer2.0.conv1", "layer3.0.conv2"])
 def test_torch_pruning_removes_the_same(name):
     library = pytest.importorskip("torch_pruning")
     model, inputs, kept = network(PLAIN), images(PLAIN, 8), some(widths(PLAIN)[name])
-    ours, theirs = structured.remove_channels(model, {name: kept}), copy.deepcopy(model)
+    ours, theirs = channel_removal.remove_channels(model, {name: kept}), copy.deepcopy(model)
     graph = library.DependencyGraph().build_dependency(theirs, example_inputs=inputs[:1])
     gone = sorted(set(range(widths(PLAIN)[name])) - set(kept.tolist()))
     graph.get_pruning_group(theirs.get_submodule(name), library.prune_conv_out_channels, idxs=gone).prune()
@@ -129,7 +132,7 @@ def test_a_removed_block_is_its_identity(gone, tmp_path):
     for name in gone:
         twin.get_submodule(name).bn2.weight.data.zero_()
         twin.get_submodule(name).bn2.bias.data.zero_()
-    shallow = structured.remove_blocks(model, gone)
+    shallow = channel_removal.remove_blocks(model, gone)
     assert models.parameters(shallow.spec) == sum(p.numel() for p in shallow.parameters())
     assert sum(map(len, shallow.spec.stages)) == 8 - len(gone)
     stored = saved(shallow, tmp_path / "shallow.safetensors")
@@ -148,4 +151,4 @@ def test_a_removed_block_is_its_identity(gone, tmp_path):
 )
 def test_blocks_that_have_to_stay_are_named(gone, said):
     with pytest.raises(ValueError, match=said):
-        structured.remove_blocks(network(PLAIN), gone)
+        channel_removal.remove_blocks(network(PLAIN), gone)
