@@ -377,7 +377,7 @@ print(f"accuracy {fp32['accuracy']:.1f} % before, {published[2]['accuracy']:.1f}
 # sides. The result is a narrower network, an ordinary one. It is fine-tuned, and quantized *after* that.
 
 # %% tags=["machine-dependent"]
-from nnc_utils.pruning import channels, channel_removal
+from nnc_utils.pruning import channel_removal, channels
 
 options = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
 options["augment"] = bench.recipe["augment"]
