@@ -120,7 +120,7 @@ def _named(images: list[Read]) -> list[str]:
         if (source := image.file.name.partition(".rf.")[0]) != image.file.name:  # as Roboflow names copies
             sources[source].add(image.split)
     splits_of = {image.file.with_suffix(""): image.split for image in images}
-    for file, split in splits_of.items():  # "name (1)", "name-edited", "name_aug_2" beside "name"
+    for file, split in splits_of.items():  # "name-edited", "name-edited", "name_aug_2" beside "name"
         for end in re.finditer(r"[\W_]", file.name):
             if splits_of.get(beside := file.with_name(file.name[: end.start()])) not in (None, split):
                 sources[beside.name] |= {split, splits_of[beside]}
@@ -131,7 +131,7 @@ def _named(images: list[Read]) -> list[str]:
             "they are meant, put the files into train, validation and test"
         )
     if copies := [name for name, splits in sources.items() if len(splits) > 1]:
-        found.append(f"copies of one image in two splits, by their names: {some(copies, 'images')}")
+        found.append(f"names as of copies of one image, in two splits: {some(copies, 'images')}; are they?")
     return found
 
 

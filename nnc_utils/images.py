@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -106,9 +107,19 @@ def decode(path: Path) -> Image.Image:
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+        if not is_grey and _is_deep(opened, file):  # of which Pillow keeps the upper byte alone
+            image.info[TOP] = 256 * max(high for _, high in image.convert("RGB").getextrema()) + 255
         image = image.convert("L" if is_grey else "RGB")
         image.info[FRAMES] = _frames(opened, path)
         return image
+
+
+def _is_deep(opened: Image.Image, file: BinaryIO) -> bool:
+    """Whether the file holds 16 bits a channel."""
+    if opened.format == "PNG":
+        file.seek(24)  # in its header: the bits of a sample
+        return file.read(1) == b"\x10"
+    return opened.format == "TIFF" and max(opened.tag_v2.get(BITS, (1,))) == 16
 
 
 def _frames(opened: Image.Image, path: Path) -> int:
@@ -146,7 +157,8 @@ def _check_tiff(opened: Image.Image) -> None:
         raise ValueError(f"Pillow reads such planes ({opened.mode}, {bits} bits) wrongly: convert it to PNG")
     if tags.get(KIND, 0) & 5:
         raise ValueError("its first page is a preview or a mask: convert the image itself to PNG")
-    if bits == 16 and (top := max(tags.get(LARGEST, (65_535,)))) < 65_535:
+    top = max(tags.get(LARGEST, (65_535,)))
+    if bits == 16 and top < 65_535 and not top & (top + 1):  # that of 10, 12, 14 bits; else just the largest
         raise ValueError(f"its white is {top}, not 65535: bring it to all of 8 or 16 bits")
     parts, height = tags.get(STRIPS, tags.get(TILES, ())), tags.get(HEIGHT, 1)
     rows = min(tags.get(ROWS, height), height)
@@ -168,12 +180,13 @@ def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
             f"its values ({image.mode}) go from {low:g} to {high:g}: opaque ones in 0..1 (floats), 0..255 or "
             "0..65535 (integers) are needed"
         )
+    largest = values[values < 65_535].max(initial=0) or high  # but for those that mean "none here"
     if image.mode == "F":
         values = np.rint(values * 255 if high <= 1 else values)
     elif image.mode != "I" or sixteen or high > 255:
         values //= 256
     result = Image.fromarray(values.astype(np.uint8))
-    result.info[TOP] = int(high) if image.mode != "F" else 0
+    result.info[TOP] = int(largest) if image.mode != "F" else 0
     if image.mode == "F" or (image.mode == "I" and not sixteen):
         tops = (1, 255) if image.mode == "F" else (255, 65_535)
         result.info[SCALE] = f"up to {tops[int(high > tops[0])]}"

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,10 @@ from nnc_utils import models
 NEEDED = "the weights of a ResNet by name are needed: torch.save(model.state_dict(), FILE), or safetensors"
 EVERY = "layer1.0.conv1.weight"  # each ResNet has it: what stands before it are wrappers and prefixes
 ADDED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by PyTorch's wrappers
+PLAIN = [  # classes whose values checkpoints hold beside tensors: of torchvision's own training, and of NumPy
+    *(argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8"))),
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # 8 bits need scales from elsewhere
 TOLD = ("arch", "architecture", "model", "model_name", "replace_stride_with_dilation")  # each by itself
 BEGINNINGS = {  # of files that are no weights
@@ -45,8 +50,8 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
     "module." are taken off; of several networks the first is taken, and what is not used is printed. A
     one-channel input takes the sum of the first weights over the colours, as they do to a grey image.
 
-    Names and shapes do not say strides, dilation, pooling, activations or the order of colours: of a variant
-    that differs in these alone nothing is noticed.
+    Names and shapes do not say strides, dilation, pooling, activations, the order of colours or the range of
+    the inputs: of a variant that differs in these alone nothing is noticed.
 
     Returns the layers (stem, classifier) that stay fresh for their shape. ValueError: the file is none of
     this, or another network's, or holds what no training leaves; nothing has been copied then.
@@ -60,6 +65,9 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
     for name in differ:
         if not name.startswith(("conv1.", "fc.")):
             one, other = (shape.get(name, "missing") for shape in shapes)
+            if other == "missing" and not re.match(r"(layer\d|bn1)\.", name):
+                kept = f"{name} does not belong to a ResNet: take it out, or rename a classifier to fc"
+                raise ValueError(f"{weights}: {kept}")
             raise ValueError(f"{weights}: {name} is {one} there, {other} here: weights of another network")
     fresh = {name.partition(".")[0] for name in differ}
     copied = [name for name in ours if name.partition(".")[0] not in fresh]
@@ -200,7 +208,7 @@ def _read(path: Path) -> dict[str, object]:
             with safe_open(path, "pt") as opened:
                 about = opened.metadata() or {}
             return load_file(path) | {f"metadata.{key}": about[key] for key in about if key != "format"}
-        allowed = torch.serialization.safe_globals([argparse.Namespace])  # of torchvision's own training
+        allowed = torch.serialization.safe_globals(PLAIN)
         with path.open("rb") as file, allowed, warnings.catch_warnings(action="ignore"):
             named = list(_flat(torch.load(file, map_location="cpu", weights_only=True)))
             is_longer = bool(file.read(1)) and not start.startswith(b"PK")

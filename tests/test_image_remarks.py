@@ -66,7 +66,7 @@ def test_copies_by_their_names_are_told(tmp_path):
         keep(tmp_path / which, map(photo, range(40 * number, 40 * number + 8)))
         file = tmp_path / which / "cat/000.png"
         file.rename(file.with_name(f"img_jpg.rf.{number}{number}.png"))
-    assert "copies of one image in two splits, by their names: 1 images, img_jpg" in told(tmp_path)
+    assert "names as of copies of one image, in two splits: 1 images, img_jpg" in told(tmp_path)
 
 
 @pytest.mark.parametrize("end", ["-edited", " (1)", "_aug_2", "~2"])
@@ -74,7 +74,7 @@ def test_edited_copies_beside_their_image_are_told(tmp_path, end):
     keep(tmp_path, map(photo, range(40)))
     for file in sorted(tmp_path.glob("*/*")):
         photo(1000 + int(file.stem)).save(file.with_stem(f"{file.stem}{end}"))
-    assert "copies of one image in two splits, by their names: " in told(tmp_path)
+    assert "names as of copies of one image, in two splits: " in told(tmp_path)
 
 
 def test_deep_images_of_one_class_that_are_darker_are_told(tmp_path):
@@ -84,6 +84,11 @@ def test_deep_images_of_one_class_that_are_darker_are_told(tmp_path):
             values = np.random.RandomState(seed + most).randint(0, most + 1, (16, 16)).astype(np.uint16)
             Image.fromarray(values).save(tmp_path / which / f"{seed}.png")
     assert "16 bits of which at most 15 are used, so read darker: 1 classes, dog" in told(tmp_path)
+    for file in tmp_path.glob("dog/*"):  # 65535 where a device saw nothing
+        values = np.array(Image.open(file))
+        values[:2] = 65_535
+        Image.fromarray(values).save(file)
+    assert "so read darker: 1 classes, dog" in told(tmp_path)
 
 
 def test_drawings_of_one_shape_in_other_colours_are_no_copies_but_theirs_are(tmp_path):

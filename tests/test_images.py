@@ -204,6 +204,17 @@ STACKS = {  # files that hold several images, of which Pillow sees one
 }
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_the_largest_value_of_deep_colours_is_known(tmp_path, name):
+    values = np.stack([SHORT // 8] * 3, 1)
+    if name == "a.tif":
+        tiff(tmp_path / name, values, 3)
+    else:
+        rows = [values[16 * i : 16 * i + 16].astype(">u2").tobytes() for i in range(16)]
+        (tmp_path / name).write_bytes(png(16, 2, rows, b""))
+    assert 8_191 <= images.decode(tmp_path / name).info["top"] < 8_192 + 256
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_images_behind_the_first_are_told(tmp_path, name):
     def one(kind, **options):
@@ -248,7 +259,7 @@ def png(bits, colours, rows, key):
 
     head = struct.pack(">IIBBBBB", 16, 16, bits, colours, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
-    parts = [(b"IHDR", head), (b"tRNS", key), (b"IDAT", pixels), (b"IEND", b"")]
+    parts = [(b"IHDR", head), *[(b"tRNS", key)] * bool(key), (b"IDAT", pixels), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(part(*one) for one in parts)
 
 

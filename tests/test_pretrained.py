@@ -11,6 +11,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -112,6 +113,7 @@ PLACES = {
     | {"head.weight": torch.ones(2, 32)},
     "net": {"net": led("net."), "acc": 93.1, "epoch": 199},
     "params": {"params": STATE, "iter": 10},
+    "a resumed training": {"net": STATE, "best": np.float64(0.5), "mean": np.float32(1), "rows": np.int64(7)},
     "parameters": OrderedDict(
         (name, nn.Parameter(x, x.is_floating_point())) for name, x in STATE.items() if x.ndim
     ),
@@ -127,6 +129,7 @@ BESIDE = {
     "a backbone": "head.* (1 entries)",
     "net": "acc = '93.1', epoch = '199'",
     "params": "iter = '10'",
+    "a resumed training": "best = '0.5', mean = '1.0', rows = '7'",
 }
 
 
@@ -334,6 +337,10 @@ FOREIGN = {
     "a module in a wrapper": (lambda p: torch.save({"net": narrow()}, p), "would run the code of nnc_utils"),
     "code": (lambda p: torch.save({"state_dict": Evil()}, p), r"would run the code of \w+.system"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"conv1.weight": [1.0]})), "of another program"),
+    "another head": (
+        lambda p: torch.save({**STATE, "last_linear.weight": STATE["fc.weight"]}, p),
+        "last_linear.weight does not belong to a ResNet: take it out, or rename a classifier to fc",
+    ),
     "a list": (lambda p: torch.save([torch.ones(3)], p), "holds 0 ..., the weights of another network"),
     "nothing": (lambda p: torch.save({}, p), "holds no tensor with a name"),
     "a ring": (lambda p: torch.save(ring(), p), "of another program"),
