@@ -68,10 +68,11 @@ def test_codes_are_those_of_one_weight_after_the_other(monkeypatch):
     known, weight = small_networks.kronecker(13, 24), torch.randn(13, 24, generator=generator)
     kept = torch.rand(13, 24, generator=generator) > 0.2
     weight *= kept
-    ours = hessian_rounding.quantize(weight, known, lambda_=1e-9, damping=(0.05, 0.05), mask=kept)
+    damping = (0.05, 0.3)
+    ours = hessian_rounding.quantize(weight, known, lambda_=1e-9, damping=damping, mask=kept)
     w, scale = weight.double(), ours.scale.double()
     moments = (known.inputs.double(), known.outputs.double())
-    r, s = (curvature.upper_factor(moment, 0.05) for moment in moments)
+    r, s = map(curvature.upper_factor, moments, damping)
     error = torch.zeros_like(w)
     for row in range(13):
         first = row // 5 * 5
