@@ -118,19 +118,22 @@ def _named(images: list[Read]) -> list[str]:
         parts = re.split(r"[^a-z]+", image.file.stem.casefold())
         words[image.file.parent] |= {split_of(part) for part in parts} - {""}
         if (source := image.file.name.partition(".rf.")[0]) != image.file.name:  # as Roboflow names copies
-            sources[source].add(image.split)
-    splits_of = {image.file.with_suffix(""): image.split for image in images}
-    for file, split in splits_of.items():  # "name-edited", "name-edited", "name_aug_2" beside "name"
+            sources[Path(source)].add(image.split)
+    splits_of = defaultdict(set)
+    for image in images:
+        splits_of[image.file.with_suffix("")].add(image.split)
+    for file, splits in list(splits_of.items()):  # "name-edited", "name_aug_2" beside "name", or its cut-out
+        sources[file] |= splits
         for end in re.finditer(r"[\W_]", file.name):
-            if splits_of.get(beside := file.with_name(file.name[: end.start()])) not in (None, split):
-                sources[beside.name] |= {split, splits_of[beside]}
+            if (beside := file.with_name(file.name[: end.start()])) in splits_of:
+                sources[beside] |= splits | splits_of[beside]
     found = []
     if mixed := [folder for folder, splits in words.items() if len(splits) > 1]:
         found.append(
             f"names of files speak of splits, which only folders make: {some(mixed, 'class folders')}. If "
             "they are meant, put the files into train, validation and test"
         )
-    if copies := [name for name, splits in sources.items() if len(splits) > 1]:
+    if copies := [file.name for file, splits in sources.items() if len(splits) > 1]:
         found.append(f"names as of copies of one image, in two splits: {some(copies, 'images')}; are they?")
     return found
 
@@ -175,7 +178,7 @@ def _unused(images: list[Read], classes: tuple[str, ...]) -> list[str]:
     tops = defaultdict(list)
     for image in images:
         tops[classes[image.label]].append(image.top)
-    dark = [name for name, own in tops.items() if min(own) > 255 and max(own) < 2**15]
+    dark = [name for name, own in tops.items() if 255 < max(own) < 2**15]
     return [f"16 bits of which at most 15 are used, so read darker: {some(dark, 'classes')}"] if dark else []
 
 

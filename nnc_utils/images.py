@@ -96,6 +96,8 @@ def decode(path: Path) -> Image.Image:
             raise ValueError(f"a {opened.format} file, whatever its suffix: convert it to PNG")
         if opened.format == "TIFF":
             _check_tiff(opened)
+        if opened.format in ("JPEG", "MPO", "PNG"):
+            _check_end(opened.format, path)
         if opened.format == "JPEG" and opened.mode == "CMYK" and "adobe" not in opened.info:
             raise ValueError("CMYK, and not said whether 0 is ink or paper: convert it to RGB")
         if "transparency" in opened.info and KEYED & {tile.args for tile in opened.tile}:
@@ -140,6 +142,19 @@ def _stacked(opened: Image.Image) -> int:
     shape = re.match(r'{"shape": \[([\d, ]+)\]', str(opened.tag_v2.get(DESCRIBED, "")))
     values = math.prod(map(int, shape[1].split(","))) if shape and opened.n_frames == 1 else 0
     return max(1, values // (math.prod(opened.size) * opened.tag_v2.get(SAMPLES, 1)))
+
+
+def _check_end(form: str, path: Path) -> None:
+    """Refuse what a copy that broke off left of a file, its length right and the rest zeros."""
+    if form == "PNG":
+        with Image.open(path) as image:
+            image.verify()  # of each part its checksum
+        return
+    content, place = path.read_bytes(), 2
+    while content[place : place + 1] == b"\xff" and content[place + 1] != 0xDA:  # parts before the pixels
+        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    if b"\xff\xd9" not in content[place:]:
+        raise ValueError("its end is missing: only a part of it was copied")
 
 
 def _check_tiff(opened: Image.Image) -> None:

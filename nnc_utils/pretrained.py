@@ -32,6 +32,7 @@ PLAIN = [  # classes whose values checkpoints hold beside tensors: of torchvisio
     *(argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8"))),
     *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
+ZEROS = 1024  # at the end of a tensor, and not of whole channels: no training leaves so many
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # 8 bits need scales from elsewhere
 TOLD = ("arch", "architecture", "model", "model_name", "replace_stride_with_dilation")  # each by itself
 BEGINNINGS = {  # of files that are no weights
@@ -90,6 +91,9 @@ def _check_values(tensors: Mapping[str, Tensor], file: str | Path) -> None:
         is_constant = tensor.numel() < 2 or bool(tensor.min() == tensor.max())
         if tensor.ndim == 4 and tensor.numel() > 1 and is_constant:
             raise ValueError(f"{file}: {name} is {tensor.max():g} everywhere, as no trained weights are")
+        tail = tensor.numel() - 1 - int(tensor.flatten().nonzero().max()) if tensor.any() else 0
+        if tensor.ndim > 1 and tail >= ZEROS and tail % tensor[0].numel():
+            raise ValueError(f"{file}: {name} ends in {tail} zeros: the file was copied in part")
         if tensor.ndim > 1 and not is_constant and (tensor == tensor.round()).all():
             raise ValueError(
                 f"{file}: {name} holds whole numbers alone: codes without their scales, it seems"

@@ -77,6 +77,13 @@ def test_edited_copies_beside_their_image_are_told(tmp_path, end):
     assert "names as of copies of one image, in two splits: " in told(tmp_path)
 
 
+def test_a_cut_out_beside_its_photograph_is_told(tmp_path):
+    keep(tmp_path, map(photo, range(40)), ".jpg")
+    for file in sorted(tmp_path.glob("*/*")):
+        photo(1000 + int(file.stem)).save(file.with_suffix(".png"))
+    assert "names as of copies of one image, in two splits: " in told(tmp_path)
+
+
 def test_deep_images_of_one_class_that_are_darker_are_told(tmp_path):
     for which, most in (("cat", 65_535), ("dog", 16_383)):
         (tmp_path / which).mkdir()
@@ -84,7 +91,8 @@ def test_deep_images_of_one_class_that_are_darker_are_told(tmp_path):
             values = np.random.RandomState(seed + most).randint(0, most + 1, (16, 16)).astype(np.uint16)
             Image.fromarray(values).save(tmp_path / which / f"{seed}.png")
     assert "16 bits of which at most 15 are used, so read darker: 1 classes, dog" in told(tmp_path)
-    for file in tmp_path.glob("dog/*"):  # 65535 where a device saw nothing
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "dog/of_8_bits.png")
+    for file in tmp_path.glob("dog/?.png"):  # 65535 where a device saw nothing
         values = np.array(Image.open(file))
         values[:2] = 65_535
         Image.fromarray(values).save(file)

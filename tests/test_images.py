@@ -204,6 +204,20 @@ STACKS = {  # files that hold several images, of which Pillow sees one
 }
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_an_image_that_was_copied_in_part_is_refused(tmp_path, name):
+    """Its length is right, and zeros follow."""
+    noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    options = {"quality": 98} if name == "a.jpg" else {}
+    Image.fromarray(noise).save(tmp_path / name, **options)
+    images.decode(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    for kept in (len(content) - 5, len(content) - 20, len(content) * 3 // 4):
+        (tmp_path / name).write_bytes(content[:kept] + bytes(len(content) - kept))
+        with pytest.raises((ValueError, SyntaxError, OSError)):
+            images.decode(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_the_largest_value_of_deep_colours_is_known(tmp_path, name):
     values = np.stack([SHORT // 8] * 3, 1)

@@ -309,6 +309,13 @@ def bent(name, value):
     return {**STATE, name: STATE[name].index_fill(0, torch.tensor([1]), value)}
 
 
+def bent_tail(name):
+    """As safetensors of the right length whose rest is zeros."""
+    tensor = STATE[name].clone()
+    tensor.view(-1)[-1500:] = 0
+    return {**STATE, name: tensor}
+
+
 FOREIGN = {
     "empty": (Path.touch, "is empty"),
     "a web page": (lambda p: p.write_text("\n <!DOCTYPE html><html>404</html>"), "is a web page"),
@@ -389,6 +396,10 @@ FOREIGN = {
     "a mask of another shape": (
         lambda p: torch.save({**STATE, "conv1.weight_mask": torch.ones(1, 3, 7, 7)}, p),
         "conv1.weight_mask does not fit conv1.weight",
+    ),
+    "copied in part": (
+        lambda p: torch.save(bent_tail("layer4.1.conv2.weight"), p),
+        r"layer4.1.conv2.weight ends in \d+ zeros: the file was copied in part",
     ),
     "a wrong byte": (flip, r"damaged: \S+/data/\d+ does not match its checksum"),
     "one name for two": (
