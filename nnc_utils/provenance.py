@@ -21,9 +21,11 @@ import psutil
 
 PACKAGE = Path(__file__).resolve().parent
 BEGUN = ".begun"  # in a run folder: which run its files are of, so that only that one goes on with them
-# No row depends on them: they lock, hash, draw, check answers, turn rows into tables, look into files.
+# No row depends on them: they lock, hash, draw, check answers, turn rows into tables, look into files, or
+# read weights that only users bring.
 WITHOUT_INFLUENCE = {
     *("__init__", "processes", "provenance", "rows", "figures", "inspect", "export", "exercises", "doctor"),
+    "pretrained",
 }
 LIBRARIES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "constriction", "safetensors")
 PEERS = ("torchao", "openvino", "nncf", "executorch", "torch-pruning", "optuna")
@@ -154,7 +156,9 @@ def loaded(log: Path) -> dict[str, str]:
 
 def changed(code: dict[str, str]) -> list[str]:
     """Which of these modules are not what they were, or are gone; comments and docstrings do not count."""
-    return [file for file, sha256 in code.items() if _code_hash(PACKAGE / file) != sha256]
+    names = {file: file.removesuffix(".py").partition("/")[0] for file in code}
+    counted = {file: sha256 for file, sha256 in code.items() if names[file] not in WITHOUT_INFLUENCE}
+    return [file for file, sha256 in counted.items() if _code_hash(PACKAGE / file) != sha256]
 
 
 def _code_hash(file: Path) -> str:

@@ -181,3 +181,8 @@ def test_hardware_says_what_measured():
     assert hardware["cpu"] and hardware["cores"] == os.cpu_count() >= hardware["usable_cores"] >= 1
     assert abs(hardware["memory_gb"] - psutil.virtual_memory().total / 1e9) < 0.1
     assert set(hardware["flags"]) <= set(provenance.FLAGS) and len(hardware["load_average"]) == 3
+
+
+def test_a_module_without_influence_makes_no_row_older():
+    assert provenance.changed({"pretrained.py": "0", "rows.py": "0", "doctor/rules.py": "0"}) == []
+    assert provenance.changed({"models.py": "0", "gone.py": "0"}) == ["models.py", "gone.py"]
