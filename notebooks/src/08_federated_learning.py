@@ -931,8 +931,9 @@ figures.show(predictions.show(), shown)
 # - Count both directions, at the socket. The rivals are fp32 at equal rounds and fp32 at equal bytes.
 #
 # <!-- numbers:begin -->
-# **In numbers.** Its runs on Fashion-MNIST are not measured yet: `python -m bench benchmark --profile federated`
-# measures them.
+# **In numbers.** FedAvg, Dirichlet 0.3: 3 bits with feedback up, 3 bits down: 20.5× fewer bytes in both directions
+# together than in fp32, at +0.24 [-0.03, +0.52] pp. FedAvg, Dirichlet 1: 3 bits with feedback up, 3 bits down: 19.6×
+# fewer bytes in both directions together than in fp32, at -0.15 [-0.34, +0.05] pp.
 # <!-- numbers:end -->
 #
 # ## Questionnaire
