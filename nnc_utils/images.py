@@ -151,7 +151,7 @@ def _check_end(form: str, path: Path) -> None:
             image.verify()  # of each part its checksum
         return
     content, place = path.read_bytes(), 2
-    while content[place : place + 1] == b"\xff" and content[place + 1] != 0xDA:  # parts before the pixels
+    while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     if b"\xff\xd9" not in content[place:]:
         raise ValueError("its end is missing: only a part of it was copied")

@@ -10,7 +10,7 @@ from result_files import change, read
 
 from bench import audit, federated, publish
 from bench.tables import read_run
-from nnc_utils import rows
+from nnc_utils import provenance, rows
 
 SENT = {"method": "fedavg", "dirichlet": 0.3, "bits": 4, "down_bits": 4}
 RUN = "quick/08_federated_learning/seed=1"
@@ -95,3 +95,12 @@ def test_the_audit_sees_another_number(sent, column, value, said):
 def test_a_table_that_is_gone_is_missed(sent):
     (sent / "federated.csv").unlink()
     assert any("federated.csv is missing" in problem for problem in audit.problems(sent, rescore=False))
+
+
+def test_the_committed_curves_are_drawn_and_other_profiles_have_none(tmp_path):
+    folder = tmp_path / "federated"
+    shutil.copytree(provenance.PACKAGE.parent / "results/federated", folder)
+    (folder / "figures/federated.png").unlink()
+    assert federated.draw(folder).stat().st_size > 10_000
+    (folder / federated.FILE).unlink()
+    assert federated.draw(folder) is None and federated.of(folder) is None
