@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nnc_utils import artifact as artifacts
-from nnc_utils import images, runtimes, web
+from nnc_utils import image_file, runtimes, web
 from nnc_utils.artifact import ArtifactError
 from nnc_utils.encoding import Uniform
 from nnc_utils.runtimes import qdq
@@ -137,7 +137,8 @@ def _usage(network: artifacts.Artifact, precision: str) -> dict:
     return {
         "input": "float32 (batch, channels, size, size) of the middle square of the image, "
         "each channel (pixel / 255 - mean) / std",
-        "reading": images.READING | {"colours": "grey" if network.spec.channels == 1 else "red, green, blue"},
+        "reading": image_file.READING
+        | {"colours": "grey" if network.spec.channels == 1 else "red, green, blue"},
         "output": "float32 (batch, classes), the largest is the class",
         "channels": network.spec.channels,
         "size": network.spec.size,

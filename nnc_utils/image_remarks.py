@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nnc_utils.image_folder import HELD_OUT, some, split_of
+from nnc_utils.image_layout import HELD_OUT, some, split_of
 
 FAINT = 16  # of 255: an image whose values are closer together has lost its contents, or never had any
 OUTLINE = 16  # pixels of the grey images by which copies of another size or encoding are found
@@ -28,8 +28,7 @@ class Read:
     """An image that was read: pixels uint8 (size, size, 1 or 3).
 
     `digest`: SHA-256 of the whole image in RGB; `shape`: its width and height; `frames`: or pages, in its
-    file. `scale`: the range that its values were taken for, where the file does not say it; else empty.
-    `top`: the largest value in the file, where it has 16 or 32 bits; else 0.
+    file. `top`: the largest value in the file, where it has 16 bits; else 0.
     """
 
     file: Path
@@ -38,7 +37,6 @@ class Read:
     pixels: np.ndarray
     digest: str
     shape: tuple[int, int]
-    scale: str
     frames: int
     top: int
 
@@ -46,7 +44,7 @@ class Read:
 def remarks(images: list[Read], classes: tuple[str, ...]) -> tuple[str, ...]:
     """A sentence for each thing that was found."""
     found = [*_alike_names(classes), *_identical(images), *_copies(images), *_named(images)]
-    return *found, *_lost(images), *_unused(images, classes), *_scales(images), *_mostly(images, classes)
+    return *found, *_lost(images), *_unused(images, classes), *_mostly(images, classes)
 
 
 def _alike_names(classes: tuple[str, ...]) -> list[str]:
@@ -166,7 +164,7 @@ def _lost(images: list[Read]) -> list[str]:
             f"{FAINT} of 255 apart"
         )
     if several := [image.file for image in images if image.frames > 1]:
-        found.append(f"of several frames or pages, of which the first is read: {some(several, 'images')}")
+        found.append(f"of several frames, of which the first is read: {some(several, 'images')}")
     long = [image.file for image in images if 2 * min(image.shape) < max(image.shape)]
     if long:
         found.append(f"long: {some(long, 'images')}: their middle square is less than half of them")
@@ -180,18 +178,6 @@ def _unused(images: list[Read], classes: tuple[str, ...]) -> list[str]:
         tops[classes[image.label]].append(image.top)
     dark = [name for name, own in tops.items() if 255 < max(own) < 2**15]
     return [f"16 bits of which at most 15 are used, so read darker: {some(dark, 'classes')}"] if dark else []
-
-
-def _scales(images: list[Read]) -> list[str]:
-    """Floats and integers of 32 bits do not say what white is."""
-    counts = Counter(image.scale for image in images if image.scale)
-    if len(counts) < 2:
-        return []
-    listed = ", ".join(f"{count} {scale}" for scale, count in counts.items())
-    return [
-        f"images of 32 bits are each read by their own largest value: {listed}. Where that is not what they "
-        "mean, convert them to 8 bits first"
-    ]
 
 
 def _mostly(images: list[Read], classes: tuple[str, ...]) -> list[str]:

@@ -1,46 +1,22 @@
-"""Your own images: how a file becomes pixels, and a folder of them a data set.
+"""A folder of images as a data set.
 
 Nothing is passed over in silence: a file is read, or it stands in `Folder.left_out` with the reason, or the
-whole folder is refused. `read_image` is the one way to read an image; `READING` is what it does, in words.
+whole folder is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from nnc_utils.image_folder import HELD_OUT, MISREAD, NAMED, SPLITS, FolderError, Layout, inside, layout, some
+from nnc_utils.image_file import FRAMES, TOP, decode, resized
+from nnc_utils.image_layout import HELD_OUT, NAMED, SPLITS, FolderError, Layout, inside, layout, some
 from nnc_utils.image_remarks import Read, remarks
-
-BACKGROUND = "white"  # under transparent pixels
-BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, SAMPLE = 258, 259, 262, 277, 284, 339  # tags of TIFF
-HEIGHT, STRIPS, ROWS, LARGEST, TILES = 257, 273, 278, 281, 324  # more of them
-KIND, DESCRIBED, DEPTH = 254, 270, 32_997
-NEXT = {  # how each image begins in a file that holds several, one behind the other
-    "JPEG": rb"\A\xff\xd8|\xff\xd9\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "PPM": rb"P[456]\s\d+\s\d+\s",
-}
-SCALE, FRAMES, TOP = "scale", "frames", "top"  # in an image's `info`: see `Read`
-KEYED = {"L;2", "L;4", "RGB;16B"}  # PNG's pixels whose transparent value Pillow takes for one of 8 bits
-READING = {
-    "frame": "the first of an animation",
-    "turned": "as EXIF says",
-    "deep": "one channel of 16 bits: value // 256; of 32 bits: up to 255 as it is, else value // 256; "
-    "floats up to 1 times 255, rounded, others as they are",
-    "background": f"{BACKGROUND} under transparent pixels",
-    "profile": "not looked at, nor gamma: colours are taken as stored",
-    "resized": "the middle square, bilinear with antialiasing (Pillow: ImageOps.fit, BILINEAR)",
-}
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> uint8 images (n, channels, size, size), labels
 
@@ -77,147 +53,8 @@ class Folder:
         return lines + self.told()
 
 
-# --- One image -----------------------------------------------------------------------------------------
-
-
-def read_image(path: Path, size: int) -> np.ndarray:
-    """An image file as training sees it, see `READING`: uint8 (size, size, 1 or 3), grey or RGB."""
-    return _resized(decode(path), size)
-
-
-def decode(path: Path) -> Image.Image:
-    """A file as a whole image of mode L or RGB, before it is resized.
-
-    Whatever Pillow says about a damaged file is passed on; a ValueError, where it is not clear how the
-    values map to 0..255.
-    """
-    with path.open("rb") as file, Image.open(file) as opened:  # by its path, turned TIFFs are scrambled
-        if opened.format in MISREAD:
-            raise ValueError(f"a {opened.format} file, whatever its suffix: convert it to PNG")
-        if opened.format == "TIFF":
-            _check_tiff(opened)
-        if opened.format in ("JPEG", "MPO", "PNG"):
-            _check_end(opened.format, path)
-        if opened.format == "JPEG" and opened.mode == "CMYK" and "adobe" not in opened.info:
-            raise ValueError("CMYK, and not said whether 0 is ink or paper: convert it to RGB")
-        if "transparency" in opened.info and KEYED & {tile.args for tile in opened.tile}:
-            raise ValueError("Pillow would mistake its transparent value: convert it to RGBA of 8 bits")
-        image = ImageOps.exif_transpose(opened)
-        is_grey = image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
-        if image.mode[0] in "IF":  # one channel of 16 or 32 bits
-            image = _to_8_bits(image, sixteen=opened.format in ("PNG", "PPM"))
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        if not is_grey and _is_deep(opened, file):  # of which Pillow keeps the upper byte alone
-            image.info[TOP] = 256 * max(high for _, high in image.convert("RGB").getextrema()) + 255
-        image = image.convert("L" if is_grey else "RGB")
-        image.info[FRAMES] = _frames(opened, path)
-        return image
-
-
-def _is_deep(opened: Image.Image, file: BinaryIO) -> bool:
-    """Whether the file holds 16 bits a channel."""
-    if opened.format == "PNG":
-        file.seek(24)  # in its header: the bits of a sample
-        return file.read(1) == b"\x10"
-    return opened.format == "TIFF" and max(opened.tag_v2.get(BITS, (1,))) == 16
-
-
-def _frames(opened: Image.Image, path: Path) -> int:
-    """How many images a file holds, also where Pillow sees the first alone."""
-    if opened.format == "MPO":  # whose others are previews
-        return 1
-    if opened.format == "TIFF":  # a stack that one directory describes, as ImageJ and tifffile write it
-        tags = opened.tag_v2
-        said = re.match(r"(?s)ImageJ=.*^images=(\d+)", str(tags.get(DESCRIBED, "")), re.MULTILINE)
-        return max(opened.n_frames, int(said[1]) if said else 1, tags.get(DEPTH, 1), _stacked(opened))
-    if opened.format in NEXT:
-        return max(getattr(opened, "n_frames", 1), len(re.findall(NEXT[opened.format], path.read_bytes())))
-    return getattr(opened, "n_frames", 1)
-
-
-def _stacked(opened: Image.Image) -> int:
-    """Planes of a stack by the shape that tifffile notes; 1 without."""
-    shape = re.match(r'{"shape": \[([\d, ]+)\]', str(opened.tag_v2.get(DESCRIBED, "")))
-    values = math.prod(map(int, shape[1].split(","))) if shape and opened.n_frames == 1 else 0
-    return max(1, values // (math.prod(opened.size) * opened.tag_v2.get(SAMPLES, 1)))
-
-
-def _check_end(form: str, path: Path) -> None:
-    """Refuse what a copy that broke off left of a file, its length right and the rest zeros."""
-    if form == "PNG":
-        with Image.open(path) as image:
-            image.verify()  # of each part its checksum
-        return
-    content, place = path.read_bytes(), 2
-    while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
-        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    if b"\xff\xd9" not in content[place:]:
-        raise ValueError("its end is missing: only a part of it was copied")
-
-
-def _check_tiff(opened: Image.Image) -> None:
-    """Refuse what Pillow opens, and reads as other values than the file holds."""
-    tags = opened.tag_v2
-    bits, bands = max(tags.get(BITS, (1,))), len(opened.getbands())
-    if opened.mode[0] in "IF" and tags.get(PHOTOMETRIC) == 0:  # which Pillow minds in 8 bits only
-        raise ValueError("0 is white in this TIFF, and Pillow would read a negative: invert it first")
-    if bits <= 16 and 2 in tags.get(SAMPLE, ()):
-        raise ValueError(f"its values are signed, of {bits} bits: unsigned ones are needed")
-    if (samples := tags.get(SAMPLES, 1)) != bands or opened.mode == "RGBX":
-        raise ValueError(f"of its {samples} channels Pillow would read only some: keep one, three, or RGBA")
-    is_right = opened.mode in ("RGB", "RGBA", "CMYK") and (bits == 8 or tags.get(COMPRESSION) != 1)
-    if bands > 1 and tags.get(PLANES) == 2 and not is_right:
-        raise ValueError(f"Pillow reads such planes ({opened.mode}, {bits} bits) wrongly: convert it to PNG")
-    if tags.get(KIND, 0) & 5:
-        raise ValueError("its first page is a preview or a mask: convert the image itself to PNG")
-    top = max(tags.get(LARGEST, (65_535,)))
-    if bits == 16 and top < 65_535 and not top & (top + 1):  # that of 10, 12, 14 bits; else just the largest
-        raise ValueError(f"its white is {top}, not 65535: bring it to all of 8 or 16 bits")
-    parts, height = tags.get(STRIPS, tags.get(TILES, ())), tags.get(HEIGHT, 1)
-    rows = min(tags.get(ROWS, height), height)
-    planes = samples if tags.get(PLANES) == 2 else 1
-    if (STRIPS in tags and len(parts) < planes * -(-height // rows)) or 0 in parts:
-        raise ValueError("rows of it are not in the file: they would be black, or other bytes of the file")
-
-
-def _to_8_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
-    """`sixteen`: also mode I, 32 bits in memory, stands for a file of 16, by whose range it is scaled.
-
-    Where the image's own largest value decides, ``info[SCALE]`` of the result says how.
-    """
-    values = np.asarray(image).astype(np.float64)
-    low, high = values.min(), values.max()
-    most = 255 if image.mode == "F" else 65_535
-    if not (low >= 0 and high <= most) or "transparency" in image.info:
-        raise ValueError(
-            f"its values ({image.mode}) go from {low:g} to {high:g}: opaque ones in 0..1 (floats), 0..255 or "
-            "0..65535 (integers) are needed"
-        )
-    largest = values[values < 65_535].max(initial=0) or high  # but for those that mean "none here"
-    if image.mode == "F":
-        values = np.rint(values * 255 if high <= 1 else values)
-    elif image.mode != "I" or sixteen or high > 255:
-        values //= 256
-    result = Image.fromarray(values.astype(np.uint8))
-    result.info[TOP] = int(largest) if image.mode != "F" else 0
-    if image.mode == "F" or (image.mode == "I" and not sixteen):
-        tops = (1, 255) if image.mode == "F" else (255, 65_535)
-        result.info[SCALE] = f"up to {tops[int(high > tops[0])]}"
-    return result
-
-
-def _resized(image: Image.Image, size: int) -> np.ndarray:
-    square = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(square).reshape(size, size, -1)
-
-
-# --- A folder ------------------------------------------------------------------------------------------
-
-
 def read(path: Path, size: int) -> tuple[Folder, Arrays]:
-    """A folder of images as a data set, its images resized to `size` pixels; see `image_folder.layout`.
+    """A folder of images as a data set, its images resized to `size` pixels; see `image_layout.layout`.
 
     A split without a folder is held out of train: of each class a share, `HELD_OUT`, at least one, chosen by
     the images' contents. So names and order do not matter, an image more moves few others to another split,
@@ -267,8 +104,8 @@ def _read_all(found: Layout, size: int) -> list[Read]:
             return None
         whole = image.convert("RGB").tobytes()  # grey that is stored as RGB is the same image
         digest = hashlib.sha256(f"{image.size}".encode() + whole).hexdigest()
-        about = image.info.get(SCALE, ""), image.info[FRAMES], image.info.get(TOP, 0)
-        return Read(*entry, _resized(image, size), digest, image.size, *about)
+        about = image.info[FRAMES], image.info.get(TOP, 0)
+        return Read(*entry, resized(image, size), digest, image.size, *about)
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         images = list(pool.map(read_one, listed))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from small_networks import PLAIN, network, quantized, saved
 
-from nnc_utils import artifact, data, evaluation, export, images, models, runtimes
+from nnc_utils import artifact, data, evaluation, export, image_file, models, runtimes
 
 ROOT = Path(__file__).parents[1]
 ALONE = """
@@ -88,7 +88,7 @@ def test_the_example_of_the_readme_names_the_class_of_an_image(trained_digits, t
         check=True,
     )
     stored = artifact.network(artifact.read(path))
-    read = torch.tensor(images.read_image(tmp_path / "picture.png", digits.size)).permute(2, 0, 1)[None]
+    read = torch.tensor(image_file.read_image(tmp_path / "picture.png", digits.size)).permute(2, 0, 1)[None]
     first = data.Split(read, digits.test.labels[:1])
     [expected] = evaluation.predict(stored, first, normalize=digits.normalize)
     assert done.stdout.strip() == digits.classes[expected]
@@ -103,7 +103,7 @@ def test_the_json_says_how_to_use_it(tmp_path):
     assert (about["mean"], about["std"]) == (list(stored.mean), list(stored.std))
     assert about["precision"] == "int8" and about["artifact_sha256"] == stored.sha256
     assert "note" not in about  # 7 bits
-    assert about["reading"] == images.READING | {"colours": "grey"}
+    assert about["reading"] == image_file.READING | {"colours": "grey"}
     saved(quantized(network(PLAIN), bits=8), tmp_path / "b.safetensors")
     wide = export.export(tmp_path / "b.safetensors", to="onnx", out=tmp_path / "wide.onnx")
     assert "VNNI" in json.loads(wide[1].read_text())["note"]

@@ -9,8 +9,8 @@ import nnc_utils
 
 PACKAGE = Path(nnc_utils.__file__).parent
 FLOORS = [
-    {"models", "cifar", "image_folder", "devices", "entropy", "parametrizations", "configurations"},
-    {"image_remarks"},
+    {"models", "cifar", "image_layout", "devices", "entropy", "parametrizations", "configurations"},
+    {"image_file", "image_remarks"},
     {"images", "encoding", "sample"},
     {"data"},
     {"allocation", "artifact", "evaluation", "sensitivity", "batch_norm", "pretrained"},
