@@ -173,6 +173,27 @@ def test_each_goal_asks_for_its_configurations(start, settings, enough):
         assert goals.ask(goal, tables(good | {goal["column"]: 0.99 * good[goal["column"]]}))[1] == goals.NO
 
 
+@pytest.mark.parametrize(
+    ("changed", "reached"),
+    [
+        ({}, goals.YES),
+        ({"seeds": 2}, goals.UNCLAIMED),
+        ({"within 0.5 pp": "cannot tell"}, goals.NO),
+        ({"times fewer bytes": 14.9}, goals.NO),
+    ],
+)
+def test_rounds_that_send_less_reach_their_goal_with_enough_seeds(monkeypatch, changed, reached):
+    run = {"seeds": 3, "times fewer bytes": 16.0, "difference (pp) [95 %]": "-0.1", "within 0.5 pp": "yes"}
+    sent = {"fp32 for the bytes of: FedAvg": run | {"times fewer bytes": 30.0}, "FedAvg": run | changed}
+    known = pd.DataFrame.from_dict(sent, orient="index")
+    monkeypatch.setattr(goals.federated, "of", lambda folder: known)
+    goal = {"kind": "sent", "at_least": 15.0}
+    text, said = goals.ask(goal, tables(folder="x"))
+    assert said == reached and text.startswith("FedAvg: 1")
+    monkeypatch.setattr(goals.federated, "of", lambda folder: None)
+    assert goals.ask(goal, tables(folder="x")) is None
+
+
 def test_what_a_profile_did_not_measure_a_smaller_one_did(monkeypatch):
     here = tables(point(30.0, -0.2, technique="pruning", method="weights", settings='{"sparsity":0.9}'))
     smaller = [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
+from bench import federated
 from bench.claims import SEEDS_OF_A_CLAIM
 from bench.pairs import LARGER, another_teacher, where
 from nnc_utils.rows import NO_LOSS, interval_text
@@ -58,6 +59,7 @@ def ask(goal: dict[str, Any], tables: Tables) -> Answer:
         "converged": _converged,
         "predicted": _predicted,
         "no_rival": _no_rival,
+        "sent": _sent,
     }[goal["kind"]](goal, tables)
 
 
@@ -132,6 +134,24 @@ def _predicted(goal: dict[str, Any], tables: Tables) -> Answer:
     seen, unseen = len(timed["blocks"]), len(timed["networks"])
     text = f"{timed['error']:.1f} % on {unseen} networks, fitted to {seen} blocks"
     return text, YES if timed["error"] <= goal["percent"] else NO
+
+
+def _sent(goal: dict[str, Any], tables: Tables) -> Answer:
+    """What rounds of federated averaging sent, against as many rounds in fp32."""
+    if (known := federated.of(tables.folder)) is None:
+        return None
+    own = known[known["times fewer bytes"].notna() & ~known.index.str.startswith("fp32")]
+    enough = own[own["times fewer bytes"] >= goal["at_least"]]
+    good = enough[enough["within 0.5 pp"] == "yes"]
+    best = next((rows for rows in (good, enough, own) if len(rows)), None)
+    if best is None:
+        return None
+    name, run = next(best.sort_values(["seeds", "times fewer bytes"], ascending=False).iterrows())
+    text = f"{name}: {run['times fewer bytes']:.1f}× fewer bytes, {run['difference (pp) [95 %]']} "
+    text += f"({seeds_text(run['seeds'])})"
+    if good.empty:
+        return text, NO
+    return text, YES if run["seeds"] >= SEEDS_OF_A_CLAIM else UNCLAIMED
 
 
 def _no_rival(goal: dict[str, Any], tables: Tables) -> Answer:

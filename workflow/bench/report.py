@@ -83,6 +83,7 @@ def template(name: str, tables: Tables) -> jinja2.Template:
         "both": two_data_sets.both,
         "side": two_data_sets,
         "answers": goals.answers,
+        "goals_of": lambda kind: [goal for goal in goals.read() if goal["kind"] == kind],
         "papers": papers.lines,
         "another_teacher": pairs.another_teacher,
         "committed": committed,
