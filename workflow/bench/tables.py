@@ -154,7 +154,8 @@ class Run:
             if (self.folder / place).is_file():
                 return self.folder / place
         where = self.folder / record.path
-        raise ResultError(f"{where} is missing: bring it from where it was made, or run its notebook")
+        again = f"delete {self.folder}" if (self.folder / "result.json").is_file() else "run its notebook"
+        raise ResultError(f"{where} is missing: bring it from where it was made, or {again} to have it made")
 
     def score(self, name: str) -> dict[str, Any]:
         """path, sha256 and predictions of an artifact: a reference for `compression_row`."""
