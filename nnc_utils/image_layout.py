@@ -185,6 +185,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
     A split's folder holds class folders. A class may be called train, if it holds its images itself.
     """
     folders = [f for f in _subfolders(path) if _has_images(f) or split_of(f.name)]
+    # nested: holds class folders. like: speaks of a split. clear: each is one split, and no split is twice
     nested = [f for f in folders if any(map(_has_images, _subfolders(f)))]
     words = {f: HAS_SPLIT_WORD.search(SMALL_THEN_LARGE.sub(" ", f.name).casefold()) for f in folders}
     several = len({split_of(word[0]) for word in words.values() if word}) > 1

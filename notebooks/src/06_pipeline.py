@@ -101,8 +101,8 @@ def measure(name: str, network: torch.nn.Module, dtype=torch.float16) -> dict:
     """Bytes, MACs and validation accuracy of a network, of its file."""
     nbytes = saved(name, network, dtype).nbytes
     loaded = artifact.load(bench.path(f"scratch/{name.replace(' ', '_')}.safetensors"))
-    predictions = evaluation.predict(loaded, images.validation, normalize=images.normalize)
-    right = predictions == images.validation.labels.numpy()
+    answers = evaluation.predict(loaded, images.validation, normalize=images.normalize)
+    right = answers == images.validation.labels.numpy()
     steps[name] = {"bytes": nbytes, "MACs": models.macs(network.spec), "right": right}
     steps[name]["accuracy (%)"] = 100 * right.mean()
     return steps[name]
@@ -241,7 +241,8 @@ from dataclasses import replace
 
 from nnc_utils.data import Split
 
-few = replace(images, train=Split(images.train.images[:2000], images.train.labels[:2000]))  # all of digits
+# Of larger data sets the first 2,000 images, so that a training takes seconds. Digits has fewer.
+few = replace(images, train=Split(images.train.images[:2000], images.train.labels[:2000]))
 
 
 def soft_labels(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

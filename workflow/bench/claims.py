@@ -144,6 +144,7 @@ def claimed_once(runs: list[Run]) -> list[CompressionRow]:
         headline.setdefault(key, row.headline)
         if _race(row, macs) in decided:
             headline[key] = int(key in together and together[key].chosen)
+    # where a technique's claim has enough seeds (ripe), no configuration of fewer seeds is claimed beside it
     ripe = {key for key, claimed in headline.items() if claimed and len(seeds[key]) >= SEEDS_OF_A_CLAIM}
     settled = {(row.technique, row.division) for row in rows if key_of(row) in ripe}
     unripe = {key_of(row) for row in rows if (row.technique, row.division) in settled} - ripe
