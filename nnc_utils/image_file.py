@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nnc_utils.image_layout import MISREAD, SUFFIXES
 
@@ -25,11 +25,11 @@ NEXT = {  # how each image begins in a file that holds several, one behind the o
     "PNG": rb"\x89PNG\r\n\x1a\n",
     "PPM": rb"P[456]\s\d+\s\d+\s",
 }
-FRAMES, TOP = "frames", "top"  # in an image's `info`: see `Read`
+FRAMES, RANGE, SHEER = "frames", "range", "sheer"  # in an image's `info`: see `Read`
 KEYED = {"L;2", "L;4", "RGB;16B"}  # PNG's pixels whose transparent value Pillow takes for one of 8 bits
 READING = {
     "frame": "the first of an animation",
-    "turned": "as EXIF says",
+    "turned": "as EXIF says, or XMP",
     "deep": "one channel of 16 bits: value // 256",
     "background": f"{BACKGROUND} under transparent pixels",
     "profile": "not looked at, nor gamma: colours are taken as stored",
@@ -54,7 +54,7 @@ def decode(path: Path) -> Image.Image:
     Whatever Pillow says about a damaged file is passed on; a ValueError, where it is not clear how the
     values map to 0..255.
     """
-    with path.open("rb") as file, Image.open(file) as opened:  # by its path, turned TIFFs are scrambled
+    with path.open("rb") as file, _opened(file) as opened:  # by its path, turned TIFFs are scrambled
         if opened.format not in FORMATS:
             raise ValueError(f"a {opened.format} file, whatever its suffix: convert it to PNG")
         if opened.format == "TIFF":
@@ -68,17 +68,30 @@ def decode(path: Path) -> Image.Image:
         if opened.mode == "F":
             raise ValueError("floats do not say what is white: convert it to 8 bits")
         image = ImageOps.exif_transpose(opened)
-        is_grey = image.mode in ("1", "L", "LA") or image.mode[0] == "I"
+        is_grey, deep = image.mode in ("1", "L", "LA") or image.mode[0] == "I", {}
+        if not is_grey and _is_deep(opened, file):  # of which Pillow keeps the upper byte alone
+            lows, highs = zip(*image.convert("RGB").getextrema())
+            deep = {RANGE: (256 * min(lows), 256 * max(highs) + 255)}
         if image.mode[0] == "I":  # one channel of 16 bits
             image = _to_8_bits(image)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
+            opacity = np.asarray(image.getchannel("A"))
+            deep[SHEER] = bool(np.mean((opacity > 0) & (opacity < 255)) > 0.5)
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        if not is_grey and _is_deep(opened, file):  # of which Pillow keeps the upper byte alone
-            image.info[TOP] = 256 * max(high for _, high in image.convert("RGB").getextrema()) + 255
         image = image.convert("L" if is_grey else "RGB")
-        image.info[FRAMES] = _frames(opened, path)
+        image.info |= deep | {FRAMES: _frames(opened, path)}
         return image
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(16)
+        what = f"begins with {start!r}" if start else "is empty"
+        raise ValueError(f"no image that can be read here, whatever its suffix: it {what}") from None
 
 
 def _check_tiff(opened: Image.Image) -> None:
@@ -91,7 +104,8 @@ def _check_tiff(opened: Image.Image) -> None:
     if not is_plain or bits not in ({8}, {16}) or kinds != {1} or tags.get(PLANES, 1) != 1:
         raise ValueError(
             "a TIFF that is not of plain values (grey with white at the top, RGB or RGBA, side by side, "
-            f"unsigned, of 8 or 16 bits; it has {tags.get(SAMPLES, 1)} × {max(bits)} bits): convert it to PNG"
+            f"unsigned, of 8 or 16 bits; it has {tags.get(SAMPLES, 1)} × {max(bits)} bits, colours of kind "
+            f"{tags.get(PHOTOMETRIC)} and planes {tags.get(PLANES, 1)}): convert it to PNG"
         )
     if opened.n_frames > 1 or tags.get(KIND, 0) or _stacked(tags, math.prod(opened.size) * colours):
         raise ValueError("a TIFF of several images, or of a preview: convert the one that is meant to PNG")
@@ -115,6 +129,9 @@ def _check_end(form: str, path: Path) -> None:
         return
     content, place = path.read_bytes(), 2
     while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
+        if content[place + 1 : place + 2] == b"\xff":  # one that fills
+            place += 1
+            continue
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     if b"\xff\xd9" not in content[place:]:
         raise ValueError("its end is missing: only a part of it was copied")
@@ -125,6 +142,10 @@ def _is_deep(opened: Image.Image, file: BinaryIO) -> bool:
     if opened.format == "PNG":
         file.seek(24)  # in its header: the bits of a sample
         return file.read(1) == b"\x10"
+    if opened.format == "PPM":
+        file.seek(0)
+        most = re.match(rb"P6(?:\s+(?:#[^\n]*\n\s*)*(\d+)){3}", file.read(512))
+        return bool(most) and int(most[1]) > 255
     return opened.format == "TIFF" and max(opened.tag_v2.get(BITS, (1,))) == 16
 
 
@@ -137,12 +158,11 @@ def _frames(opened: Image.Image, path: Path) -> int:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Of one channel of 16 bits; the largest value goes into its `info`."""
+    """Of one channel of 16 bits; the range of its values goes into its `info`."""
     values = np.asarray(image)
     if "transparency" in image.info or values.max() > 65_535:
         raise ValueError("16 bits and a transparent value, or more than 16 bits: convert it to 8 bits")
     result = Image.fromarray((values // 256).astype(np.uint8))
-    result.info[TOP] = int(
-        values[values < 65_535].max(initial=0) or values.max()
-    )  # which may mean "none here"
+    largest = values[values < 65_535].max(initial=0) or values.max()  # 65,535 may mean "none here"
+    result.info[RANGE] = int(values.min()), int(largest)
     return result

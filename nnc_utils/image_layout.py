@@ -225,12 +225,21 @@ def _check_counts(found: Layout) -> None:
         enough = by_class.keys() == classes and min(map(len, by_class.values()), default=0) >= least
         if not enough or not 2 <= len(classes) <= MOST_CLASSES:
             counts = [f"{name}: {len(files)}" for name, files in by_class.items()]
+            normal = [{unicodedata.normalize("NFC", name) for name in names} for names in (by_class, classes)]
+            if by_class.keys() != classes and normal[0] == normal[1]:
+                counts.append("names that differ from train's in the code of their letters (NFC, NFD) only")
             more = [f"and {len(counts) - 20} more"] if len(counts) > 20 else []
             raise FolderError(
                 f"{found.folders[which]} needs 2 to {MOST_CLASSES} class folders, the same in every split, "
                 f"with at least {least} images each ({', '.join(sorted(openable()))}); there are "
-                f"{', '.join([*counts[:20], *more]) or 'none'}"
+                f"{', '.join([*counts[:20], *more]) or 'none'}{_unpacked_wrong(found)}"
             )
+
+
+def _unpacked_wrong(found: Layout) -> str:
+    """What to do where names hold the folders of an archive that another system made."""
+    names = [file.name for files in found.left_out.values() for file in files if "\\" in file.name]
+    return f". {names[0]} holds a folder in its name: unpack the archive by another program" if names else ""
 
 
 def _check_names(found: Layout) -> None:

@@ -20,6 +20,10 @@ TINTS = 4  # pixels of the colours by which drawings of one shape in two colours
 SAME_COLOURS = 0.9  # correlation of these; JPEG, resizing and 5 % more light leave 0.95 and more
 GREY = 4  # of 255: an image whose colours are closer to grey may be a copy of one in colours
 MOSTLY = 0.8  # share of one class in the test images from which accuracy says little
+FEW = 2**14  # of 65,536: deep images whose values are closer together are read in fewer than 64 greys
+PARTS = re.compile(r"images?|imgs?|photos?|masks?|labels?|annotations?|segmentations?|gt|ground.?truth")
+MASK = re.compile(r"[\W_]*(masks?|seg|segmentation|gt|labels?|annotations?)[\W_]*", re.IGNORECASE)
+AGAIN = re.compile(r"( \d+| ?\(\d+\)| -? ?copy)$", re.IGNORECASE)  # behind the name of a folder's copy
 AT_ONCE = 256  # images that are compared with all others at a time
 
 
@@ -28,7 +32,8 @@ class Read:
     """An image that was read: pixels uint8 (size, size, 1 or 3).
 
     `digest`: SHA-256 of the whole image in RGB; `shape`: its width and height; `frames`: or pages, in its
-    file. `top`: the largest value in the file, where it has 16 bits; else 0.
+    file. `range`: its lowest and largest value, where it has 16 bits; else 0 and 0. `sheer`: whether most of
+    its pixels are half-transparent.
     """
 
     file: Path
@@ -38,7 +43,8 @@ class Read:
     digest: str
     shape: tuple[int, int]
     frames: int
-    top: int
+    range: tuple[int, int]
+    sheer: bool
 
 
 def remarks(images: list[Read], classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -53,7 +59,12 @@ def _alike_names(classes: tuple[str, ...]) -> list[str]:
         seen = "".join(x for x in unicodedata.normalize("NFKC", name) if unicodedata.category(x) != "Cf")
         by_name[seen.casefold().strip()].append(name)
     alike = [" and ".join(map(ascii, names)) for names in by_name.values() if len(names) > 1]
-    return [f"classes whose names differ in case or spelling only: {'; '.join(alike)}"] if alike else []
+    told = [f"classes whose names differ in case or spelling only: {'; '.join(alike)}"] if alike else []
+    if again := [name for name in classes if AGAIN.search(name) and AGAIN.sub("", name) in classes]:
+        told.append(f"classes named as a copy of another: {', '.join(again)}")
+    if len(parts := [name for name in classes if PARTS.fullmatch(name.casefold())]) > 1:
+        told.append(f"classes named as the parts of a data set: {', '.join(parts)}; are these the classes?")
+    return told
 
 
 def _identical(images: list[Read]) -> list[str]:
@@ -126,6 +137,9 @@ def _named(images: list[Read]) -> list[str]:
             if (beside := file.with_name(file.name[: end.start()])) in splits_of:
                 sources[beside] |= splits | splits_of[beside]
     found = []
+    masks = [i.file for i in images if (own := MASK.sub("", i.file.stem)) and own != i.file.stem]
+    if masks := [file for file in masks if file.with_name(MASK.sub("", file.stem)) in splits_of]:
+        found.append(f"named as masks of an image beside them, read as images: {some(masks, 'files')}")
     if mixed := [folder for folder, splits in words.items() if len(splits) > 1]:
         found.append(
             f"names of files speak of splits, which only folders make: {some(mixed, 'class folders')}. If "
@@ -165,6 +179,11 @@ def _lost(images: list[Read]) -> list[str]:
         )
     if several := [image.file for image in images if image.frames > 1]:
         found.append(f"of several frames, of which the first is read: {some(several, 'images')}")
+    if sheer := [image.file for image in images if image.sheer]:
+        found.append(
+            f"mostly half-transparent, read on white: {some(sheer, 'images')}. If their fourth channel means "
+            "something else, leave it out"
+        )
     long = [image.file for image in images if 2 * min(image.shape) < max(image.shape)]
     if long:
         found.append(f"long: {some(long, 'images')}: their middle square is less than half of them")
@@ -172,12 +191,16 @@ def _lost(images: list[Read]) -> list[str]:
 
 
 def _unused(images: list[Read], classes: tuple[str, ...]) -> list[str]:
-    """Classes whose deep images all leave the upper half of 16 bits unused, as devices of 12 bits do."""
+    """Deep images that leave much of 16 bits unused, as devices of 12 bits do: a whole class, or each."""
     tops = defaultdict(list)
     for image in images:
-        tops[classes[image.label]].append(image.top)
+        tops[classes[image.label]].append(image.range[1])
     dark = [name for name, own in tops.items() if 255 < max(own) < 2**15]
-    return [f"16 bits of which at most 15 are used, so read darker: {some(dark, 'classes')}"] if dark else []
+    narrow = [i.file for i in images if i.range[1] > 255 and i.range[1] - i.range[0] < FEW]
+    told = [f"16 bits of which at most 15 are used, so read darker: {some(dark, 'classes')}"] if dark else []
+    if narrow:
+        told.append(f"16 bits of which less than a quarter is used, so few greys: {some(narrow, 'images')}")
+    return told
 
 
 def _mostly(images: list[Read], classes: tuple[str, ...]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnc_utils.image_file import FRAMES, TOP, decode, resized
+from nnc_utils.image_file import FRAMES, RANGE, SHEER, decode, resized
 from nnc_utils.image_layout import HELD_OUT, NAMED, SPLITS, FolderError, Layout, inside, layout, some
 from nnc_utils.image_remarks import Read, remarks
 
@@ -104,7 +104,7 @@ def _read_all(found: Layout, size: int) -> list[Read]:
             return None
         whole = image.convert("RGB").tobytes()  # grey that is stored as RGB is the same image
         digest = hashlib.sha256(f"{image.size}".encode() + whole).hexdigest()
-        about = image.info[FRAMES], image.info.get(TOP, 0)
+        about = image.info[FRAMES], image.info.get(RANGE, (0, 0)), image.info.get(SHEER, False)
         return Read(*entry, resized(image, size), digest, image.size, *about)
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock

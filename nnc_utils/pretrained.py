@@ -32,7 +32,8 @@ PLAIN = [  # classes whose values checkpoints hold beside tensors: of torchvisio
     *(argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8"))),
     *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-ZEROS = 1024  # at the end of a tensor, and not of whole channels: no training leaves so many
+ZEROS = 1024  # in a row, and in no other place of a tensor: no training leaves so many
+LARGE = 1e10  # no trained value is
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # 8 bits need scales from elsewhere
 TOLD = ("arch", "architecture", "model", "model_name", "replace_stride_with_dilation")  # each by itself
 BEGINNINGS = {  # of files that are no weights
@@ -67,7 +68,7 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
         if not name.startswith(("conv1.", "fc.")):
             one, other = (shape.get(name, "missing") for shape in shapes)
             if other == "missing" and not re.match(r"(layer\d|bn1)\.", name):
-                kept = f"{name} does not belong to a ResNet: take it out, or rename a classifier to fc"
+                kept = f"no ResNet has {name}: another network, or a classifier that is not called fc"
                 raise ValueError(f"{weights}: {kept}")
             raise ValueError(f"{weights}: {name} is {one} there, {other} here: weights of another network")
     fresh = {name.partition(".")[0] for name in differ}
@@ -84,20 +85,31 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
 def _check_values(tensors: Mapping[str, Tensor], file: str | Path) -> None:
     """Refuse what no training leaves, also in a layer that is not copied: the whole file is doubtful then."""
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{file}: {name} holds NaN or infinity: its training had diverged")
+        if not tensor.isfinite().all() or tensor.abs().max() > LARGE:
+            raise ValueError(f"{file}: {name} holds NaN, or more than {LARGE:g}: its training diverged")
         if name.endswith("running_var") and tensor.min() < 0:
             raise ValueError(f"{file}: {name} is negative, as no variance is: the file is damaged")
         is_constant = tensor.numel() < 2 or bool(tensor.min() == tensor.max())
         if tensor.ndim == 4 and tensor.numel() > 1 and is_constant:
             raise ValueError(f"{file}: {name} is {tensor.max():g} everywhere, as no trained weights are")
-        tail = tensor.numel() - 1 - int(tensor.flatten().nonzero().max()) if tensor.any() else 0
-        if tensor.ndim > 1 and tail >= ZEROS and tail % tensor[0].numel():
-            raise ValueError(f"{file}: {name} ends in {tail} zeros: the file was copied in part")
+        if tensor.ndim > 1 and (zeros := _hole(tensor)):
+            raise ValueError(f"{file}: {name} holds {zeros} zeros in a row: the file was copied in part")
         if tensor.ndim > 1 and not is_constant and (tensor == tensor.round()).all():
             raise ValueError(
                 f"{file}: {name} holds whole numbers alone: codes without their scales, it seems"
             )
+
+
+def _hole(tensor: Tensor) -> int:
+    """Zeros in a row that are no pruned weights: not whole channels, and half as many nowhere else."""
+    places = np.flatnonzero(tensor.detach().numpy())
+    runs = np.diff(places, prepend=-1, append=tensor.numel()) - 1
+    longest = int(runs.argmax())
+    zeros, begin = int(runs[longest]), int(places[longest - 1]) + 1 if longest else 0
+    row, others = tensor[0].numel(), np.delete(runs, longest)
+    is_whole = begin % row == 0 and (begin + zeros) % row == 0
+    is_pruned = others.max(initial=0) > zeros / 2 or 2 * others.sum() > tensor.numel() - zeros
+    return 0 if zeros < ZEROS or is_whole or is_pruned else zeros
 
 
 def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,6 +190,10 @@ def _without_masks(tensors: dict[str, Tensor], file: str | Path) -> dict[str, Te
     for mask in [name for name in tensors if name.endswith("_mask")]:
         plain = mask.removesuffix("_mask")
         whole = f"{plain}_orig" if f"{plain}_orig" in tensors else plain
+        if whole != plain and plain in tensors:
+            print(f"{file}: {plain} is taken, not {whole}")
+            tensors.pop(whole)
+            whole = plain
         if whole not in tensors:
             continue
         if tensors[whole].shape != tensors[mask].shape or tensors[whole].dtype not in FLOATS:
@@ -241,7 +257,7 @@ def _foreign(path: Path, start: bytes) -> str:
         if any(name.endswith("/constants.pkl") for name in names):
             return "a TorchScript program"
         if not any(name.endswith("data.pkl") for name in names):
-            return f"a zip archive of {', '.join(names[:3])}: unpack it"
+            return f"a zip archive of {', '.join(names[:3])}, not of torch.save: unpack it, or save anew"
         if damaged := _damaged(path):
             return f"damaged: {damaged} does not match its checksum (or was written without): save it anew"
     return "a tar archive: unpack it, or save it anew" if tarfile.is_tarfile(path) else ""

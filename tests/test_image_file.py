@@ -211,15 +211,34 @@ def test_an_image_that_was_copied_in_part_is_refused(tmp_path, name):
             image_file.decode(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_bytes_that_fill_before_a_jpegs_mark_are_none_of_its_length(tmp_path):
+    grey(HALF).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[:2] + b"\xff\xff" + content[2:])
+    image_file.read_image(tmp_path / "a.jpg", 16)
+
+
+@pytest.mark.parametrize("content, said", [(b"", "it is empty"), (b"<html>", "it begins with b'<html>'")])
+def test_what_is_no_image_is_told_by_how_it_begins(tmp_path, content, said):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        image_file.read_image(tmp_path / "a.jpg", 16)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.ppm", "transparent.png"])
 def test_the_largest_value_of_deep_colours_is_known(tmp_path, name):
     values = np.stack([SHORT // 8] * 3, 1)
+    if name == "transparent.png":  # on white, but that is not the file's
+        values = np.concatenate([values, np.repeat([0, 65_535], 128)[:, None]], 1)
+    rows = [values[16 * i : 16 * i + 16].astype(">u2").tobytes() for i in range(16)]
     if name == "a.tif":
         tiff(tmp_path / name, values, 3)
+    elif name == "a.ppm":
+        (tmp_path / name).write_bytes(b"P6\n# by a scanner\n16 16\n65535\n" + b"".join(rows))
     else:
-        rows = [values[16 * i : 16 * i + 16].astype(">u2").tobytes() for i in range(16)]
-        (tmp_path / name).write_bytes(png(16, 2, rows, b""))
-    assert 8_191 <= image_file.decode(tmp_path / name).info["top"] < 8_192 + 256
+        (tmp_path / name).write_bytes(png(16, 6 if name == "transparent.png" else 2, rows, b""))
+    low, high = image_file.decode(tmp_path / name).info["range"]
+    assert low == 0 and 8_191 <= high < 8_192 + 256
 
 
 @pytest.mark.parametrize("name", STACKS)

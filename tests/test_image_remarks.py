@@ -171,3 +171,40 @@ def test_names_that_look_alike_are_told(tmp_path):
     fill(tmp_path, dict.fromkeys(("Cat", "cat", "café", "cafe\u0301", "dog"), 4))
     remark = told(tmp_path)
     assert r"'Cat' and 'cat'" in remark and r"'cafe\u0301' and 'caf\xe9'" in remark and "dog" not in remark
+
+
+@pytest.mark.parametrize("mask", ["{}_mask", "mask_{}", "{}-GT"])
+def test_masks_beside_their_images_are_told(tmp_path, mask):
+    fill(tmp_path)
+    for file in list(tmp_path.glob("cat/*.png")):
+        Image.new("L", (6, 6), int(file.stem) * 20).save(file.with_stem(mask.format(file.stem)))
+    assert "named as masks of an image beside them, read as images: 10 files" in told(tmp_path)
+
+
+def test_classes_that_are_none_are_told(tmp_path):
+    fill(tmp_path / "a", {"images": 5, "masks": 5})
+    assert "the parts of a data set: images, masks" in told(tmp_path / "a")
+    fill(tmp_path / "b", {"cat": 5, "cat 2": 5, "dog": 5, "dog (1)": 5, "type 1": 5, "type 2": 5})
+    assert "named as a copy of another: cat 2, dog (1)\n" in told(tmp_path / "b") + "\n"
+
+
+def test_deep_images_that_use_a_part_of_their_range_are_told(tmp_path):
+    """Two detectors in one class, and temperatures in hundredths of a kelvin."""
+    for number in range(6):
+        deep = np.random.RandomState(number).randint(0, 65_536, (6, 6)).astype(np.uint16)
+        for name in TWO:
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(deep[:: 1 - 2 * (name == "cat")]).save(tmp_path / name / f"{number}.png")
+    assert "less than a quarter" not in told(tmp_path)
+    Image.fromarray(deep // 4).save(tmp_path / "cat" / "14.png")
+    Image.fromarray(29_315 + deep // 13).save(tmp_path / "cat" / "warm.png")
+    assert "16 bits of which less than a quarter is used, so few greys: 2 images" in told(tmp_path)
+
+
+def test_a_fourth_channel_that_is_no_opacity_is_told(tmp_path):
+    fill(tmp_path)
+    bands = np.random.RandomState(0).randint(1, 255, (6, 6, 4)).astype(np.uint8)
+    Image.fromarray(bands).save(tmp_path / "cat" / "infrared.png")
+    bands[1:, :, 3] = 0  # a cut-out with a soft edge
+    Image.fromarray(bands).save(tmp_path / "cat" / "logo.png")
+    assert "mostly half-transparent, read on white: 1 images, " in told(tmp_path)

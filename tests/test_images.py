@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -233,6 +234,16 @@ def test_too_few_images_or_classes_and_unlike_splits_are_refused(tmp_path, own):
         load(tmp_path / "unlike")
 
 
+def test_names_of_another_system_are_explained(tmp_path):
+    fill(tmp_path / "train", {"chêne": 4, "dog": 4})
+    fill(tmp_path / "test", {unicodedata.normalize("NFD", "chêne"): 2, "dog": 2}, 50)
+    with pytest.raises(data.DataError, match="in the code of their letters"):
+        load(tmp_path)
+    paint(tmp_path / "flat" / "cat\\0.jpg")
+    with pytest.raises(data.DataError, match="there are none.*holds a folder in its name"):
+        load(tmp_path / "flat")
+
+
 def test_more_classes_than_a_byte_holds_are_refused_before_any_image_is_opened(tmp_path):
     for number in range(257):
         for name in "012":
@@ -335,6 +346,7 @@ def test_identical_images_in_two_split_folders_are_refused(tmp_path):
 # --- What is passed on ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:imagefolder")  # random opacity
 def test_grey_among_colour_becomes_colour(tmp_path):
     for number, name in enumerate(("a", "b")):
         for i, mode in enumerate(("L", "LA", "L")):

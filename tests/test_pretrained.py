@@ -203,6 +203,28 @@ def test_a_mask_beside_the_weight_itself_is_applied(tmp_path):
         assert_same(ours, expected)
 
 
+def test_the_final_weight_of_a_lottery_ticket_is_taken(tmp_path, capsys):
+    """Beside it stand its mask and where it began."""
+    name = "layer1.0.conv1.weight"
+    mask = (STATE[name] > 0).float()
+    content = {**STATE, f"{name}_mask": mask, f"{name}_orig": STATE[name] + 1}
+    ours = build(resnet(18, **NARROW))
+    load_pretrained(ours, saved(tmp_path / "w.pth", content))
+    assert_same(ours, {**STATE, name: STATE[name] * mask})
+    assert f"{name} is taken, not {name}_orig" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.3])
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_pruned_network_is_not_taken_for_a_damaged_one(tmp_path, kept, channels):
+    generator, pruned = torch.Generator().manual_seed(0), {}
+    for name, tensor in STATE.items():
+        shape = (1, tensor.shape[1], 1, 1) if channels and tensor.ndim == 4 else tensor.shape
+        mask = torch.rand(shape, generator=generator) < kept
+        pruned[name] = tensor * mask if tensor.ndim == 4 and mask.any() else tensor
+    assert load_pretrained(build(resnet(18, **NARROW)), saved(tmp_path / "w.pth", pruned)) == []
+
+
 def test_statistics_that_were_never_measured_are_told(tmp_path, capsys):
     load_pretrained(
         build(resnet(18, **NARROW)), saved(tmp_path / "w.pth", build(resnet(18, **NARROW)).state_dict())
@@ -316,6 +338,15 @@ def bent_tail(name):
     return {**STATE, name: tensor}
 
 
+def hole(path):
+    """Zeros where a download or a disk lost a part; the old format has no checksums."""
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    content, kept = bytearray(path.read_bytes()), STATE["layer4.1.conv2.weight"].numpy().tobytes()
+    begin = content.index(kept) + len(kept) // 3
+    content[begin : begin + 8192] = bytes(8192)
+    path.write_bytes(content)
+
+
 FOREIGN = {
     "empty": (Path.touch, "is empty"),
     "a web page": (lambda p: p.write_text("\n <!DOCTYPE html><html>404</html>"), "is a web page"),
@@ -328,7 +359,7 @@ FOREIGN = {
     "a text": (lambda p: p.write_text("weights " * 99), "of another program"),
     "json": (lambda p: p.write_text(json.dumps({"conv1": [1.0] * 99})), "of another program"),
     "a folder": (Path.mkdir, "is a folder"),
-    "zip": (lambda p: archive(p, b"x"), "a zip archive of weights.pth: unpack it"),
+    "zip": (lambda p: archive(p, b"x"), "a zip archive of weights.pth, not of torch.save"),
     "tar": (tar, "a tar archive"),
     "half of torch.save": (lambda p: cut(p, lambda q: torch.save(STATE, q)), "truncated"),
     "half of the old torch.save": (
@@ -346,7 +377,7 @@ FOREIGN = {
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"conv1.weight": [1.0]})), "of another program"),
     "another head": (
         lambda p: torch.save({**STATE, "last_linear.weight": STATE["fc.weight"]}, p),
-        "last_linear.weight does not belong to a ResNet: take it out, or rename a classifier to fc",
+        "no ResNet has last_linear.weight: another network, or a classifier that is not called fc",
     ),
     "a list": (lambda p: torch.save([torch.ones(3)], p), "holds 0 ..., the weights of another network"),
     "nothing": (lambda p: torch.save({}, p), "holds no tensor with a name"),
@@ -399,7 +430,7 @@ FOREIGN = {
     ),
     "copied in part": (
         lambda p: torch.save(bent_tail("layer4.1.conv2.weight"), p),
-        r"layer4.1.conv2.weight ends in \d+ zeros: the file was copied in part",
+        r"layer4.1.conv2.weight holds \d+ zeros in a row: the file was copied in part",
     ),
     "a wrong byte": (flip, r"damaged: \S+/data/\d+ does not match its checksum"),
     "one name for two": (
@@ -426,7 +457,9 @@ FOREIGN = {
         lambda p: torch.save({**STATE, **led("_orig_mod.", narrow(1).state_dict())}, p),
         "holds tensors twice",
     ),
-    "infinity": (lambda p: torch.save(bent("fc.bias", -torch.inf), p), "fc.bias holds NaN or infinity"),
+    "infinity": (lambda p: torch.save(bent("fc.bias", -torch.inf), p), "fc.bias holds NaN, or more than"),
+    "diverged": (lambda p: torch.save(bent("layer3.1.bn2.running_var", 3e38), p), "its training diverged"),
+    "a hole": (lambda p: hole(p), r"conv2.weight holds \d+ zeros in a row: the file was copied in part"),
 }
 
 
