@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +95,16 @@ def layout(path: Path) -> Layout:
 
 
 def inside(found: Layout) -> list[str]:
-    """A remark on folders inside class folders; where all classes hold the same, those may be the classes."""
+    """A remark on folders inside class folders; where most hold the same, those may be the classes."""
     if not (deeper := _deeper(found)):
         return []
     told = f"in folders inside class folders, read as of the class: {len(deeper)}, such as {deeper[0][0]}"
     folders = [_subfolders(found.folders["train"] / name) for name in found.images["train"]]
-    shared = set.intersection(*({folder.name for folder in own} for own in folders))
+    counts = Counter(folder.name for own in folders for folder in own)
+    shared = [name for name, count in counts.items() if count > len(folders) / 2]
     if len(shared) > 1:
         told += (
-            f"; all classes hold the folders {', '.join(sorted(shared)[:NAMED])}: if those are the classes, "
+            f"; most classes hold the folders {', '.join(sorted(shared)[:NAMED])}: if those are the classes, "
             "name the folders above them train, validation and test"
         )
     return [told]

@@ -191,13 +191,14 @@ def _lost(images: list[Read]) -> list[str]:
 
 
 def _unused(images: list[Read], classes: tuple[str, ...]) -> list[str]:
-    """Deep images that leave much of 16 bits unused, as devices of 12 bits do: a whole class, or each."""
+    """Deep images that leave much of 16 bits unused, as devices of 12 bits do: a class, a split, or each."""
     tops = defaultdict(list)
     for image in images:
-        tops[classes[image.label]].append(image.range[1])
-    dark = [name for name, own in tops.items() if 255 < max(own) < 2**15]
+        for group in (f"class {classes[image.label]}", image.split):
+            tops[group].append(image.range[1])
+    dark = [group for group, own in tops.items() if 255 < max(own) < 2**15]
     narrow = [i.file for i in images if i.range[1] > 255 and i.range[1] - i.range[0] < FEW]
-    told = [f"16 bits of which at most 15 are used, so read darker: {some(dark, 'classes')}"] if dark else []
+    told = [f"16 bits of which at most 15 are used, so read darker: {', '.join(dark)}"] if dark else []
     if narrow:
         told.append(f"16 bits of which less than a quarter is used, so few greys: {some(narrow, 'images')}")
     return told

@@ -78,7 +78,8 @@ def read(path: Path, size: int) -> tuple[Folder, Arrays]:
     if short := [f"{c} in {w}" for w, by_class in files.items() for c in classes if not by_class[c]]:
         raise FolderError(
             f"{path}: no image is left for {', '.join(short[:NAMED])}, since identical images stay together: "
-            f"at least {1 + len(shares)} different ones in each class of {found.folders['train']} are needed"
+            f"at least {1 + len(shares)} different ones, as they are read, in each class of "
+            f"{found.folders['train']} are needed"
         )
     origin = {which: f"the folder {folder}" for which, folder in found.folders.items()}
     origin |= {which: f"1 in {part} of each class of train, by content" for which, part in shares.items()}

@@ -68,7 +68,9 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
         if not name.startswith(("conv1.", "fc.")):
             one, other = (shape.get(name, "missing") for shape in shapes)
             if other == "missing" and not re.match(r"(layer\d|bn1)\.", name):
-                kept = f"no ResNet has {name}: another network, or a classifier that is not called fc"
+                kept = (
+                    f"no ResNet has {name}: another network, a classifier not called fc, or an entry too many"
+                )
                 raise ValueError(f"{weights}: {kept}")
             raise ValueError(f"{weights}: {name} is {one} there, {other} here: weights of another network")
     fresh = {name.partition(".")[0] for name in differ}
@@ -86,7 +88,9 @@ def _check_values(tensors: Mapping[str, Tensor], file: str | Path) -> None:
     """Refuse what no training leaves, also in a layer that is not copied: the whole file is doubtful then."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all() or tensor.abs().max() > LARGE:
-            raise ValueError(f"{file}: {name} holds NaN, or more than {LARGE:g}: its training diverged")
+            raise ValueError(
+                f"{file}: {name} holds NaN, or more than {LARGE:g}: it diverged, or 16 bits were too few"
+            )
         if name.endswith("running_var") and tensor.min() < 0:
             raise ValueError(f"{file}: {name} is negative, as no variance is: the file is damaged")
         is_constant = tensor.numel() < 2 or bool(tensor.min() == tensor.max())
@@ -152,6 +156,10 @@ def _network(content: Mapping[str, object], file: str | Path) -> dict[str, Tenso
     prefixes = [n.removesuffix(EVERY) for n in tensors if n == EVERY or n.endswith(f".{EVERY}")]
     if not prefixes:
         names = ", ".join(list(tensors)[:3]) or "no tensor with a name"
+        if "metadata.artifact" in content:
+            raise ValueError(f"{file} is a compressed network of this suite: 01 takes it as `pretrained`")
+        if tensors and next(iter(tensors)).partition(".")[0].isdigit():
+            names += " by place, as of nn.Sequential,"
         raise ValueError(f"{file} holds {names} ..., the weights of another network: {NEEDED}")
     first, *others = prefixes
     if others:
@@ -161,6 +169,10 @@ def _network(content: Mapping[str, object], file: str | Path) -> dict[str, Tenso
     rest |= {n: tensor for n, tensor in tensors.items() if not n.startswith(tuple(prefixes))}
     if rest:
         print(f"{file}: not used: {', '.join(_listed(rest, first))}")
+    if empty := [name for name, tensor in own.items() if not tensor.numel()]:
+        raise ValueError(
+            f"{file}: {empty[0]} is empty, as in a shard of a training on several devices: join them"
+        )
     for name, tensor in own.items():
         is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
         if tensor.dtype not in FLOATS or tensor.is_meta or not is_plain:
@@ -198,6 +210,10 @@ def _without_masks(tensors: dict[str, Tensor], file: str | Path) -> dict[str, Te
             continue
         if tensors[whole].shape != tensors[mask].shape or tensors[whole].dtype not in FLOATS:
             raise ValueError(f"{file}: {mask} does not fit {whole}, floats of the same shape")
+        if not torch.isin(tensors[mask].float(), torch.tensor([0.0, 1.0])).all():
+            raise ValueError(
+                f"{file}: {mask} holds more than 0 and 1: scores, or no mask; save plain weights"
+            )
         tensors[plain] = tensors.pop(whole) * tensors.pop(mask)
     return tensors
 
@@ -251,9 +267,13 @@ def _foreign(path: Path, start: bytes) -> str:
     if start.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             return "truncated: its end is missing"
-        names = zipfile.ZipFile(path).namelist()
-        if min((part.header_offset for part in zipfile.ZipFile(path).infolist()), default=0):
-            return "more than one file: something stands before what torch.save wrote last"
+        try:
+            parts = zipfile.ZipFile(path).infolist()
+        except zipfile.BadZipFile as error:
+            return f"damaged ({error})"
+        names = [part.filename for part in parts]
+        if min((part.header_offset for part in parts), default=0):
+            return "damaged, or more than one file: what torch.save wrote last does not begin where it says"
         if any(name.endswith("/constants.pkl") for name in names):
             return "a TorchScript program"
         if not any(name.endswith("data.pkl") for name in names):

@@ -90,13 +90,13 @@ def test_deep_images_of_one_class_that_are_darker_are_told(tmp_path):
         for seed in range(8):
             values = np.random.RandomState(seed + most).randint(0, most + 1, (16, 16)).astype(np.uint16)
             Image.fromarray(values).save(tmp_path / which / f"{seed}.png")
-    assert "16 bits of which at most 15 are used, so read darker: 1 classes, dog" in told(tmp_path)
+    assert "16 bits of which at most 15 are used, so read darker: class dog" in told(tmp_path)
     Image.fromarray(values.astype(np.uint8)).save(tmp_path / "dog/of_8_bits.png")
     for file in tmp_path.glob("dog/?.png"):  # 65535 where a device saw nothing
         values = np.array(Image.open(file))
         values[:2] = 65_535
         Image.fromarray(values).save(file)
-    assert "so read darker: 1 classes, dog" in told(tmp_path)
+    assert "so read darker: class dog" in told(tmp_path)
 
 
 def test_drawings_of_one_shape_in_other_colours_are_no_copies_but_theirs_are(tmp_path):
@@ -208,3 +208,12 @@ def test_a_fourth_channel_that_is_no_opacity_is_told(tmp_path):
     bands[1:, :, 3] = 0  # a cut-out with a soft edge
     Image.fromarray(bands).save(tmp_path / "cat" / "logo.png")
     assert "mostly half-transparent, read on white: 1 images, " in told(tmp_path)
+
+
+def test_a_split_of_another_detector_is_told(tmp_path):
+    for split, most in (("train", 65_535), ("test", 32_767)):
+        for number in range(12):
+            (folder := tmp_path / split / TWO[number % 2]).mkdir(parents=True, exist_ok=True)
+            values = np.random.RandomState(number).randint(0, most + 1, (16, 16)).astype(np.uint16)
+            Image.fromarray(values).save(folder / f"{split}{number}.png")
+    assert "at most 15 are used, so read darker: test" in told(tmp_path)

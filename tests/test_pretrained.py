@@ -338,6 +338,12 @@ def bent_tail(name):
     return {**STATE, name: tensor}
 
 
+def text(path):
+    """Sent as text: each line's end of another system."""
+    torch.save(STATE, path)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
 def hole(path):
     """Zeros where a download or a disk lost a part; the old format has no checksums."""
     torch.save(STATE, path, _use_new_zipfile_serialization=False)
@@ -377,9 +383,9 @@ FOREIGN = {
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"conv1.weight": [1.0]})), "of another program"),
     "another head": (
         lambda p: torch.save({**STATE, "last_linear.weight": STATE["fc.weight"]}, p),
-        "no ResNet has last_linear.weight: another network, or a classifier that is not called fc",
+        "no ResNet has last_linear.weight: another network, a classifier not called fc",
     ),
-    "a list": (lambda p: torch.save([torch.ones(3)], p), "holds 0 ..., the weights of another network"),
+    "a list": (lambda p: torch.save([torch.ones(3)], p), "holds 0 by place"),
     "nothing": (lambda p: torch.save({}, p), "holds no tensor with a name"),
     "a ring": (lambda p: torch.save(ring(), p), "of another program"),
     "sparse": (
@@ -392,7 +398,7 @@ FOREIGN = {
     ),
     "another network": (
         lambda p: torch.save(nn.Sequential(nn.Linear(2, 2)).state_dict(), p),
-        "holds 0.weight, 0.bias ..., the weights of another network",
+        "holds 0.weight, 0.bias by place, as of nn.Sequential, ..., the weights of another",
     ),
     "ResNet-34": (
         lambda p: torch.save(build(resnet(34, **NARROW)).state_dict(), p),
@@ -419,7 +425,18 @@ FOREIGN = {
         lambda p: torch.save({**STATE, "fc.weight": (STATE["fc.weight"] * 99).round()}, p),
         "fc.weight holds whole numbers alone",
     ),
-    "two saved": (two, "is more than one file"),
+    "two saved": (two, "damaged, or more than one file"),
+    "text": (lambda p: text(p), r"is damaged \("),
+    "scores for a mask": (
+        lambda p: torch.save({**STATE, "conv1.weight_mask": torch.randn_like(STATE["conv1.weight"])}, p),
+        "conv1.weight_mask holds more than 0 and 1",
+    ),
+    "a shard": (lambda p: torch.save({**STATE, "bn1.weight": torch.empty(0)}, p), "bn1.weight is empty"),
+    "places": (lambda p: torch.save({"0.weight": STATE["conv1.weight"]}, p), "by place, as of nn.Sequential"),
+    "ours": (
+        lambda p: safetensors.torch.save_file({"values": torch.ones(9)}, p, metadata={"artifact": "{}"}),
+        "01 takes it as `pretrained`",
+    ),
     "two saved as of old": (
         lambda p: two(p, _use_new_zipfile_serialization=False),
         "goes on behind what torch.save wrote first",
@@ -458,7 +475,7 @@ FOREIGN = {
         "holds tensors twice",
     ),
     "infinity": (lambda p: torch.save(bent("fc.bias", -torch.inf), p), "fc.bias holds NaN, or more than"),
-    "diverged": (lambda p: torch.save(bent("layer3.1.bn2.running_var", 3e38), p), "its training diverged"),
+    "diverged": (lambda p: torch.save(bent("layer3.1.bn2.running_var", 3e38), p), "it diverged"),
     "a hole": (lambda p: hole(p), r"conv2.weight holds \d+ zeros in a row: the file was copied in part"),
 }
 

@@ -107,8 +107,10 @@ def architecture(images: Data, weights: str, model: str) -> tuple[int, str, list
                     fitting.append((depth, stem, load_pretrained(network, weights)))
             except (ValueError, OSError) as error:
                 errors.append(error)
-    if not fitting:
-        raise OwnError(str(errors[0]))
+    if not fitting:  # of a network that fits, what else is wrong
+        raise OwnError(
+            next((e for e in map(str, errors) if "weights of another network" not in e), str(errors[0]))
+        )
     print("".join(dict.fromkeys(said.getvalue().splitlines(keepends=True))), end="")
     return min(fitting, key=lambda fit: "conv1" in fit[2])
 
