@@ -20,7 +20,7 @@ from nnc_utils.training import cross_entropy
 
 HAND = {"conv1": 0.5, "layer1": 0.3, "layer2": 0.4, "layer3": 0.5, "layer4": 0.6, "fc": 0.7}
 SCAN_IMAGES, BLOCK_IMAGES = 64, 500  # validation images that layers, and blocks, are measured on
-NORM_IMAGES = 1024  # more change no statistic beside the dense network's by more than noise
+NORM_IMAGES = 512  # more change no statistic beside the dense network's by more than noise
 Rates = dict[str, dict[float, float]]  # layer -> share of zeros -> bytes, or loss
 
 
