@@ -144,7 +144,7 @@ def _is_deep(opened: Image.Image, file: BinaryIO) -> bool:
         return file.read(1) == b"\x10"
     if opened.format == "PPM":
         file.seek(0)
-        most = re.match(rb"P6(?:\s+(?:#[^\n]*\n\s*)*(\d+)){3}", file.read(512))
+        most = re.match(rb"P[36](?:\s+(?:#[^\n]*\n\s*)*(\d+)){3}", file.read(512))
         return bool(most) and int(most[1]) > 255
     return opened.format == "TIFF" and max(opened.tag_v2.get(BITS, (1,))) == 16
 

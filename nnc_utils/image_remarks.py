@@ -133,7 +133,7 @@ def _named(images: list[Read]) -> list[str]:
         splits_of[image.file.with_suffix("")].add(image.split)
     for file, splits in list(splits_of.items()):  # "name-edited", "name_aug_2" beside "name", or its cut-out
         sources[file] |= splits
-        for end in re.finditer(r"[\W_]", file.name):
+        for end in re.finditer(r"(?<!^)[\W_]", file.name):
             if (beside := file.with_name(file.name[: end.start()])) in splits_of:
                 sources[beside] |= splits | splits_of[beside]
     found = []

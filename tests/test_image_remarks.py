@@ -217,3 +217,10 @@ def test_a_split_of_another_detector_is_told(tmp_path):
             values = np.random.RandomState(number).randint(0, most + 1, (16, 16)).astype(np.uint16)
             Image.fromarray(values).save(folder / f"{split}{number}.png")
     assert "at most 15 are used, so read darker: test" in told(tmp_path)
+
+
+def test_names_of_cameras_that_begin_with_a_sign_are_read(tmp_path):
+    keep(tmp_path, [photo(seed) for seed in range(12)])
+    for number, file in enumerate(sorted(tmp_path.rglob("*.png"))):
+        file.rename(file.with_name(f"{'_-(#'[number % 4]}MG_{number}.png"))
+    assert told(tmp_path) == ""
