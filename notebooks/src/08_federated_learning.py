@@ -932,7 +932,7 @@ figures.show(predictions.show(), shown)
 #
 # <!-- numbers:begin -->
 # **In numbers.** FedAvg, Dirichlet 0.3: 3 bits with feedback up, 3 bits down: 20.5× fewer bytes in both directions
-# together than in fp32, at +0.24 [-0.03, +0.52] pp. FedAvg, Dirichlet 1: 3 bits with feedback up, 3 bits down: 19.6×
+# together than in fp32, at +0.14 [-0.08, +0.37] pp. FedAvg, Dirichlet 1: 3 bits with feedback up, 3 bits down: 19.6×
 # fewer bytes in both directions together than in fp32, at -0.15 [-0.34, +0.05] pp.
 # <!-- numbers:end -->
 #
