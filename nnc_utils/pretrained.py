@@ -44,6 +44,10 @@ BEGINNINGS = {  # of files that are no weights
 }
 
 
+class OtherNetworkError(ValueError):
+    """Weights of a ResNet whose layers are not those of the network at hand."""
+
+
 def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
     """Copy weights from "imagenet" (torchvision's own) or a file, as far as shapes allow.
 
@@ -72,8 +76,12 @@ def load_pretrained(model: models.ResNet, weights: str | Path) -> list[str]:
                     f"no ResNet has {name}: another network, a classifier not called fc, or an entry too many"
                 )
                 raise ValueError(f"{weights}: {kept}")
-            raise ValueError(f"{weights}: {name} is {one} there, {other} here: weights of another network")
-    fresh = {name.partition(".")[0] for name in differ}
+            raise OtherNetworkError(
+                f"{weights}: {name} is {one} there, {other} here: weights of another network"
+            )
+    fresh = {name.partition(".")[0] for name in differ if name in ours}
+    if added := [name for name in differ if name not in ours and name.partition(".")[0] not in fresh]:
+        raise ValueError(f"{weights}: {added[0]} stands beside weights that fit: take it out")
     copied = [name for name in ours if name.partition(".")[0] not in fresh]
     _check_values(theirs, weights)
     for name in copied:
@@ -163,7 +171,7 @@ def _network(content: Mapping[str, object], file: str | Path) -> dict[str, Tenso
         raise ValueError(f"{file} holds {names} ..., the weights of another network: {NEEDED}")
     first, *others = prefixes
     if others:
-        print(f"{file} holds several networks: {first}* is taken, not {'*, '.join(others)}*")
+        print(f"{file} holds several sets of weights: {first}* is taken, not {'*, '.join(others)}*")
     own = _weights({n.removeprefix(first): tensor for n, tensor in tensors.items() if n.startswith(first)})
     rest = {n: leaf for n, leaf in content.items() if n not in tensors and not isinstance(leaf, Tensor)}
     rest |= {n: tensor for n, tensor in tensors.items() if not n.startswith(tuple(prefixes))}
@@ -234,7 +242,9 @@ def _flat(content: object, name: str = "") -> Iterator[tuple[str, object]]:
 def _read(path: Path) -> dict[str, object]:
     """Every tensor and plain value in a file, by name; a ValueError says in one line what it is instead."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: the file of weights in it is needed")
+        parts = ": join its parts by torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        what = parts if (path / ".metadata").is_file() else ": the file of weights in it is needed"
+        raise ValueError(f"{path} is a folder{what}")
     with path.open("rb") as file:
         start = file.read(64)
     if what := _foreign(path, start):
@@ -261,6 +271,8 @@ def _foreign(path: Path, start: bytes) -> str:
     """What a file is that `torch.load` and safetensors do not read; empty where they may."""
     if not start:
         return "empty"
+    if not start.strip(b"\0"):
+        return "zeros where it should begin: it was not downloaded"
     for beginning, what in BEGINNINGS.items():
         if start.lstrip().startswith(beginning):
             return what
@@ -277,7 +289,7 @@ def _foreign(path: Path, start: bytes) -> str:
         if any(name.endswith("/constants.pkl") for name in names):
             return "a TorchScript program"
         if not any(name.endswith("data.pkl") for name in names):
-            return f"a zip archive of {', '.join(names[:3])}, not of torch.save: unpack it, or save anew"
+            return f"a zip archive of {', '.join(names[:3])}, not of torch.save: save the weights anew"
         if damaged := _damaged(path):
             return f"damaged: {damaged} does not match its checksum (or was written without): save it anew"
     return "a tar archive: unpack it, or save it anew" if tarfile.is_tarfile(path) else ""

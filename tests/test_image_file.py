@@ -225,7 +225,7 @@ def test_what_is_no_image_is_told_by_how_it_begins(tmp_path, content, said):
         image_file.read_image(tmp_path / "a.jpg", 16)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.ppm", "transparent.png"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.ppm", "ascii.ppm", "transparent.png"])
 def test_the_largest_value_of_deep_colours_is_known(tmp_path, name):
     values = np.stack([SHORT // 8] * 3, 1)
     if name == "transparent.png":  # on white, but that is not the file's
@@ -235,6 +235,8 @@ def test_the_largest_value_of_deep_colours_is_known(tmp_path, name):
         tiff(tmp_path / name, values, 3)
     elif name == "a.ppm":
         (tmp_path / name).write_bytes(b"P6\n# by a scanner\n16 16\n65535\n" + b"".join(rows))
+    elif name == "ascii.ppm":
+        (tmp_path / name).write_text("P3 16 16 65535\n" + " ".join(map(str, values.ravel())))
     else:
         (tmp_path / name).write_bytes(png(16, 6 if name == "transparent.png" else 2, rows, b""))
     low, high = image_file.decode(tmp_path / name).info["range"]

@@ -202,6 +202,10 @@ def test_a_checkpoint_says_which_network_it_is_of(folder, tmp_path, wrapped):
     assert asked.epochs < own.check(options(folder)).epochs
     with pytest.raises(own.OwnError, match="weights of another network"):
         own.check(options(folder, weights=given.weights, model="resnet18"))
+    next(iter((state["state_dict"] if wrapped else state).values())).fill_(torch.nan)
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(own.OwnError, match="conv1.weight holds NaN"):  # of the depth that it fits
+        own.check(given)
 
 
 def test_fewer_images_get_more_epochs_within_bounds():

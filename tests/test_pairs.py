@@ -1,6 +1,9 @@
 """Who is held against whom, and what the images say."""
 
+import json
+
 import numpy as np
+import pandas as pd
 import pytest
 from result_files import Invented
 
@@ -220,6 +223,19 @@ def test_the_pipeline_is_held_against_orders_and_every_rival(rows):
         (settings, method, seed) for settings, method, seed in of_pipelines(rows) if method != "small_dense"
     }
     assert few == {pair for pair in expected if pair[1] != "small_dense"} | more
+
+
+def test_a_students_pipeline_stands_where_nothing_is_pruned():
+    def summary(*stages):
+        named = {"method": "pipeline", "control": "", "headline": 1, "size_ratio": 9.0}
+        budgets = {"macs": 16, "lambda_": 1e-9}
+        settings = [json.dumps(budgets | ({"stages": own} if own else {})) for own in stages]
+        return pd.DataFrame([named | {"settings": own} for own in settings])
+
+    student = ["narrow", "distill", "quantize"]
+    assert json.loads(pairs.the_pipeline(summary(student))["settings"])["stages"] == student
+    assert "stages" not in pairs.the_pipeline(summary(student, None))["settings"]
+    assert pairs.the_pipeline(summary(["quantize", "prune", "distill"])) is None
 
 
 def test_rivals_of_any_size_are_told_of_the_same_seeds(rows):

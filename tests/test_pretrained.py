@@ -248,7 +248,7 @@ def test_of_several_networks_the_first_is_taken_and_told(tmp_path, capsys):
     ours = build(resnet(18, **NARROW))
     assert load_pretrained(ours, saved(tmp_path / "w.pth", {"model": STATE, "model_ema": averaged})) == []
     assert_same(ours, STATE)
-    assert "several networks: model.* is taken, not model_ema.module.*" in capsys.readouterr().out
+    assert "several sets of weights: model.* is taken, not model_ema.module.*" in capsys.readouterr().out
 
 
 def test_a_relative_path_is_one_in_the_repository_or_from_where_the_command_was_given(tmp_path, monkeypatch):
@@ -344,6 +344,12 @@ def text(path):
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
 
 
+def parts(path):
+    """As torch.distributed.checkpoint leaves them."""
+    path.mkdir()
+    (path / ".metadata").touch()
+
+
 def hole(path):
     """Zeros where a download or a disk lost a part; the old format has no checksums."""
     torch.save(STATE, path, _use_new_zipfile_serialization=False)
@@ -364,7 +370,13 @@ FOREIGN = {
     "Keras": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + b"0" * 99), "HDF5"),
     "a text": (lambda p: p.write_text("weights " * 99), "of another program"),
     "json": (lambda p: p.write_text(json.dumps({"conv1": [1.0] * 99})), "of another program"),
-    "a folder": (Path.mkdir, "is a folder"),
+    "a folder": (Path.mkdir, "is a folder: the file of weights"),
+    "a folder of parts": (parts, "is a folder: join its parts by"),
+    "nothing but zeros": (lambda p: p.write_bytes(bytes(20_480)), "zeros where it should begin"),
+    "a mask of the classifier": (
+        lambda p: torch.save({**STATE, "fc.mask": torch.ones_like(STATE["fc.weight"])}, p),
+        "fc.mask stands beside weights that fit: take it out",
+    ),
     "zip": (lambda p: archive(p, b"x"), "a zip archive of weights.pth, not of torch.save"),
     "tar": (tar, "a tar archive"),
     "half of torch.save": (lambda p: cut(p, lambda q: torch.save(STATE, q)), "truncated"),

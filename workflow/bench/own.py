@@ -27,7 +27,7 @@ from bench.own_goal import Goal, GoalError, parse
 from bench.tables import ResultError
 from nnc_utils import data, models, processes, training
 from nnc_utils.data import Data, Split
-from nnc_utils.pretrained import load_pretrained
+from nnc_utils.pretrained import OtherNetworkError, load_pretrained
 from nnc_utils.provenance import file_sha256, relative, root, write_atomically
 
 DEPTHS = {f"resnet{depth}": depth for depth in models.RESNETS}
@@ -107,10 +107,8 @@ def architecture(images: Data, weights: str, model: str) -> tuple[int, str, list
                     fitting.append((depth, stem, load_pretrained(network, weights)))
             except (ValueError, OSError) as error:
                 errors.append(error)
-    if not fitting:  # of a network that fits, what else is wrong
-        raise OwnError(
-            next((e for e in map(str, errors) if "weights of another network" not in e), str(errors[0]))
-        )
+    if not fitting:  # of a network whose layers fit, what else is wrong
+        raise OwnError(str(min(errors, key=lambda error: isinstance(error, OtherNetworkError))))
     print("".join(dict.fromkeys(said.getvalue().splitlines(keepends=True))), end="")
     return min(fitting, key=lambda fit: "conv1" in fit[2])
 

@@ -26,6 +26,7 @@ from nnc_utils.rows import (
 )
 
 PIPELINE = "prune,distill,quantize"  # its stages: held against the other orders, and against every rival
+STUDENT = "narrow,distill,quantize"  # the pipeline of a profile that prunes nothing
 COLUMNS = ("technique", "method", "division", "control", "run", "train_images", "all_images")  # no settings
 LARGER = ", in a larger file"
 # their training is not in addition to the baseline's
@@ -140,9 +141,10 @@ def rivals(compression: pd.DataFrame, point: pd.Series, predictions: Path) -> li
 
 
 def the_pipeline(summary: pd.DataFrame) -> pd.Series | None:
-    """The row of summary.csv that stands for the pipeline in its default order; None where there is none."""
-    default = {"method": "pipeline", "control": "", "stages": PIPELINE}
-    return smallest_claim(summary[where(with_settings(summary), default)])
+    """The row of summary.csv that stands for the pipeline in its default order, or for a student's."""
+    settings = with_settings(summary)
+    own = (where(settings, {"method": "pipeline", "control": "", "stages": s}) for s in (PIPELINE, STUDENT))
+    return next((smallest_claim(summary[rows]) for rows in own if rows.any()), None)
 
 
 def another_teacher(ours: pd.Series, theirs: pd.Series) -> bool:

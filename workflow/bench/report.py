@@ -34,7 +34,7 @@ HEADINGS = {  # technique -> its heading
     "pruning": "Pruning: fewer weights, fewer channels",
     "distillation": "Distillation: a small network learns from a large one",
     "search": "Architecture search: another shape",
-    "pipeline": "The pipeline: pruned, distilled, quantized",
+    "pipeline": "Pipelines: several stages, one after the other",
 }
 HISTORY = "history.md"  # what the test set had seen before what is claimed was built, in the authors' words
 NAMES = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
